@@ -1,0 +1,30 @@
+"""Our own artefact: manifest, payload shards, integrity, random access by tensor."""
+
+from deltafold.archive.digest import TensorDigest, file_digest
+from deltafold.archive.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    CodecEntry,
+    Manifest,
+    Piece,
+    SideFile,
+    Source,
+    Tensor,
+    read_manifest,
+)
+from deltafold.archive.reader import Archive
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_FILE",
+    "Archive",
+    "CodecEntry",
+    "Manifest",
+    "Piece",
+    "SideFile",
+    "Source",
+    "Tensor",
+    "TensorDigest",
+    "file_digest",
+    "read_manifest",
+]

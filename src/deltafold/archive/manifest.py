@@ -1,0 +1,198 @@
+"""`delta.json`: what an archive is. Read from disk, so every field is checked and none is trusted.
+
+`docs/format.md` describes each field for someone who writes another reader.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deltafold.errors import ArchiveError
+
+FORMAT = "deltafold-archive"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "delta.json"
+MAX_MANIFEST_BYTES = 1 << 30
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
+Size = Annotated[int, Field(ge=0, le=1 << 50)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Piece(_Strict):
+    """Consecutive rows of one tensor under one codec."""
+
+    codec: str
+    rows: tuple[Size, Size] | None = None  # None: all rows
+    reference: Literal["base", "none"] = "base"
+    settings: dict[str, int | float | str] = {}
+    parts: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")], Checksum] = {}
+    why: str | None = None
+    error: float | None = None  # ||D - D^|| / ||D||; None: exact
+
+
+class Tensor(_Strict):
+    """One tensor of the fine-tune."""
+
+    name: str
+    dtype: str
+    shape: tuple[Size, ...]
+    file: Size  # which of the fine-tune's weight files held it
+    base: Digest | None = None
+    tuned: Digest
+    same_as: str | None = None  # stored once, under that name
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        if len(self.shape) < 2:
+            return (1, math.prod(self.shape))
+        return (math.prod(self.shape[:-1]), self.shape[-1])
+
+    def piece_rows(self, piece: Piece) -> tuple[int, int]:
+        return piece.rows or (0, self.matrix_shape[0])
+
+    def part_name(self, piece: Piece, part: str) -> str:
+        """Name in the payload: `tensor::part`, or `tensor::index.part` where pieces are several."""
+        if len(self.pieces) == 1:
+            return f"{self.name}::{part}"
+        return f"{self.name}::{self.pieces.index(piece)}.{part}"
+
+    @model_validator(mode="after")
+    def _rows_covered(self) -> Tensor:
+        if self.same_as is not None:
+            return self
+        at = 0
+        for piece in self.pieces:
+            start, stop = self.piece_rows(piece)
+            if start != at or stop < start:
+                raise ValueError(f"the pieces of tensor {self.name} do not follow one another")
+            at = stop
+        if at != self.matrix_shape[0]:
+            raise ValueError(f"the pieces of tensor {self.name} do not cover it")
+        return self
+
+
+class SideFile(_Strict):
+    """A small file of the fine-tune: taken from the base, or stored (zstd) under `files/`."""
+
+    name: PlainName
+    n_bytes: Size
+    digest: Digest
+    stored: Literal["base", "zstd", "zstd-base"]
+    """`base`: equals the base's file; `zstd`: a frame; `zstd-base`: the base's file is its dictionary"""
+    base: Digest | None = None
+
+
+class CodecEntry(_Strict):
+    version: int
+    config: dict[str, int | float | str] = {}
+
+
+class PayloadFile(_Strict):
+    name: Annotated[str, Field(pattern=r"^payload-\d{5}-of-\d{5}\.safetensors$")]
+    n_bytes: Size
+
+
+class Source(_Strict):
+    """Where the weights came from, for the reader's eyes, and how they lay on disk."""
+
+    label: str
+    total_bytes: Size
+    files: tuple[PlainName, ...]
+    metadata: dict[str, str] = {}
+
+
+class Manifest(_Strict):
+    format: Literal["deltafold-archive"] = FORMAT
+    format_version: Literal[1] = FORMAT_VERSION
+    tool_version: str
+    method: str
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    budget: dict[str, float | str] = {}
+    codecs: dict[str, CodecEntry]
+    base: Source
+    finetuned: Source
+    removed: dict[str, Digest] = {}  # tensors only in the base
+    payload: tuple[PayloadFile, ...]
+    files: tuple[SideFile, ...]
+    tensors: tuple[Tensor, ...]
+    totals: dict[str, int | float] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        names = [tensor.name for tensor in self.tensors]
+        if len(set(names)) != len(names):
+            raise ValueError("a tensor is listed twice")
+        known = {tensor.name: tensor for tensor in self.tensors}
+        for tensor in self.tensors:
+            target = known.get(tensor.same_as) if tensor.same_as else None
+            if tensor.same_as and (
+                target is None
+                or target.same_as is not None
+                or target.shape != tensor.shape
+                or target.dtype != tensor.dtype
+            ):
+                raise ValueError(f"tensor {tensor.name} refers to {tensor.same_as}, which is no twin")
+            if tensor.file >= len(self.finetuned.files):
+                raise ValueError(f"tensor {tensor.name} lies in a file that is not listed")
+            for piece in tensor.pieces:
+                if piece.codec not in self.codecs:
+                    raise ValueError(f"codec {piece.codec} of tensor {tensor.name} is not listed")
+                if piece.reference == "base" and tensor.base is None:
+                    raise ValueError(f"tensor {tensor.name} refers to a base that it does not have")
+        return self
+
+    def to_text(self) -> str:
+        """JSON: one line a tensor, so that a person can grep it and a diff shows what changed."""
+        body = self.model_dump(mode="json", exclude_none=True, exclude={"tensors"})
+        head = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
+        lines = [
+            json.dumps(
+                tensor.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+                separators=(",", ":"),
+                ensure_ascii=False,
+            )
+            for tensor in self.tensors
+        ]
+        return head[:-1] + ',"tensors":[\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder/delta.json`. Raises ArchiveError with one sentence."""
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ArchiveError(f"{folder} is not an archive: it holds no {MANIFEST_FILE}.")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ArchiveError(f"{path} is absurdly large; it is not to be trusted.")
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise ArchiveError(f"{path} is not a deltafold manifest.")
+        version = raw.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ArchiveError(
+                f"{path} has format version {version}, newer than this deltafold reads "
+                f"({FORMAT_VERSION}); upgrade deltafold."
+            )
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"]) or "the manifest"
+        message = re.sub(r"^Value error, ", "", first["msg"])
+        raise ArchiveError(
+            f"{path} is damaged or was edited: {where}: {message}; fetch the archive again."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ArchiveError(f"{path} is not valid JSON ({error}); fetch the archive again.") from None

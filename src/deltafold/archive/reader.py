@@ -1,0 +1,134 @@
+"""Reading an archive: random access by tensor, every part checked before it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import zstandard
+
+from deltafold.archive.digest import TensorDigest, file_digest
+from deltafold.archive.manifest import Manifest, Piece, SideFile, Tensor, read_manifest
+from deltafold.checkpoint import Checkpoint, tensor_bytes
+from deltafold.errors import ArchiveError, CheckpointError
+
+FILES_FOLDER = "files"
+MAX_SIDE_FILE_BYTES = 128_000_000
+
+
+class Archive:
+    """An archive on disk. Opening reads the manifest and the payload's headers only.
+
+    >>> with Archive(Path("math.delta")) as archive:                            # doctest: +SKIP
+    ...     print(archive.manifest.method, len(archive.manifest.tensors))
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self.by_name = {tensor.name: tensor for tensor in self.manifest.tensors}
+        self._payload: dict[str, Checkpoint] = {}
+        try:
+            for entry in self.manifest.payload:
+                file = folder / entry.name
+                if file.is_file() and file.stat().st_size != entry.n_bytes:
+                    raise ArchiveError(
+                        f"{file} has {file.stat().st_size:,} bytes where the manifest says "
+                        f"{entry.n_bytes:,}; fetch the archive again."
+                    )
+                shard = Checkpoint(file)
+                for name in shard.tensors:
+                    if name in self._payload:
+                        raise ArchiveError(f"{folder} stores part {name} twice; fetch it again.")
+                    self._payload[name] = shard
+        except CheckpointError as error:
+            raise ArchiveError(f"The archive {folder} is not whole: {error}") from None
+        self._check_parts_listed()
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for shard in set(self._payload.values()):
+            shard.close()
+
+    def _check_parts_listed(self) -> None:
+        promised = {
+            tensor.part_name(piece, part)
+            for tensor in self.manifest.tensors
+            for piece in tensor.pieces
+            for part in piece.parts
+        }
+        if missing := sorted(promised - set(self._payload)):
+            raise ArchiveError(f"{self.folder} lacks part {missing[0]}; fetch the archive again.")
+        if extra := sorted(set(self._payload) - promised):
+            raise ArchiveError(f"{self.folder} holds part {extra[0]}, which no tensor names.")
+
+    def parts(self, tensor: Tensor, piece: Piece) -> dict[str, torch.Tensor]:
+        """All parts of a piece, checked. Raises ArchiveError on a flipped bit."""
+        loaded = {}
+        for part, checksum in piece.parts.items():
+            name = tensor.part_name(piece, part)
+            shard = self._payload[name]
+            info = shard.tensors[name]
+            value = shard.tensor(name)
+            digest = TensorDigest(info.dtype, info.shape)
+            digest.update(tensor_bytes(value))
+            if digest.checksum() != checksum:
+                raise ArchiveError(
+                    f"Part {name} in {info.file} is damaged (its checksum differs); "
+                    "fetch the archive again."
+                )
+            loaded[part] = value
+        return loaded
+
+    def part_bytes(self, tensor: Tensor, piece: Piece) -> int:
+        """Bytes of a piece's parts in the payload."""
+        names = [tensor.part_name(piece, part) for part in piece.parts]
+        return sum(self._payload[name].tensors[name].n_bytes for name in names)
+
+    def side_file(self, entry: SideFile, base: Checkpoint) -> bytes:
+        """Content of a side file, from the archive or the base. Raises ArchiveError."""
+        base_data = b""
+        if entry.stored != "zstd":
+            file = base.path / entry.name
+            if not file.is_file() or file_digest(base_data := file.read_bytes()) != entry.base:
+                raise ArchiveError(
+                    f"{file} is missing or differs from the one this archive refers to; "
+                    "use the base it was made from."
+                )
+        if entry.stored == "base":
+            return base_data
+        stored = self.folder / FILES_FOLDER / f"{entry.name}.zst"
+        try:
+            frame = stored.read_bytes()
+        except OSError:
+            raise ArchiveError(f"{stored} is missing; fetch the archive again.") from None
+        data = _decompress(frame, entry, base_data)
+        if data is None or file_digest(data) != entry.digest:
+            raise ArchiveError(f"{stored} is damaged; fetch the archive again.")
+        return data
+
+    @property
+    def n_bytes(self) -> int:
+        """Everything in the archive's folder, in bytes."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+
+def _decompress(frame: bytes, entry: SideFile, base_data: bytes) -> bytes | None:
+    if entry.n_bytes > MAX_SIDE_FILE_BYTES:
+        return None
+    dictionary = raw_dictionary(base_data) if entry.stored == "zstd-base" else None
+    try:
+        if zstandard.frame_content_size(frame) != entry.n_bytes:
+            return None
+        return zstandard.ZstdDecompressor(dict_data=dictionary).decompress(
+            frame, max_output_size=entry.n_bytes
+        )
+    except zstandard.ZstdError:
+        return None
+
+
+def raw_dictionary(data: bytes) -> zstandard.ZstdCompressionDict:
+    """The base's file as a dictionary: what both have in common costs nothing."""
+    return zstandard.ZstdCompressionDict(data, dict_type=zstandard.DICT_TYPE_RAWCONTENT)

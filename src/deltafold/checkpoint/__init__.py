@@ -1,0 +1,18 @@
+"""A checkpoint as the outside world has it: header-only view, lazy rows, streaming writer."""
+
+from deltafold.checkpoint.header import DTYPE_NAMES, DTYPES, TensorInfo
+from deltafold.checkpoint.hub import local_folder, open_checkpoint
+from deltafold.checkpoint.view import Checkpoint
+from deltafold.checkpoint.writer import CheckpointWriter, plan_shards, tensor_bytes
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "Checkpoint",
+    "CheckpointWriter",
+    "TensorInfo",
+    "local_folder",
+    "open_checkpoint",
+    "plan_shards",
+    "tensor_bytes",
+]

@@ -1,0 +1,153 @@
+"""The header of a safetensors file, read without mapping or loading the file.
+
+    | 8 bytes: length n, little endian | n bytes of JSON | payload, tensors back to back |
+
+The safetensors library maps the whole file; pages of a mapped checkpoint count as resident memory,
+so that a pass over 16 GB looks like (and under a limit is) 16 GB. We need names, shapes, dtypes and
+offsets, then plain reads of rows; that is this file. Malformed headers are refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltafold.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies. `start_bytes` counts from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start_bytes: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def n_bytes(self) -> int:
+        return self.elements * self.itemsize
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The tensor seen as rows x columns: leading dimensions folded, a vector is one row."""
+        if len(self.shape) < 2:
+            return (1, self.elements)
+        return (math.prod(self.shape[:-1]), self.shape[-1])
+
+
+def _refuse(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a whole safetensors file ({why}); copy or download it again."
+    )
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read names, shapes, dtypes and offsets of a safetensors file, in file order.
+
+    Returns (tensors by name, metadata). Raises CheckpointError on a missing, truncated or
+    malformed file.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length_bytes = int.from_bytes(file.read(8), "little")
+            if size_bytes < 8 or length_bytes > min(MAX_HEADER_BYTES, size_bytes - 8):
+                raise _refuse(path, "its header is cut off")
+            raw = file.read(length_bytes)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing; copy it there, or download the checkpoint again."
+        ) from None
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        tensors = {
+            name: _tensor_info(name, entry, path, 8 + length_bytes)
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refuse(path, f"its header cannot be read: {error}") from None
+    _check_layout(path, tensors, 8 + length_bytes, size_bytes)
+    ordered = sorted(tensors.values(), key=lambda info: (info.start_bytes, info.name))
+    return {info.name: info for info in ordered}, metadata
+
+
+def _tensor_info(name: str, entry: dict[str, Any], path: Path, origin_bytes: int) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {entry['dtype']} of tensor {name} is unknown")
+    info = TensorInfo(name, entry["dtype"], shape, path, origin_bytes + int(start))
+    if any(size < 0 for size in shape) or int(end) - int(start) != info.n_bytes or int(start) < 0:
+        raise ValueError(f"the size of tensor {name} does not fit its shape")
+    return info
+
+
+def _check_layout(
+    path: Path, tensors: dict[str, TensorInfo], origin_bytes: int, size_bytes: int
+) -> None:
+    """Tensors must lie back to back and end where the file ends."""
+    position = origin_bytes
+    for info in sorted(tensors.values(), key=lambda t: (t.start_bytes, t.n_bytes)):
+        if info.start_bytes != position:
+            raise _refuse(path, f"tensor {info.name} does not start where the one before ends")
+        position += info.n_bytes
+    if position > size_bytes:
+        raise _refuse(path, f"{position - size_bytes:,} bytes are missing at its end")
+    if position < size_bytes:
+        raise _refuse(path, f"{size_bytes - position:,} bytes too many at its end")
+
+
+def build_header(
+    tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None
+) -> tuple[bytes, dict[str, int]]:
+    """Header bytes for (name, dtype, shape) in this order, and each tensor's start in the file."""
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    starts: dict[str, int] = {}
+    for name, dtype, shape in tensors:
+        n_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+        offsets = [position, position + n_bytes]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        starts[name] = position
+        position += n_bytes
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    origin = 8 + len(raw)
+    return len(raw).to_bytes(8, "little") + raw, {n: s + origin for n, s in starts.items()}

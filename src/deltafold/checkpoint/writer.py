@@ -1,0 +1,140 @@
+"""A streaming writer of sharded safetensors.
+
+All headers are known before the first byte of weights, so each shard is laid out at once (a sparse
+file of its final length) and tensors are written at their offsets in any order, from any thread.
+The caller keeps the folder under a working name and renames it when everything is in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from deltafold.checkpoint.header import DTYPES, build_header
+from deltafold.checkpoint.view import INDEX_FILE, SINGLE_FILE
+from deltafold.errors import StorageError
+
+Result = TypeVar("Result")
+TensorSpec = tuple[str, str, tuple[int, ...]]
+"""(name, dtype as in the header, shape)"""
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    if not flat.numel():
+        return memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+
+
+def guard_storage(path: Path, action: Callable[[], Result]) -> Result:
+    """Run `action`; a full or read-only disk becomes one clear sentence."""
+    try:
+        return action()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StorageError(
+                f"No space left while writing {path}; free some and run the same command again: "
+                "it goes on where it stopped."
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise StorageError(
+                f"{path} cannot be written ({error.strerror}); choose another output."
+            ) from error
+        raise
+
+
+def plan_shards(tensors: list[TensorSpec], shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    """Split tensors, in order, into shards of at most `shard_bytes` (a larger tensor stands alone)."""
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in tensors:
+        size = DTYPES[spec[1]].itemsize
+        for length in spec[2]:
+            size *= length
+        if groups[-1] and filled + size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += size
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    total = len(groups)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, start=1)}
+
+
+class CheckpointWriter:
+    """Writes tensors into preallocated shards under `folder`.
+
+    `layout` maps shard file names to the tensors they hold, in order. Opening an existing folder
+    of the same layout keeps what is in it (for resuming); the headers are rewritten.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: dict[str, list[TensorSpec]],
+        metadata: dict[str, str] | None = None,
+    ):
+        self.folder = folder
+        self.layout = layout
+        self._starts: dict[str, tuple[int, int]] = {}
+        self._descriptors: list[int] = []
+        self._lock = threading.Lock()
+        for file, tensors in layout.items():
+            guard_storage(folder / file, lambda f=file, t=tensors: self._open(f, t, metadata))  # type: ignore[misc]
+
+    def _open(
+        self, file: str, tensors: list[TensorSpec], metadata: dict[str, str] | None
+    ) -> None:
+        header, starts = build_header(tensors, metadata)
+        descriptor = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptors.append(descriptor)
+        end = len(header)
+        for name, dtype, shape in tensors:
+            self._starts[name] = (descriptor, starts[name])
+            end = max(end, starts[name] + DTYPES[dtype].itemsize * torch.Size(shape).numel())
+        os.ftruncate(descriptor, end)
+        _write_all(descriptor, memoryview(header), 0)
+
+    def write(self, name: str, rows: torch.Tensor, offset_elements: int = 0) -> None:
+        """Write `rows` (stored dtype) at an element offset inside tensor `name`."""
+        descriptor, start = self._starts[name]
+        position = start + offset_elements * rows.element_size()
+        data = tensor_bytes(rows)
+        guard_storage(self.folder, lambda: _write_all(descriptor, data, position))
+
+    def finish(self) -> None:
+        """Flush everything to disk and write the index of a sharded checkpoint."""
+        for descriptor in self._descriptors:
+            guard_storage(self.folder, lambda d=descriptor: os.fsync(d))  # type: ignore[misc]
+        self.close()
+        if list(self.layout) != [SINGLE_FILE]:
+            weight_map = {spec[0]: file for file, specs in self.layout.items() for spec in specs}
+            total = sum(
+                DTYPES[dtype].itemsize * torch.Size(shape).numel()
+                for specs in self.layout.values()
+                for _, dtype, shape in specs
+            )
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            text = json.dumps(index, indent=2) + "\n"
+            guard_storage(self.folder, lambda: (self.folder / INDEX_FILE).write_text(text))
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors:
+                os.close(descriptor)
+            self._descriptors.clear()
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data[: 1 << 26], offset)
+        data, offset = data[count:], offset + count

@@ -1,0 +1,73 @@
+"""The command line: one file a command; each parses, calls one verb, prints.
+
+Torch and transformers are imported inside commands only, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from deltafold.cli.compress import compress
+from deltafold.cli.evaluate import evaluate
+from deltafold.cli.inspect import inspect
+from deltafold.cli.methods import methods
+from deltafold.cli.plan import plan
+from deltafold.cli.report import report
+from deltafold.cli.restore import restore
+from deltafold.cli.verify import verify
+from deltafold.errors import DeltafoldError
+from deltafold.version import __version__
+
+app = typer.Typer(
+    name="deltafold",
+    help="LLM weights, stored as small differences from weights you already have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (plan, compress, inspect, verify, restore, evaluate, report, methods):
+    app.command()(command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"deltafold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: errors become one sentence on stderr and an exit code."""
+    try:
+        app()
+    except DeltafoldError as error:
+        print(f"deltafold: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(
+            "\ndeltafold: stopped; run the same command again and it goes on where it was.",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(130)  # worker threads in the middle of a tensor are not waited for
+    except BrokenPipeError:
+        os._exit(0)  # the reader of a pipe has seen enough
+    except MemoryError:
+        print(
+            "deltafold: out of memory; lower --memory or --workers, or use a larger machine.",
+            file=sys.stderr,
+        )
+        sys.exit(1)

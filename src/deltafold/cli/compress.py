@@ -1,0 +1,117 @@
+"""`deltafold compress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltafold.cli import options as o
+
+
+def compress(
+    base: o.BaseArgument,
+    finetuned: o.FinetunedArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Archive folder to write.")],
+    method: o.MethodOption = "impart",
+    file_ratio: o.FileRatioOption = None,
+    nominal_ratio: o.NominalRatioOption = None,
+    n_bytes: o.BytesOption = None,
+    beta: o.BetaOption = None,
+    c: o.COption = None,
+    value_dtype: o.ValueDtypeOption = None,
+    setting: o.SetOption = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Plain text on which `auto` settings are chosen, by KL to the fine-tune."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random positions.")] = 0,
+    no_fallback: Annotated[
+        bool,
+        typer.Option("--no-fallback", help="Force the method also on tensors that it does not suit."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read headers only and show what would be done.")
+    ] = False,
+    workers: o.WorkersOption = None,
+    memory: o.MemoryOption = None,
+    overwrite: o.OverwriteOption = False,
+    restart: o.RestartOption = False,
+    record: o.RecordOption = None,
+    json_output: o.JsonOption = False,
+) -> None:
+    """Compress a fine-tuned checkpoint against its base into an archive.
+
+    Example: deltafold compress base/ math/ -o math.delta --method impart --file-ratio 32
+    """
+    settings = o.method_options(beta, c, value_dtype, setting)
+    budget = {
+        "file_ratio": file_ratio,
+        "nominal_ratio": nominal_ratio,
+        "n_bytes": o.parse_bytes(n_bytes, "--bytes"),
+    }
+    if dry_run:
+        from deltafold.cli.plan import show_plan
+
+        show_plan(base, finetuned, method, budget, settings, json_output)
+        return
+    from deltafold.cli.show import progress
+    from deltafold.choosing import compress as compress_verb
+
+    with progress() as advance:
+        result = compress_verb(
+            base,
+            finetuned,
+            output,
+            method,
+            text=text,
+            **budget,
+            seed=seed,
+            fallback=not no_fallback,
+            overwrite=overwrite,
+            restart=restart,
+            workers=workers,
+            memory_bytes=o.parse_bytes(memory, "--memory"),
+            progress=advance,
+            record=record,
+            **settings,
+        )
+    if json_output:
+        import json
+
+        print(json.dumps(result))
+    else:
+        _show(result)
+
+
+def _show(record: dict) -> None:  # type: ignore[type-arg]
+    from collections import Counter
+
+    from deltafold.cli.show import duration, out, size
+
+    totals, budget = record["totals"], record["budget"]
+    out.print(
+        f"[bold]{record['archive']}[/bold]  {size(totals['checkpoint_bytes'])} -> "
+        f"[bold]{size(totals['archive_bytes'])}[/bold], "
+        f"[bold]{totals['file_ratio']:.2f}x[/bold] smaller on disk, everything counted"
+    )
+    if budget["asked"] is not None:
+        kind = budget["kind"].replace("_", " ")
+        out.print(f"  {kind}: asked {_number(budget['asked'])}, got {_number(budget['got'])}")
+        if budget["kind"] != "bytes" and budget["got"] > 1.01 * budget["asked"]:
+            out.print("  smaller than asked: this method has no use for more bytes here")
+    if budget["kind"] != "nominal_ratio" and totals["nominal_ratio"]:
+        out.print(f"  nominal ratio, as papers count: {totals['nominal_ratio']:.1f}")
+    codecs = Counter(row["codec"] for row in record["tensors"])
+    out.print("  tensors: " + ", ".join(f"{n} {codec}" for codec, n in codecs.most_common()))
+    for tried in record.get("tried", []):
+        out.print(f"  tried {tried['settings']}: {tried['criterion']} {tried['value']:.4g}")
+    out.print(
+        f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "
+        f"record in {record['archive']}.record.json"
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"

@@ -1,0 +1,84 @@
+"""`deltafold plan`, and `compress --dry-run`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltafold.cli import options as o
+
+
+def plan(
+    base: o.BaseArgument,
+    finetuned: o.FinetunedArgument,
+    method: o.MethodOption = "impart",
+    file_ratio: o.FileRatioOption = None,
+    nominal_ratio: o.NominalRatioOption = None,
+    n_bytes: o.BytesOption = None,
+    beta: o.BetaOption = None,
+    c: o.COption = None,
+    value_dtype: o.ValueDtypeOption = None,
+    setting: o.SetOption = None,
+    json_output: o.JsonOption = False,
+) -> None:
+    """Show what compress would do, from headers alone: roles, sizes, what does not match."""
+    budget = {
+        "file_ratio": file_ratio,
+        "nominal_ratio": nominal_ratio,
+        "n_bytes": o.parse_bytes(n_bytes, "--bytes"),
+    }
+    settings = o.method_options(beta, c, value_dtype, setting)
+    show_plan(base, finetuned, method, budget, settings, json_output)
+
+
+def show_plan(
+    base: str,
+    finetuned: str,
+    method: str,
+    budget: dict[str, Any],
+    settings: dict[str, Any],
+    json_output: bool,
+) -> None:
+    """Print the plan. `auto` settings are planned at their defaults (sizes hardly differ)."""
+    from deltafold.verbs.plan import plan as plan_verb
+
+    given = {name: value for name, value in settings.items() if value != "auto"}
+    found = plan_verb(base, finetuned, method, **budget, **given)
+    if json_output:
+        import json
+
+        print(json.dumps(found))
+        return
+    from deltafold.cli.show import out, size, table
+
+    rows = table("role", ">tensors", ">parameters", ">size", "stored by")
+    for row in found["roles"]:
+        approximated = row["approximated"]
+        how = method if approximated == row["tensors"] else "exact"
+        if 0 < approximated < row["tensors"]:
+            how = f"{method} ({approximated}), exact"
+        rows.add_row(
+            row["role"], str(row["tensors"]), f"{row['elements']:,}", size(row["n_bytes"]), how
+        )
+    out.print(rows)
+    for words, key in (
+        ("only in the fine-tune, stored whole", "only_in_finetuned"),
+        ("only in the base, marked as removed", "only_in_base"),
+        ("stored in another dtype than the base's", "dtype_changed"),
+    ):
+        if found[key]:
+            more = f" and {len(found[key]) - 3} more" if len(found[key]) > 3 else ""
+            out.print(f"{words}: {', '.join(found[key][:3])}{more}")
+    for grown in found["vocabulary_changed"]:
+        out.print(f"vocabulary: {grown['name']} has {grown['base_rows']} rows in the base, {grown['rows']} here")
+    out.print(f"tied head: {'yes' if found['tied_head'] else 'no'}")
+    expected = found["expected_bytes"]
+    out.print(
+        f"checkpoint {size(found['checkpoint_bytes'])} -> archive about [bold]{size(expected)}[/bold] "
+        f"({found['checkpoint_bytes'] / expected:.1f}x); tensors that turn out equal will cost nothing"
+    )
+    if not found["feasible"]:
+        out.print("[bold]This budget may not be met[/bold]: exact tensors alone take more than it.")
+    out.print(
+        f"memory about {size(found['memory_bytes'])} and the Python process, "
+        f"disk {size(found['disk_bytes'])} while it runs"
+    )

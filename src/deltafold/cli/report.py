@@ -1,0 +1,71 @@
+"""`deltafold report`: tables and figures from the records of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    records: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECORD...",
+            help="Records (JSON), or what they lie beside: an archive, a folder with record.json.",
+            show_default=False,
+        ),
+    ],
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the tables to this file.", show_default=False)
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Draw PNG figures into this folder.", show_default=False)
+    ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(help="Put the tables into this Markdown file.", show_default=False),
+    ] = None,
+    marker: Annotated[
+        str | None,
+        typer.Option(
+            help="Where in --into: between <!-- MARKER:begin --> and <!-- MARKER:end -->.",
+            show_default=False,
+        ),
+    ] = None,
+    dark: Annotated[
+        bool, typer.Option("--dark", help="Figures on a dark ground, as NAME-dark.png.")
+    ] = False,
+) -> None:
+    """Show what runs did, as tables and figures drawn from their records.
+
+    Takes the records of compress, evaluate, restore, verify, plan and of benchmarks. Tables go to
+    the terminal; --markdown and --into also write them as Markdown, --figures draws figures.
+    """
+    from rich.console import Console
+
+    from deltafold.errors import UsageError
+    from deltafold.reporting.figures import figures_of
+    from deltafold.reporting.markdown import page, rewrite_block, write_text
+    from deltafold.reporting.records import read_records
+    from deltafold.reporting.tables import tables_of
+
+    if (into is None) != (marker is None):
+        raise UsageError("--into and --marker belong together; give both or neither.")
+    if dark and figures is None:
+        raise UsageError("--dark is about figures; give --figures FOLDER with it.")
+    known = read_records(records)
+    tables = [table for record in known for table in tables_of(record)]
+    console = Console()
+    for table in tables:
+        console.print(table.rich())
+    drawn = figures_of(known, figures, dark) if figures else []
+    if figures and not drawn:
+        console.print("These records hold nothing that a figure shows.")
+    if markdown:
+        write_text(markdown, page(tables, drawn, markdown.parent))
+    if into and marker:
+        rewrite_block(into, marker, page(tables))
+    for path in [*drawn, *filter(None, (markdown, into))]:
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

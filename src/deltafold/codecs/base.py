@@ -1,0 +1,216 @@
+"""What a codec is: a pair encode/decode for one piece (a matrix of rows) of one tensor.
+
+Two kinds. An `ExactCodec` gives back every bit of the fine-tune's rows from the base's rows. A
+`DeltaCodec` gives an approximation of the delta (fine-tune minus base, fp32); the caller adds it to
+the base in fp32 and rounds once.
+
+Adding a codec is one new file in this folder (or an entry point in the group `deltafold.codecs`):
+a subclass with its class attributes filled in, assigned to `CODEC`. It then appears in
+`--method`, in `deltafold methods`, in the tests that run over every codec, and in the benchmark.
+A codec is pure: it knows tensors and integers, no file and no model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deltafold.errors import UsageError, nearest
+from deltafold.linalg import Factors, RowMatrix
+
+Shape = tuple[int, int]
+Settings = dict[str, Any]
+Parts = dict[str, torch.Tensor]
+Spectrum = NDArray[np.float64]
+VALUE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """Dtype and shape of one stored part."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Config:
+    """A codec's settings, the same for every matrix of a run. Subclasses add bounded fields."""
+
+    value_dtype: str = "fp16"
+
+    def __post_init__(self) -> None:
+        if self.value_dtype not in VALUE_DTYPES:
+            raise UsageError(f"value_dtype must be fp16 or bf16, not {self.value_dtype!r}.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return VALUE_DTYPES[self.value_dtype]
+
+    @classmethod
+    def from_options(cls, method: str, options: Mapping[str, Any]) -> Config:
+        """Build from what a user gave; None means the default; an unknown name is refused."""
+        known = {field.name: field for field in fields(cls)}
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in given:
+            if name not in known:
+                raise UsageError(
+                    f"The method {method} has no setting {name!r}; {nearest(name, sorted(known))}"
+                )
+        return replace(cls(), **given)
+
+    def to_json(self) -> Settings:
+        return asdict(self)
+
+    @staticmethod
+    def check(name: str, value: Any, low: float, high: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise UsageError(f"{name} must lie between {low:g} and {high:g}, not {value!r}.")
+
+
+class Codec(ABC):
+    """What exact and delta codecs share."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    title: ClassVar[str]  # one line for `deltafold methods`
+    paper: ClassVar[str]  # where it comes from
+    lossy: ClassVar[bool]
+    method: ClassVar[bool] = True  # offered as --method
+    Config: ClassVar[type[Config]] = Config
+
+
+class ExactCodec(Codec):
+    """Restores every bit. Works on tensors of any dtype, seen as matrices (o x i)."""
+
+    lossy = False
+
+    @abstractmethod
+    def encode(self, reference: torch.Tensor, tuned: torch.Tensor) -> tuple[Settings, Parts]:
+        """Parts from which `tuned` follows when `reference` (same shape and dtype) is at hand."""
+
+    @abstractmethod
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], settings: Settings, reference: torch.Tensor
+    ) -> torch.Tensor:
+        """`tuned`, every bit. Raises ValueError if the parts do not fit together."""
+
+
+class DeltaCodec(Codec):
+    """Approximates the delta of an o x i matrix within a share of its values.
+
+    `share` is kept values / (o i), the inverse of the papers' compression ratio on one matrix.
+    """
+
+    lossy = True
+    uses_factors: ClassVar[bool] = False  # wants the singular value decomposition of the delta
+    value_parts: ClassVar[tuple[str, ...]]  # parts that the papers count
+
+    def __init__(self, config: Config | None = None):
+        self.config = config or self.Config()
+
+    def components_for(self, shape: Shape, share: float) -> int:
+        """How many singular triplets to compute at first for this share."""
+        return 0
+
+    def components_used(self, shape: Shape, share: float, spectrum: Spectrum) -> int | None:
+        """How many of the leading triplets matter at this share; None if more must be computed."""
+        return 0
+
+    @abstractmethod
+    def settings_for(
+        self, shape: Shape, share: float, spectrum: Spectrum | None = None
+    ) -> Settings:
+        """The paper's formula: what to keep of a matrix of this shape at this share."""
+
+    @abstractmethod
+    def layout(self, shape: Shape, settings: Settings) -> dict[str, PartSpec]:
+        """The parts that `encode` will give: names, dtypes, shapes. Hence the exact bytes."""
+
+    @abstractmethod
+    def encode(
+        self, delta: RowMatrix, settings: Settings, key: int, factors: Factors | None = None
+    ) -> tuple[Settings, Parts]:
+        """Parts of the delta, and the settings with what only encoding can know filled in."""
+
+    @abstractmethod
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The approximated delta as (first row, fp32 rows), in order, covering all rows.
+
+        Raises ValueError if the parts do not fit together.
+        """
+
+    def part_bytes(self, shape: Shape, settings: Settings) -> int:
+        """Bytes of all parts."""
+        return sum(spec.n_bytes for spec in self.layout(shape, settings).values())
+
+    def value_bytes(self, shape: Shape, settings: Settings) -> int:
+        """Bytes of the parts that the papers count."""
+        layout = self.layout(shape, settings)
+        return sum(layout[name].n_bytes for name in self.value_parts if name in layout)
+
+    def fit(
+        self, shape: Shape, target_bytes: float, spectrum: Spectrum | None, nominal: bool
+    ) -> tuple[Settings, int]:
+        """The largest settings that cost at most `target_bytes`, and what they cost.
+
+        `nominal` counts only the values, as the papers do. Bisection on the share, up to
+        `largest_share`; the cost may have steps (a rank, a component). The share is rounded to six
+        digits, so that it is short in the manifest.
+        """
+        measure = self.value_bytes if nominal else self.part_bytes
+        low, high = 0.0, self.largest_share(shape, target_bytes)
+        best = self.settings_for(shape, 0.0, spectrum)
+        best_bytes = measure(shape, best)
+        for _ in range(30):
+            share = float(f"{(low + high) / 2:.6g}")
+            settings = self.settings_for(shape, share, spectrum)
+            if (cost := measure(shape, settings)) <= target_bytes:
+                low, best, best_bytes = share, settings, cost
+            else:
+                high = share
+        return best, best_bytes
+
+    def largest_share(self, shape: Shape, target_bytes: float) -> float:
+        """A share that surely costs more than `target_bytes`: what `fit` looks at, at most.
+
+        A quarter above the share that the values alone would pay for, and one whole component.
+        """
+        o, i = shape
+        paid = target_bytes / (o * i * self.config.torch_dtype.itemsize)
+        return min(1.0, 1.25 * paid + (o + i) / (o * i))
+
+
+def check_parts(
+    parts: Mapping[str, torch.Tensor], layout: Mapping[str, PartSpec]
+) -> None:
+    """Stored parts must be what their settings promise. Raises ValueError."""
+    for name, spec in layout.items():
+        if name not in parts:
+            raise ValueError(f"part {name!r} is missing")
+        part = parts[name]
+        if part.dtype != spec.dtype or tuple(part.shape) != spec.shape:
+            raise ValueError(
+                f"part {name!r} is {part.dtype} {tuple(part.shape)}, "
+                f"not {spec.dtype} {spec.shape} as its settings say"
+            )
+
+
+def unit_scale(peak: float) -> float:
+    """Divisor that brings values of this largest magnitude into [-1, 1], where 16 bits serve them.
+
+    Deltas are small (1e-6 to 1e-2); below 6e-5 an fp16 loses bits.
+    """
+    return peak if peak > 0 else 1.0

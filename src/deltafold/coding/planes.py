@@ -1,0 +1,105 @@
+"""Differences of bit patterns, split into byte planes and compressed: the lossless path.
+
+A float's bits, read as a sign-magnitude integer, order like the floats themselves. The difference
+of two such integers counts the representable values between them: tiny for a fine-tune. Zig-zag
+makes it unsigned, and one zstd frame a byte plane stores the nearly empty high bytes for nothing.
+
+    fine-tune  bits -> ordered integer  \\
+                                          -  -> zig-zag -> planes (low .. high) -> zstd each
+    reference  bits -> ordered integer  /
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import zstandard
+from numpy.typing import NDArray
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_TORCH_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+ZSTD_LEVEL = 9
+
+
+def bit_pattern(tensor: torch.Tensor) -> NDArray[np.unsignedinteger]:
+    """The tensor's bits as unsigned integers of the same width, flat; no copy."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(_TORCH_UNSIGNED[flat.element_size()]).numpy()
+
+
+def from_bit_pattern(
+    bits: NDArray[np.unsignedinteger], dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Inverse of `bit_pattern`."""
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(dtype).reshape(shape)
+
+
+def _ordered(bits: NDArray[np.unsignedinteger], floating: bool) -> NDArray[np.unsignedinteger]:
+    """Map float bits to integers in the floats' order (an involution); integers stay."""
+    if not floating:
+        return bits
+    width = bits.dtype.itemsize * 8
+    sign = (bits >> bits.dtype.type(width - 1)).astype(bits.dtype)
+    mask = (bits.dtype.type(0) - sign) & bits.dtype.type((1 << (width - 1)) - 1)
+    return bits ^ mask
+
+
+def difference(tuned: torch.Tensor, reference: torch.Tensor) -> NDArray[np.unsignedinteger]:
+    """Zig-zagged difference of ordered bit patterns, modulo 2^width, flat."""
+    floating = tuned.dtype.is_floating_point
+    a, b = _ordered(bit_pattern(tuned), floating), _ordered(bit_pattern(reference), floating)
+    d = a - b
+    width = d.dtype.itemsize * 8
+    negative = d.dtype.type(0) - (d >> d.dtype.type(width - 1))
+    return (d << d.dtype.type(1)) ^ negative
+
+
+def undo_difference(
+    zigzag: NDArray[np.unsignedinteger], reference: torch.Tensor
+) -> torch.Tensor:
+    """The fine-tune's tensor from its difference to `reference`; every bit."""
+    one = zigzag.dtype.type(1)
+    d = (zigzag >> one) ^ (zigzag.dtype.type(0) - (zigzag & one))
+    floating = reference.dtype.is_floating_point
+    bits = _ordered(d + _ordered(bit_pattern(reference), floating), floating)
+    return from_bit_pattern(bits, reference.dtype, tuple(reference.shape))
+
+
+def compress_planes(values: NDArray[np.unsignedinteger]) -> dict[str, torch.Tensor]:
+    """Byte planes of `values`, low to high, one zstd frame each: {"plane0": uint8 bytes, ...}."""
+    raw = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
+    parts = {}
+    for plane in range(values.dtype.itemsize):
+        frame = compressor.compress(np.ascontiguousarray(raw[:, plane]).data) if len(values) else b""
+        parts[f"plane{plane}"] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+    return parts
+
+
+def decompress_planes(
+    parts: dict[str, torch.Tensor], itemsize: int, count: int
+) -> NDArray[np.unsignedinteger]:
+    """Inverse of `compress_planes`. Raises ValueError if a frame does not hold `count` bytes."""
+    out = np.empty((count, itemsize), dtype=np.uint8)
+    for plane in range(itemsize):
+        out[:, plane] = np.frombuffer(inflate(parts[f"plane{plane}"], count), dtype=np.uint8)
+    return out.view(_UNSIGNED[itemsize]).reshape(-1)
+
+
+def inflate(part: torch.Tensor, expected_bytes: int) -> bytes:
+    """One zstd frame of exactly `expected_bytes`; anything else is refused before it is unpacked."""
+    frame = part.numpy().tobytes()
+    if not frame and not expected_bytes:
+        return b""
+    try:
+        if zstandard.frame_content_size(frame) != expected_bytes:
+            raise ValueError(f"a compressed part does not hold the promised {expected_bytes} bytes")
+        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=expected_bytes)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a compressed part is damaged ({error})") from None
+
+
+def deflate(data: bytes) -> torch.Tensor:
+    """One zstd frame as a uint8 tensor."""
+    frame = zstandard.ZstdCompressor(level=19, write_content_size=True).compress(data)
+    return torch.frombuffer(bytearray(frame), dtype=torch.uint8)

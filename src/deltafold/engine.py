@@ -1,0 +1,115 @@
+"""Run per-tensor work over the cores of this machine.
+
+Threads: everything heavy (linear algebra, hashing, zstd, file reads) releases the interpreter lock.
+Each thread computes with one core, so that results do not depend on how many there are. A task is
+admitted when its memory fits beside those that run; a task larger than the allowance runs alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from deltafold.record import total_memory_bytes
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit of work. `work` weighs it in the progress bar; `memory_bytes` is its peak."""
+
+    name: str
+    run: Callable[[], object]
+    memory_bytes: int = 0
+    work: float = 1.0
+
+
+Progress = Callable[[str, str, float], None]
+"""(stage, name of the task that ended, its work)"""
+
+
+def default_workers() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_memory_bytes() -> int:
+    """Memory that tasks may hold together: a twenty-fourth of the machine, at least 256 MiB."""
+    return max(256 << 20, total_memory_bytes() // 24)
+
+
+def run_tasks(
+    stage: str,
+    tasks: Sequence[Task],
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Run all tasks; return when all are done.
+
+    On a failure no further task starts, those that run are waited for, and the error of the task
+    that stands first in `tasks` is raised: the same one each time. Ctrl-C does likewise.
+    """
+    allowance = memory_bytes or default_memory_bytes()
+    waiting = list(enumerate(tasks))
+    running: dict[Future[object], int] = {}
+    errors: dict[int, BaseException] = {}
+    with _one_core_each(), _pool(workers or default_workers()) as pool:
+        try:
+            while (waiting and not errors) or running:
+                held = sum(tasks[index].memory_bytes for index in running.values())
+                while waiting and not errors and len(running) < (workers or default_workers()):
+                    index, task = waiting[0]
+                    if running and held + task.memory_bytes > allowance:
+                        break
+                    running[pool.submit(task.run)] = index
+                    held += task.memory_bytes
+                    waiting.pop(0)
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    index = running.pop(future)
+                    if (error := future.exception()) is not None:
+                        errors[index] = error
+                    elif progress:
+                        progress(stage, tasks[index].name, tasks[index].work)
+                if done and tasks[index].memory_bytes > 64 << 20:
+                    _trim()
+        except KeyboardInterrupt:
+            wait(running)
+            raise
+    if errors:
+        raise errors[min(errors)]
+
+
+@contextlib.contextmanager
+def _one_core_each():  # type: ignore[no-untyped-def]
+    """BLAS and torch compute with one thread inside; restored afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    import torch
+
+    def start() -> None:
+        # A new thread has OpenMP settings of its own.
+        torch.set_num_threads(1)
+        threading.current_thread().name = "deltafold"
+
+    return ThreadPoolExecutor(max_workers=workers, initializer=start)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system (glibc keeps it per thread otherwise)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

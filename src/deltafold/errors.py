@@ -1,0 +1,60 @@
+"""One small tree of errors.
+
+Each message is one sentence that names the thing (tensor, file, setting) and the remedy.
+The command line prints it and exits with `exit_code`; nothing else is shown to the user.
+"""
+
+from __future__ import annotations
+
+
+class DeltafoldError(Exception):
+    """Anything that the user can put right. `str(error)` is the sentence shown."""
+
+    exit_code = 1
+
+
+class UsageError(DeltafoldError):
+    """A setting that cannot be: an unknown method, two budgets at once, an output that exists."""
+
+    exit_code = 2
+
+
+class CheckpointError(DeltafoldError):
+    """A checkpoint that cannot be read: missing shard, truncated file, malformed header."""
+
+
+class MismatchError(DeltafoldError):
+    """Two things that do not belong together: architectures, shapes, another base."""
+
+
+class ArchiveError(DeltafoldError):
+    """An archive that cannot be trusted: flipped bit, newer format, edited manifest."""
+
+
+class NonFiniteError(DeltafoldError):
+    """NaN or infinity in a weight."""
+
+
+class BudgetError(UsageError):
+    """A budget that no setting of the method can meet; the message gives the smallest possible."""
+
+
+class ResumeError(DeltafoldError):
+    """Unfinished work under the output's name was begun with other inputs or settings."""
+
+
+class StorageError(DeltafoldError):
+    """The disk is full, read-only or out of reach."""
+
+
+class DeltafoldWarning(UserWarning):
+    """Something worth a line on the terminal that does not stop the work."""
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`", did you mean 'x'?"`-style hint for an unknown `word`; always lists what is known."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}."

@@ -1,0 +1,176 @@
+"""What compression did to a model: base, fine-tune and candidates under one setting, one record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltafold.archive import read_manifest
+from deltafold.errors import UsageError, nearest
+from deltafold.evaluation.loading import (
+    DTYPES,
+    choose_device,
+    dtype_name,
+    end_token_ids,
+    is_archive,
+    load_tokenizer,
+    loaded,
+    quiet,
+)
+from deltafold.evaluation.plan import Plan, Request, Source
+from deltafold.record import RECORD_VERSION, Meter, Record, machine, read_record, record_path
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    finetuned: Source,
+    models: Sequence[Source] = (),
+    base: Source | None = None,
+    tasks: Sequence[Source] = (),
+    texts: Sequence[Source] = (),
+    *,
+    lm_eval: Sequence[str] = (),
+    lm_eval_path: Source | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Record:
+    """Measure base, fine-tune and candidates, and return the record (`docs/commands/evaluate.md`).
+
+    `models` are Hugging Face folders or archives (which need `base`). `dtype` `auto` is the
+    fine-tune's own, for every model. At most two models are in memory at a time: the fine-tune,
+    and the one that is compared with it. `report` is told what is going on. Raises DeltafoldError.
+
+    >>> record = evaluate("math/", ["math.restored/"], texts=["wiki.txt"])      # doctest: +SKIP
+    >>> record["models"][-1]["metrics"]["kl_text"]["value"]                     # doctest: +SKIP
+    """
+    request = Request(
+        tasks=tuple(map(str, tasks)),
+        texts=tuple(map(str, texts)),
+        lm_eval=tuple(lm_eval),
+        lm_eval_path=None if lm_eval_path is None else str(lm_eval_path),
+        batch_size=batch_size,
+        max_length=max_length,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+    )
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"There is no dtype {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
+    _check_sources(finetuned, models, base)
+    device = choose_device(device)
+    with Meter() as meter, quiet():
+        tokenizer = load_tokenizer(finetuned)
+        plan = Plan(request, tokenizer, end_token_ids(finetuned, tokenizer))
+        wanted = None if dtype == "auto" else DTYPES[dtype]
+        entries, used = _measure_all(plan, finetuned, models, base, wanted, device, report)
+    settings = plan.settings() | {
+        "finetuned": str(finetuned),
+        "base": None if base is None else str(base),
+        "dtype": dtype_name(used),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+    return {
+        "record_version": RECORD_VERSION,
+        "kind": "evaluate",
+        "machine": machine(),
+        "settings": settings,
+        "models": entries,
+        "seconds": meter.seconds,
+        "peak_memory_bytes": meter.peak_memory_bytes,
+    }
+
+
+def _check_sources(finetuned: Source, models: Sequence[Source], base: Source | None) -> None:
+    """What can be known from the arguments is said before anything is loaded."""
+    for role, source in (("fine-tune", finetuned), ("base", base)):
+        if source is not None and is_archive(source):
+            raise UsageError(
+                f"{source} is an archive, but the {role} must be an ordinary model folder; "
+                "restore it first, or give the folder that it was made from."
+            )
+    archives = [source for source in models if is_archive(source)]
+    if archives and base is None:
+        raise UsageError(f"{archives[0]} is an archive; give its base with --base.")
+
+
+def _measure_all(
+    plan: Plan,
+    finetuned: Source,
+    models: Sequence[Source],
+    base: Source | None,
+    dtype: torch.dtype | None,
+    device: str,
+    report: Callable[[str], None],
+) -> tuple[list[Record], torch.dtype]:
+    """The entries of the record in the order base, fine-tune, candidates, and the dtype used."""
+    others = [("base", base)] if base is not None else []
+    others += [("candidate", source) for source in models]
+    label, *labels = _labels([finetuned, *(source for _, source in others)])
+    report(f"{label}: loading")
+    start = time.perf_counter()
+    with loaded(label, finetuned, base, dtype, device) as teacher:
+        used = dtype or teacher.model.dtype
+        plan.cut_texts(teacher)
+        metrics = plan.measure(teacher, None, report)
+        entries = [_entry(label, "fine-tune", finetuned, metrics, time.perf_counter() - start)]
+        for label, (role, source) in zip(labels, others, strict=True):
+            report(f"{label}: loading")
+            start = time.perf_counter()
+            with loaded(label, source, base, used, device) as subject:
+                metrics = plan.measure(subject, teacher, report)
+            entries.append(_entry(label, role, source, metrics, time.perf_counter() - start))
+    order = ("base", "fine-tune", "candidate")
+    return sorted(entries, key=lambda entry: order.index(entry["role"])), used
+
+
+def _labels(sources: Sequence[Source]) -> list[str]:
+    """Short names, all different: the folder's name, else the whole path, else numbered."""
+    names = [Path(source).name or str(source) for source in sources]
+    labels: list[str] = []
+    for name, source in zip(names, sources, strict=True):
+        label = name if names.count(name) == 1 else str(source)
+        twins = sum(each == label or each.startswith(f"{label} (") for each in labels)
+        labels.append(f"{label} ({twins + 1})" if twins else label)
+    return labels
+
+
+def _entry(
+    label: str, role: str, source: Source, metrics: dict[str, Any], seconds: float
+) -> Record:
+    sizes = _sizes(Path(source).expanduser()) if role == "candidate" else {}
+    return {
+        "label": label,
+        "role": role,
+        "path": str(source),
+        "seconds": seconds,
+        **sizes,
+        "metrics": metrics,
+    }
+
+
+def _sizes(path: Path) -> dict[str, Any]:
+    """`archive_bytes`, `file_ratio`, `method` of an archive, or of what was restored from one."""
+    if is_archive(path):
+        manifest = read_manifest(path)
+        archive_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return {
+            "archive_bytes": archive_bytes,
+            "file_ratio": manifest.finetuned.total_bytes / archive_bytes,
+            "method": manifest.method,
+        }
+    if not record_path(path).is_file():
+        return {}
+    record = read_record(record_path(path))
+    if record.get("kind") != "restore":
+        return {}
+    return {key: record[key] for key in ("archive_bytes", "file_ratio", "method") if key in record}

@@ -1,0 +1,1 @@
+"""One file a figure: a function `draw(records, ink)` that yields (file name, figure)."""

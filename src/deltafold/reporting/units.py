@@ -1,0 +1,74 @@
+"""Numbers as people read them. Bytes are decimal: 1 MB is 1,000,000 bytes."""
+
+from __future__ import annotations
+
+MISSING = "–"
+EXACT_KL = 1e-9  # a divergence below this is the rounding of equal outputs
+
+
+def bytes_text(n_bytes: float | None) -> str:
+    """Three digits and a unit.
+
+    >>> bytes_text(8_412_000), bytes_text(999_999), bytes_text(12)
+    ('8.41 MB', '1 MB', '12 B')
+    """
+    if n_bytes is None:
+        return MISSING
+    size, units = float(n_bytes), ["TB", "GB", "MB", "KB", "B"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1000
+        units.pop()
+    return f"{size:.3g} {units[-1]}" if size < 999.5 else f"{size:,.0f} {units[-1]}"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """A ratio as a factor: `32.1x`."""
+    if ratio is None:
+        return MISSING
+    return f"{ratio:,.0f}x" if ratio >= 99.95 else f"{ratio:.1f}x"
+
+
+def smaller_text(ratio: float | None) -> str:
+    """A file_ratio in words.
+
+    >>> smaller_text(32.08), smaller_text(0.5)
+    ('32.1x smaller', '2.0x larger')
+    """
+    if ratio is None or ratio <= 0:
+        return MISSING
+    return f"{ratio_text(ratio)} smaller" if ratio >= 1 else f"{ratio_text(1 / ratio)} larger"
+
+
+def number_text(value: float | None, stderr: float | None = None) -> str:
+    """Three digits; with a standard error, as many decimals as that error has in two digits."""
+    if value is None:
+        return MISSING
+    if not stderr:
+        return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+    decimals = 0
+    while stderr * 10**decimals < 9.95 and decimals < 8:
+        decimals += 1
+    return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def kl_text(value: float | None, stderr: float | None = None) -> str:
+    """A KL divergence; that of equal outputs is said in words."""
+    return "0 (exact)" if value is not None and value <= EXACT_KL else number_text(value, stderr)
+
+
+def percent_text(share: float | None, stderr: float | None = None) -> str:
+    """A share between 0 and 1 as a percentage with one decimal."""
+    if share is None:
+        return MISSING
+    error = f" ± {100 * stderr:.1f}" if stderr else ""
+    return f"{100 * share:.1f}{error} %"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Seconds, or minutes and seconds from two minutes on."""
+    if seconds is None:
+        return MISSING
+    if seconds < 119.95:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"

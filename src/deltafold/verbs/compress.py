@@ -1,0 +1,99 @@
+"""`compress`: a fine-tune beside its base becomes an archive.
+
+The recipe: pair the tensors, survey them (one read of both checkpoints), decide who gets how many
+bytes, factor what wants factors, allot, encode, assemble. Every step works tensor by tensor and
+leaves its result in the workspace, so that a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltafold.archive import Archive
+from deltafold.budget import Budget
+from deltafold.codecs import get
+from deltafold.codecs.base import DeltaCodec
+from deltafold.engine import Progress
+from deltafold.errors import UsageError
+from deltafold.record import Meter, Record, record_path, write_record
+from deltafold.verbs.assemble import assemble
+from deltafold.verbs.encode import encode_lossy
+from deltafold.verbs.job import Job
+from deltafold.verbs.pair import open_pair
+from deltafold.verbs.recording import compress_record
+from deltafold.verbs.schedule import schedule
+from deltafold.verbs.workspace import Workspace, check_output, check_space
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the work may use; it never changes the result."""
+
+    workers: int | None = None
+    memory_bytes: int | None = None
+    progress: Progress | None = None
+
+
+def compress(
+    base: str | Path,
+    finetuned: str | Path,
+    output: str | Path,
+    method: str = "impart",
+    *,
+    file_ratio: float | None = None,
+    nominal_ratio: float | None = None,
+    n_bytes: float | None = None,
+    seed: int = 0,
+    fallback: bool = True,
+    overwrite: bool = False,
+    restart: bool = False,
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+    progress: Progress | None = None,
+    record: str | Path | None = None,
+    **options: Any,
+) -> Record:
+    """Compress `finetuned` against `base` into the archive folder `output`; returns the record.
+
+    Args:
+        base, finetuned: local Hugging Face folders, safetensors files, or hub ids (`org/name@rev`).
+        method: a codec's name, see `deltafold methods`.
+        file_ratio, nominal_ratio, n_bytes: the budget, at most one; default file ratio 32.
+        seed: of the random positions.
+        fallback: let a tensor that the method does not suit (nearly all values equal, flat
+            spectrum) be stored by one that suits it.
+        workers: threads; memory_bytes: what tasks may hold together. Neither changes a byte.
+        record: where the run's record goes; default `OUTPUT.record.json`.
+        options: the method's settings, e.g. `beta=0.6, c=1.0, value_dtype="fp16"`.
+
+    Raises DeltafoldError (see `deltafold.errors`); nothing is left under `output` then.
+    """
+    out = Path(output)
+    check_output(out, overwrite)
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"seed must lie between 0 and 2^63 - 1, not {seed}.")
+    codec_class = get(method)
+    if not codec_class.method:
+        raise UsageError(f"{method} is used where it fits; it cannot be asked for as a method.")
+    budget = None
+    if issubclass(codec_class, DeltaCodec):
+        budget = Budget.of(file_ratio, nominal_ratio, n_bytes)
+    elif any(value is not None for value in (file_ratio, nominal_ratio, n_bytes)):
+        raise UsageError(f"{method} is exact: its size follows from the weights; drop the budget.")
+    config = codec_class.Config.from_options(method, options)
+    with Meter() as meter, open_pair(base, finetuned) as pair:
+        job = Job(pair, method, config, budget, seed, fallback)
+        check_space(out, job.disk_needed_bytes)
+        with Workspace(out, job.identity(), restart) as workspace:
+            resources = Resources(workers, memory_bytes, progress)
+            plan = schedule(job, workspace, resources)
+            encode_lossy(job, plan, workspace, resources)
+            assemble(job, plan, workspace)
+            workspace.publish("archive", overwrite)
+    with Archive(out) as archive:
+        result = compress_record(job, plan, archive, out, meter)
+    result["settings"]["workers"] = workers
+    write_record(result, Path(record) if record else record_path(out))
+    return result

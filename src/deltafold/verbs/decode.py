@@ -1,0 +1,126 @@
+"""One tensor back from base and archive, as rows in the stored dtype.
+
+The base's tensor is read once: hashed, and used. A wrong base is refused by the tensor's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+from deltafold.archive import Archive, Piece, Tensor, TensorDigest
+from deltafold.checkpoint import DTYPES, Checkpoint, tensor_bytes
+from deltafold.codecs import delta_codec, exact_codec, get, names
+from deltafold.codecs.base import DeltaCodec
+from deltafold.errors import ArchiveError, MismatchError
+from deltafold.verbs.job import piece_key
+from deltafold.verbs.pair import reference_rows
+
+CHUNK_BYTES = 16 << 20
+MAX_EXACT_BYTES = 1 << 28  # an exact piece of a sound archive is far smaller
+
+
+def check_codecs(archive: Archive) -> None:
+    """Every codec of the archive must be known here, in a version that this package reads."""
+    for name, entry in archive.manifest.codecs.items():
+        if name not in names():
+            raise ArchiveError(
+                f"{archive.folder} uses the codec {name!r}, which this deltafold does not have; "
+                "upgrade, or install the package that brings it."
+            )
+        if entry.version > get(name).version:
+            raise ArchiveError(
+                f"{archive.folder} uses version {entry.version} of codec {name}, newer than this "
+                f"deltafold reads ({get(name).version}); upgrade deltafold."
+            )
+
+
+def check_base_headers(archive: Archive, base: Checkpoint) -> None:
+    """Refuse, from headers alone, a base that cannot be the archive's."""
+    for tensor in archive.manifest.tensors:
+        if tensor.base is None:
+            continue
+        found = base.tensors.get(tensor.name)
+        if found is None:
+            raise MismatchError(
+                f"{base.label} is not the base of {archive.folder}: it has no tensor "
+                f"{tensor.name}; give {archive.manifest.base.label}."
+            )
+        rows = [tensor.piece_rows(p)[1] for p in tensor.pieces if p.reference == "base"]
+        if (
+            found.matrix_shape[1] != tensor.matrix_shape[1]
+            or max(rows, default=0) > found.matrix_shape[0]
+        ):
+            raise MismatchError(
+                f"{base.label} is not the base of {archive.folder}: tensor {tensor.name} has shape "
+                f"{list(found.shape)} there; give {archive.manifest.base.label}."
+            )
+
+
+def check_base_tensor(archive: Archive, tensor: Tensor, base: Checkpoint) -> None:
+    """Read the base's tensor once and compare its digest. Raises MismatchError by name."""
+    if tensor.base is None:
+        return
+    info = base.tensors[tensor.name]
+    digest = TensorDigest(info.dtype, info.shape)
+    for _, rows in base.row_chunks(tensor.name, CHUNK_BYTES):
+        digest.update(tensor_bytes(rows))
+    if digest.identity() != tensor.base:
+        raise MismatchError(
+            f"{base.label} is not the base of {archive.folder}: tensor {tensor.name} differs; "
+            f"give the base it was made from ({archive.manifest.base.label})."
+        )
+
+
+def decoded_rows(
+    archive: Archive, tensor: Tensor, base: Checkpoint
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows in the stored dtype) of one tensor, in order, covering it.
+
+    The caller has checked the base. Raises ArchiveError if parts are damaged or do not fit.
+    """
+    target = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    for piece in target.pieces:
+        try:
+            yield from _decoded_piece(archive, target, piece, base)
+        except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+            raise ArchiveError(
+                f"Tensor {target.name} of {archive.folder} cannot be decoded ({error}); "
+                "fetch the archive again."
+            ) from error
+
+
+def _decoded_piece(
+    archive: Archive, tensor: Tensor, piece: Piece, base: Checkpoint
+) -> Iterator[tuple[int, torch.Tensor]]:
+    start, stop = tensor.piece_rows(piece)
+    dtype, columns = DTYPES[tensor.dtype], tensor.matrix_shape[1]
+    if piece.codec == "skip":
+        step = max(1, CHUNK_BYTES // max(1, columns * dtype.itemsize))
+        for at in range(start, stop, step):
+            yield at, reference_rows(base, tensor.name, at, min(stop, at + step), dtype)
+        return
+    parts = archive.parts(tensor, piece)
+    if not get(piece.codec).lossy:
+        if (stop - start) * columns * dtype.itemsize > MAX_EXACT_BYTES:
+            raise ValueError("an exact piece is absurdly large")
+        reference = (
+            reference_rows(base, tensor.name, start, stop, dtype)
+            if piece.reference == "base"
+            else torch.zeros(stop - start, columns, dtype=dtype)
+        )
+        yield start, exact_codec(piece.codec).decode(parts, piece.settings, reference)
+        return
+    codec = _codec(piece.codec, tuple(archive.manifest.codecs[piece.codec].config.items()))
+    key = piece_key(archive.manifest.seed, tensor.name, start)
+    for at, delta in codec.decode(parts, piece.settings, (stop - start, columns), key):
+        first = start + at
+        reference32 = base.rows(tensor.name, first, first + len(delta)).float()
+        yield first, reference32.add_(delta).to(dtype)
+
+
+@cache
+def _codec(name: str, config: tuple[tuple[str, int | float | str], ...]) -> DeltaCodec:
+    return delta_codec(name, dict(config))

@@ -1,0 +1,70 @@
+"""Encode the lossy pieces of a plan: parts into the workspace, each checked by decoding it again."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from deltafold.codecs.base import DeltaCodec, Parts, Settings
+from deltafold.engine import Task, run_tasks
+from deltafold.linalg import RowMatrix
+from deltafold.verbs.job import Job
+from deltafold.verbs.pair import DeltaRows, Span
+from deltafold.verbs.schedule import Plan, PlannedPiece, PlannedTensor, load_factors
+from deltafold.verbs.workspace import Workspace, checksum
+
+if TYPE_CHECKING:
+    from deltafold.verbs.compress import Resources
+
+
+def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> None:
+    """Encode what is not yet encoded; fills in each piece's settings, checksums and error."""
+
+    def encode(tensor: PlannedTensor, piece: PlannedPiece) -> None:
+        rows = DeltaRows(job.pair, tensor.pairing, Span(piece.start, piece.stop, True))
+        codec, key = job.codec(piece.codec), job.key(tensor.pairing.name, piece.start)
+        settings, parts = codec.encode(rows, piece.settings, key, load_factors(workspace, piece))
+        error = relative_error(codec, parts, settings, rows, key)
+        workspace.save_tensors(f"lossy/{piece.stem}.safetensors", parts)
+        workspace.save_json(
+            f"lossy/{piece.stem}.json",
+            {
+                "settings": settings,
+                "checksums": {name: checksum(part) for name, part in sorted(parts.items())},
+                "error": error,
+            },
+        )
+
+    tasks = []
+    for tensor, piece in plan.lossy:
+        if workspace.has(f"lossy/{piece.stem}.json"):
+            continue
+        elements = (piece.stop - piece.start) * tensor.pairing.tuned.matrix_shape[1]
+        tasks.append(
+            Task(
+                tensor.pairing.name,
+                lambda t=tensor, p=piece: encode(t, p),  # type: ignore[misc]
+                memory_bytes=min(4 * elements, DeltaRows.KEEP_BYTES) + (160 << 20),
+                work=float(elements),
+            )
+        )
+    run_tasks("encode", tasks, resources.workers, resources.memory_bytes, resources.progress)
+    for _, piece in plan.lossy:
+        done = workspace.load_json(f"lossy/{piece.stem}.json")
+        piece.settings, piece.checksums = done["settings"], done["checksums"]
+        piece.error = done["error"]
+
+
+def relative_error(
+    codec: DeltaCodec, parts: Parts, settings: Settings, delta: RowMatrix, key: int
+) -> float:
+    """||D - D^|| / ||D||, four digits, from the parts as they will be read back."""
+    wrong = total = 0.0
+    for start, approximate in codec.decode(parts, settings, delta.shape, key):
+        true = delta.rows(start, start + len(approximate))
+        wrong += float((true - approximate).square().sum(dtype=torch.float64))
+        total += float(true.square().sum(dtype=torch.float64))
+    return float(f"{math.sqrt(wrong / total) if total else 0.0:.4g}")
+

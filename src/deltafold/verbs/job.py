@@ -1,0 +1,82 @@
+"""What a `compress` run is asked to do, checked and in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from deltafold.archive.writer import encode_side_files
+from deltafold.budget import Budget
+from deltafold.codecs import get
+from deltafold.codecs.base import Config, DeltaCodec
+from deltafold.coding.counter import derive_key
+from deltafold.verbs.pair import Pair
+from deltafold.version import __version__
+
+
+@dataclass
+class Job:
+    """One run's inputs and settings. `budget` is None for an exact method."""
+
+    pair: Pair
+    method: str
+    config: Config
+    budget: Budget | None
+    seed: int
+    fallback: bool
+    _codecs: dict[str, DeltaCodec] = field(default_factory=dict)
+
+    @property
+    def exact_method(self) -> str | None:
+        """The exact codec asked for the whole model; None for a delta codec."""
+        return None if get(self.method).lossy else self.method
+
+    def codec(self, name: str) -> DeltaCodec:
+        """The delta codec `name`; the run's settings apply to its own method only."""
+        if name not in self._codecs:
+            cls = get(name)
+            assert issubclass(cls, DeltaCodec)
+            own = name == self.method
+            self._codecs[name] = cls(
+                self.config if own else cls.Config(value_dtype=self.config.value_dtype)
+            )
+        return self._codecs[name]
+
+    def key(self, tensor: str, start: int) -> int:
+        """Key of the random stream of one piece: seed, tensor name and first row."""
+        return piece_key(self.seed, tensor, start)
+
+    @cached_property
+    def side_files(self) -> Any:
+        """Manifest entries and stored frames of config, tokenizer and the like."""
+        return encode_side_files(self.pair.finetuned, self.pair.base)
+
+    def identity(self) -> dict[str, Any]:
+        """What unfinished work is bound to: inputs, settings, versions."""
+        return {
+            "command": "compress",
+            "base": self.pair.base.fingerprint(),
+            "fine-tune": self.pair.finetuned.fingerprint(),
+            "method": self.method,
+            "method version": get(self.method).version,
+            "settings": self.config.to_json(),
+            "budget": [self.budget.kind, self.budget.asked] if self.budget else None,
+            "seed": self.seed,
+            "fallback": self.fallback,
+            "deltafold version": __version__,
+        }
+
+    @property
+    def disk_needed_bytes(self) -> int:
+        """A generous guess of what archive and unfinished work take on disk."""
+        total = self.pair.finetuned.total_bytes
+        target = self.budget.target_bytes(total) if self.budget else None
+        if target is None:
+            target = total / self.budget.asked if self.budget else 0.9 * total
+        factors = self.budget and self.codec(self.method).uses_factors
+        return int(2 * min(target, total)) + (total // 2 if factors else 0)
+
+
+def piece_key(seed: int, tensor: str, start: int) -> int:
+    return derive_key(seed, tensor, str(start))

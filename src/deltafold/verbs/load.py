@@ -1,0 +1,93 @@
+"""`load`: base and archive become a ready `transformers` model in memory; nothing goes to disk."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltafold.archive import Archive, Tensor
+from deltafold.checkpoint import DTYPES, open_checkpoint
+from deltafold.engine import Progress, Task, run_tasks
+from deltafold.errors import MismatchError
+from deltafold.verbs.decode import (
+    check_base_headers,
+    check_base_tensor,
+    check_codecs,
+    decoded_rows,
+)
+
+
+def load_state(
+    archive: str | Path,
+    base: str | Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, torch.Tensor]:
+    """The restored tensors by checkpoint name, in their stored dtypes."""
+    state: dict[str, torch.Tensor] = {}
+    lock = threading.Lock()
+    with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
+        check_codecs(opened)
+        check_base_headers(opened, checkpoint)
+
+        def one(tensor: Tensor) -> None:
+            check_base_tensor(opened, tensor, checkpoint)
+            whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype])
+            for start, rows in decoded_rows(opened, tensor, checkpoint):
+                whole[start : start + len(rows)] = rows
+            with lock:
+                state[tensor.name] = whole.reshape(tensor.shape)
+
+        tasks = [
+            Task(t.name, lambda t=t: one(t), 200 << 20, float(torch.Size(t.shape).numel()))  # type: ignore[misc]
+            for t in opened.manifest.tensors
+        ]
+        run_tasks("load", tasks, workers, None, progress)
+        return {tensor.name: state[tensor.name] for tensor in opened.manifest.tensors}
+
+
+def side_files(archive: str | Path, base: str | Path, folder: Path) -> None:
+    """Write config, tokenizer and the like of the fine-tune into `folder`."""
+    with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
+        for entry in opened.manifest.files:
+            (folder / entry.name).write_bytes(opened.side_file(entry, checkpoint))
+
+
+def load(
+    archive: str | Path,
+    base: str | Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **from_pretrained: Any,
+) -> Any:
+    """A ready `transformers` model: the fine-tune of `archive` on `base`.
+
+    `from_pretrained` takes what `AutoModelForCausalLM.from_pretrained` takes (dtype, device_map,
+    attn_implementation, ...). The dtype defaults to that of the checkpoint. Raises ArchiveError,
+    MismatchError.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    state = load_state(archive, base, workers=workers, progress=progress)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        side_files(archive, base, folder)
+        if not (folder / "config.json").is_file():
+            raise MismatchError(
+                f"{archive} carries no config.json, so no model can be built; use restore."
+            )
+        config = AutoConfig.from_pretrained(folder)
+        options = {"dtype": "auto"} | from_pretrained
+        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, **options)
+        if (folder / "generation_config.json").is_file():
+            from transformers import GenerationConfig
+
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.eval()
+    return model

@@ -1,0 +1,153 @@
+"""`restore`: base and archive become an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from deltafold.archive import Archive, Tensor
+from deltafold.archive.manifest import Manifest
+from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
+from deltafold.checkpoint.writer import TensorSpec, guard_storage
+from deltafold.engine import Progress, Task, run_tasks
+from deltafold.errors import UsageError, nearest
+from deltafold.record import RECORD_VERSION, Meter, Record, machine, record_path, write_record
+from deltafold.verbs.decode import (
+    check_base_headers,
+    check_base_tensor,
+    check_codecs,
+    decoded_rows,
+)
+from deltafold.verbs.workspace import Workspace, check_output, check_space
+
+TASK_MEMORY_BYTES = 200 << 20
+
+
+def restore(
+    archive: str | Path,
+    base: str | Path,
+    output: str | Path,
+    *,
+    tensors: list[str] | None = None,
+    shard_bytes: int | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+    progress: Progress | None = None,
+    record: str | Path | None = None,
+) -> Record:
+    """Restore the fine-tune of `archive` on `base` into the folder `output`; returns the record.
+
+    The weight files are laid out as the fine-tune's were (same names, order and metadata), or in
+    shards of `shard_bytes`. `tensors` restores only the named ones, into one file. Raises
+    MismatchError for a wrong base, ArchiveError for a damaged archive; nothing is left under
+    `output` then.
+    """
+    out = Path(output)
+    check_output(out, overwrite)
+    with Meter() as meter, Archive(Path(archive)) as opened, open_checkpoint(base) as base_checkpoint:
+        manifest = opened.manifest
+        check_codecs(opened)
+        check_base_headers(opened, base_checkpoint)
+        wanted = _wanted(manifest, tensors)
+        layout = _layout(manifest, wanted, shard_bytes, tensors is not None)
+        check_space(out, sum(_tensor_size(tensor) for tensor in wanted))
+        identity = {
+            "command": "restore",
+            "archive": [t.tuned for t in wanted] + [entry.n_bytes for entry in manifest.payload],
+            "base": base_checkpoint.fingerprint(),
+            "layout": {file: [spec[0] for spec in specs] for file, specs in layout.items()},
+        }
+        with Workspace(out, identity, restart) as workspace:
+            folder = workspace.folder / "restored"
+            guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
+            writer = CheckpointWriter(folder, layout, manifest.finetuned.metadata or {"format": "pt"})
+
+            def one(tensor: Tensor) -> None:
+                check_base_tensor(opened, tensor, base_checkpoint)
+                if tensor.same_as:
+                    check_base_tensor(opened, opened.by_name[tensor.same_as], base_checkpoint)
+                columns = tensor.matrix_shape[1]
+                for start, rows in decoded_rows(opened, tensor, base_checkpoint):
+                    writer.write(tensor.name, rows, start * columns)
+                workspace.save_json(f"done/{manifest.tensors.index(tensor):06d}.json", True)
+
+            tasks = [
+                Task(t.name, lambda t=t: one(t), TASK_MEMORY_BYTES, float(_tensor_size(t)))  # type: ignore[misc]
+                for t in wanted
+                if not workspace.has(f"done/{manifest.tensors.index(t):06d}.json")
+            ]
+            try:
+                run_tasks("restore", tasks, workers, memory_bytes, progress)
+                writer.finish()
+            finally:
+                writer.close()
+            for entry in manifest.files if tensors is None else ():
+                data = opened.side_file(entry, base_checkpoint)
+                path = folder / entry.name
+                guard_storage(path, lambda p=path, d=data: p.write_bytes(d))  # type: ignore[misc]
+            workspace.publish("restored", overwrite)
+        result = _record(opened, base_checkpoint.label, out, wanted, meter)
+    result |= {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes}
+    write_record(result, Path(record) if record else record_path(out))
+    return result
+
+
+def _wanted(manifest: Manifest, names: list[str] | None) -> list[Tensor]:
+    if names is None:
+        return list(manifest.tensors)
+    known = {tensor.name: tensor for tensor in manifest.tensors}
+    for name in names:
+        if name not in known:
+            close = nearest(name, sorted(known)).partition("Known:")[0]
+            raise UsageError(f"The archive has no tensor {name!r}; {close}see deltafold inspect.")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _tensor_size(tensor: Tensor) -> int:
+    spec = _spec(tensor)
+    from deltafold.checkpoint import DTYPES
+
+    rows, columns = tensor.matrix_shape
+    return rows * columns * DTYPES[spec[1]].itemsize
+
+
+def _spec(tensor: Tensor) -> TensorSpec:
+    return (tensor.name, tensor.dtype, tensor.shape)
+
+
+def _layout(
+    manifest: Manifest, wanted: list[Tensor], shard_bytes: int | None, partial: bool
+) -> dict[str, list[TensorSpec]]:
+    if partial:
+        return {"model.safetensors": [_spec(tensor) for tensor in wanted]}
+    if shard_bytes is not None:
+        return plan_shards([_spec(tensor) for tensor in wanted], shard_bytes)
+    layout: dict[str, list[TensorSpec]] = {file: [] for file in manifest.finetuned.files}
+    files = list(layout)
+    for tensor in wanted:
+        layout[files[tensor.file]].append(_spec(tensor))
+    return layout
+
+
+def _record(
+    archive: Archive, base: str, output: Path, wanted: list[Tensor], meter: Meter
+) -> Record:
+    from deltafold.verbs.recording import archive_totals
+
+    totals = archive_totals(archive)
+    return {
+        "record_version": RECORD_VERSION,
+        "kind": "restore",
+        "archive": str(archive.folder),
+        "base": base,
+        "output": str(output),
+        "method": archive.manifest.method,
+        "archive_bytes": totals["archive_bytes"],
+        "file_ratio": totals["file_ratio"],
+        "nominal_ratio": totals["nominal_ratio"],
+        "settings": json.loads(json.dumps(archive.manifest.budget)),
+        "tensors_restored": len(wanted),
+        "machine": machine(),
+    }
