@@ -75,9 +75,7 @@ def share_within(units: Sequence[Unit], available_bytes: float) -> float:
     return min(1.0, max(0.0, available_bytes / total)) if total else 0.0
 
 
-def allot(
-    units: Sequence[Unit], share: float, nominal: bool
-) -> tuple[list[Settings], float]:
+def allot(units: Sequence[Unit], share: float, nominal: bool) -> tuple[list[Settings], float]:
     """Settings for each unit at one share of its values, and the bytes left over.
 
     In the given order. What a unit cannot use is passed on, to no unit more than a quarter of its

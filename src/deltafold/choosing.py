@@ -105,7 +105,7 @@ def _candidate(
     archive = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
     if not (archive.is_dir() and record_path(archive).is_file()):
         shutil.rmtree(archive, ignore_errors=True)
-        compress_verb(base, finetuned, archive, method, **fixed, **chosen)
+        compress_verb(base, finetuned, archive, method, **(fixed | chosen))
     return archive, json.loads(record_path(archive).read_text())
 
 

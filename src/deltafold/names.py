@@ -21,14 +21,20 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)\.")
 
 # Order matters: the first pattern that is found decides.
 _ROLE_PATTERNS: tuple[tuple[Role, re.Pattern[str]], ...] = (
-    ("norm", re.compile(r"(norm|ln_|layernorm|ln\d|\.ln\.)[^.]*\.?(weight|bias)?$|norm\d?\.", re.I)),
+    (
+        "norm",
+        re.compile(r"(norm|ln_|layernorm|ln\d|\.ln\.)[^.]*\.?(weight|bias)?$|norm\d?\.", re.I),
+    ),
     ("bias", re.compile(r"(^|[._])bias$")),
     ("embedding", re.compile(r"(embed|\bwte\b|\bwpe\b|\bshared\.weight$|word_embeddings)", re.I)),
     ("head", re.compile(r"(^|\.)(lm_head|embed_out|output_layer|score|classifier)\b", re.I)),
     ("router", re.compile(r"(router|(moe|mlp|feed_forward|sparse_moe)\.gate\.weight$)", re.I)),
     ("expert", re.compile(r"experts?\b", re.I)),
     ("attention", re.compile(r"(attn|attention|[qkvo]_proj|query|key_value|c_attn)", re.I)),
-    ("mlp", re.compile(r"(mlp|ffn|feed_forward|gate_proj|up_proj|down_proj|fc\d|dense|c_fc)", re.I)),
+    (
+        "mlp",
+        re.compile(r"(mlp|ffn|feed_forward|gate_proj|up_proj|down_proj|fc\d|dense|c_fc)", re.I),
+    ),
 )
 
 

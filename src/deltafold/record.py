@@ -46,7 +46,9 @@ def read_record(path: Path) -> Record:
         if record["record_version"] > RECORD_VERSION:
             raise DeltafoldError(f"{found} was written by a newer deltafold; upgrade to read it.")
     except (ValueError, KeyError, TypeError) as error:
-        raise DeltafoldError(f"{found} is not a record ({error!r}); run the command again.") from None
+        raise DeltafoldError(
+            f"{found} is not a record ({error!r}); run the command again."
+        ) from None
     return dict(record)
 
 

@@ -6,9 +6,6 @@ import hashlib
 from collections.abc import Iterable
 
 
-
-
-
 class TensorDigest:
     """Running digest of a tensor: dtype, shape, then its bytes in order."""
 

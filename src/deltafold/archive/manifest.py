@@ -115,8 +115,8 @@ class Source(_Strict):
 
 
 class Manifest(_Strict):
-    format: Literal["deltafold-archive"] = FORMAT
-    format_version: Literal[1] = FORMAT_VERSION
+    format: Literal["deltafold-archive"] = "deltafold-archive"
+    format_version: Literal[1] = 1
     tool_version: str
     method: str
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -144,7 +144,9 @@ class Manifest(_Strict):
                 or target.shape != tensor.shape
                 or target.dtype != tensor.dtype
             ):
-                raise ValueError(f"tensor {tensor.name} refers to {tensor.same_as}, which is no twin")
+                raise ValueError(
+                    f"tensor {tensor.name} refers to {tensor.same_as}, which is no twin"
+                )
             if tensor.file >= len(self.finetuned.files):
                 raise ValueError(f"tensor {tensor.name} lies in a file that is not listed")
             for piece in tensor.pieces:
@@ -195,4 +197,6 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is damaged or was edited: {where}: {message}; fetch the archive again."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ArchiveError(f"{path} is not valid JSON ({error}); fetch the archive again.") from None
+        raise ArchiveError(
+            f"{path} is not valid JSON ({error}); fetch the archive again."
+        ) from None

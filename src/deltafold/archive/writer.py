@@ -52,7 +52,9 @@ def write_payload(
         header, _ = build_header(group, None)
         path = folder / file
 
-        def write(path: Path = path, header: bytes = header, group: list[TensorSpec] = group) -> None:
+        def write(
+            path: Path = path, header: bytes = header, group: list[TensorSpec] = group
+        ) -> None:
             with path.open("wb") as out:
                 out.write(header)
                 for name, _, _ in group:
@@ -99,9 +101,9 @@ def _compress(data: bytes, against: bytes | None) -> bytes:
         12, window_log=window_log, write_content_size=True
     )
     dictionary = raw_dictionary(against) if against else None
-    return zstandard.ZstdCompressor(
-        compression_params=parameters, dict_data=dictionary
-    ).compress(data)
+    return zstandard.ZstdCompressor(compression_params=parameters, dict_data=dictionary).compress(
+        data
+    )
 
 
 def write_side_files(folder: Path, frames: dict[str, bytes]) -> None:
@@ -117,4 +119,3 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `delta.json`; last, so that a folder with a manifest is a whole archive."""
     path = folder / MANIFEST_FILE
     guard_storage(path, lambda: path.write_text(manifest.to_text(), encoding="utf-8"))
-

@@ -31,7 +31,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().contiguous().reshape(-1)
     if not flat.numel():
         return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    return flat.view(torch.uint8).numpy().data
 
 
 def guard_storage(path: Path, action: Callable[[], Result]) -> Result:
@@ -91,9 +91,7 @@ class CheckpointWriter:
         for file, tensors in layout.items():
             guard_storage(folder / file, lambda f=file, t=tensors: self._open(f, t, metadata))  # type: ignore[misc]
 
-    def _open(
-        self, file: str, tensors: list[TensorSpec], metadata: dict[str, str] | None
-    ) -> None:
+    def _open(self, file: str, tensors: list[TensorSpec], metadata: dict[str, str] | None) -> None:
         header, starts = build_header(tensors, metadata)
         descriptor = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o644)
         self._descriptors.append(descriptor)
@@ -123,7 +121,10 @@ class CheckpointWriter:
                 for specs in self.layout.values()
                 for _, dtype, shape in specs
             )
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
             text = json.dumps(index, indent=2) + "\n"
             guard_storage(self.folder, lambda: (self.folder / INDEX_FILE).write_text(text))
 

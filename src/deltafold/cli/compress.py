@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,12 +24,16 @@ def compress(
     setting: o.SetOption = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="Plain text on which `auto` settings are chosen, by KL to the fine-tune."),
+        typer.Option(
+            help="Plain text on which `auto` settings are chosen, by KL to the fine-tune."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random positions.")] = 0,
     no_fallback: Annotated[
         bool,
-        typer.Option("--no-fallback", help="Force the method also on tensors that it does not suit."),
+        typer.Option(
+            "--no-fallback", help="Force the method also on tensors that it does not suit."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read headers only and show what would be done.")
@@ -56,8 +60,8 @@ def compress(
 
         show_plan(base, finetuned, method, budget, settings, json_output)
         return
-    from deltafold.cli.show import progress
     from deltafold.choosing import compress as compress_verb
+    from deltafold.cli.show import progress
 
     with progress() as advance:
         result = compress_verb(
@@ -85,7 +89,7 @@ def compress(
         _show(result)
 
 
-def _show(record: dict) -> None:  # type: ignore[type-arg]
+def _show(record: dict[str, Any]) -> None:
     from collections import Counter
 
     from deltafold.cli.show import duration, out, size

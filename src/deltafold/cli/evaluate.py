@@ -13,11 +13,14 @@ import typer
 
 def evaluate(
     finetuned: Annotated[
-        str, typer.Argument(help="The fine-tune: the model that the others are compared with.")
+        str,
+        typer.Argument(
+            metavar="FINETUNED", help="The fine-tune: what the others are compared with."
+        ),
     ],
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Restored folders, other models, archives."),
+        typer.Argument(metavar="MODEL", help="Restored folders, other models, archives."),
     ] = None,
     base: Annotated[
         str | None,
@@ -48,7 +51,7 @@ def evaluate(
     max_length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of a window of text [default: 512, or the model's limit].",
+            help="Tokens of a window of text. Default: 512, or the limit of the model.",
             show_default=False,
         ),
     ] = None,
@@ -58,7 +61,8 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens generated [default: the longest answer and 8].", show_default=False
+            help="Tokens generated. Default: those of the longest answer, and 8.",
+            show_default=False,
         ),
     ] = None,
     dtype: Annotated[
@@ -66,20 +70,24 @@ def evaluate(
     ] = "auto",
     device: Annotated[
         str | None,
-        typer.Option(help="cpu or cuda [default: cuda if there is one].", show_default=False),
+        typer.Option(help="cpu or cuda. Default: cuda if there is one.", show_default=False),
     ] = None,
 ) -> None:
     """Measure base, fine-tune and candidates under one setting: perplexity, KL, exact match.
 
     Every model gets the same tokens, dtype, batch size and device. Figures come with standard
     errors. A MODEL is a Hugging Face folder or an archive.
-    """  # fmt: skip
+    """
     from rich.console import Console
+    from rich.markup import escape
 
+    from deltafold.errors import UsageError
     from deltafold.evaluation import evaluate as measure
     from deltafold.evaluation.table import explanations, rich_table
     from deltafold.record import write_record
 
+    if record is not None and not record.parent.is_dir():
+        raise UsageError(f"{record.parent} is not a folder; make it, or give another --record.")
     errors = Console(stderr=True)
     status = errors.status("starting") if errors.is_terminal else nullcontext()
     with status as shown:
@@ -97,7 +105,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             dtype=dtype,
             device=device,
-            report=shown.update if shown else lambda line: None,
+            report=lambda line: shown.update(escape(line)) if shown else None,
         )
     if record is not None:
         write_record(found, record)

@@ -61,7 +61,9 @@ def _role_table(rows: list[dict[str, Any]]) -> Any:
         entry[2] = max(entry[2], row["error"] or 0.0)
     made = table("role", "codec", ">tensors", ">bytes", ">largest error")
     for (role, codec), (count, n_bytes, error) in sorted(sums.items()):
-        made.add_row(role, codec, f"{count:.0f}", size(n_bytes), f"{error:.3f}" if error else "exact")
+        made.add_row(
+            role, codec, f"{count:.0f}", size(n_bytes), f"{error:.3f}" if error else "exact"
+        )
     return made
 
 

@@ -25,7 +25,9 @@ FileRatioOption = Annotated[
 ]
 NominalRatioOption = Annotated[
     float | None,
-    typer.Option(help="The papers' ratio: values of linear layers only, scales and positions free."),
+    typer.Option(
+        help="The papers' ratio: values of linear layers only, scales and positions free."
+    ),
 ]
 BytesOption = Annotated[
     str | None, typer.Option("--bytes", help="Size of the archive, e.g. 8MB or 120000.")
@@ -60,7 +62,16 @@ RecordOption = Annotated[
     Path | None, typer.Option("--record", help="Where the record goes. Default: beside the output.")
 ]
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 
 def parse_bytes(text: str | None, option: str) -> int | None:

@@ -69,7 +69,9 @@ def show_plan(
             more = f" and {len(found[key]) - 3} more" if len(found[key]) > 3 else ""
             out.print(f"{words}: {', '.join(found[key][:3])}{more}")
     for grown in found["vocabulary_changed"]:
-        out.print(f"vocabulary: {grown['name']} has {grown['base_rows']} rows in the base, {grown['rows']} here")
+        out.print(
+            f"vocabulary: {grown['name']} has {grown['base_rows']} rows in the base, {grown['rows']} here"
+        )
     out.print(f"tied head: {'yes' if found['tied_head'] else 'no'}")
     expected = found["expected_bytes"]
     out.print(

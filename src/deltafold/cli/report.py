@@ -43,8 +43,7 @@ def report(
     Takes the records of compress, evaluate, restore, verify, plan and of benchmarks. Tables go to
     the terminal; --markdown and --into also write them as Markdown, --figures draws figures.
     """
-    from rich.console import Console
-
+    from deltafold.cli.show import out
     from deltafold.errors import UsageError
     from deltafold.reporting.figures import figures_of
     from deltafold.reporting.markdown import page, rewrite_block, write_text
@@ -57,15 +56,15 @@ def report(
         raise UsageError("--dark is about figures; give --figures FOLDER with it.")
     known = read_records(records)
     tables = [table for record in known for table in tables_of(record)]
-    console = Console()
     for table in tables:
-        console.print(table.rich())
+        for part in table.rich(out.width):
+            out.print(part)
     drawn = figures_of(known, figures, dark) if figures else []
     if figures and not drawn:
-        console.print("These records hold nothing that a figure shows.")
+        out.print("These records hold nothing that a figure shows.")
     if markdown:
         write_text(markdown, page(tables, drawn, markdown.parent))
     if into and marker:
         rewrite_block(into, marker, page(tables))
     for path in [*drawn, *filter(None, (markdown, into))]:
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -18,7 +18,11 @@ def size(n_bytes: float) -> str:
     """Bytes for people: 8,409,321 -> `8.41 MB`."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= factor:
-            return f"{n_bytes / factor:.3g} {unit}" if n_bytes < 999 * factor else f"{n_bytes / factor:.0f} {unit}"
+            return (
+                f"{n_bytes / factor:.3g} {unit}"
+                if n_bytes < 999 * factor
+                else f"{n_bytes / factor:.0f} {unit}"
+            )
     return f"{n_bytes:.0f} B"
 
 
@@ -40,12 +44,20 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 @contextlib.contextmanager
-def progress(totals: dict[str, float] | None = None) -> Iterator[Callable[[str, str, float], None] | None]:
+def progress(
+    totals: dict[str, float] | None = None,
+) -> Iterator[Callable[[str, str, float], None] | None]:
     """A progress bar a stage on stderr: tensor, share done, time left. None if not a terminal."""
     if not err.is_terminal:
         yield None
         return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     bar = Progress(
         TextColumn("{task.description:8}"),

@@ -11,7 +11,9 @@ from deltafold.cli import options as o
 
 def verify(
     archive: o.ArchiveArgument,
-    base: Annotated[str | None, typer.Option("--base", help="The base, to check that it is.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base, to check that it is.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option("--against", help="The fine-tune, to measure the distance.")
     ] = None,

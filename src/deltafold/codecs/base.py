@@ -74,7 +74,11 @@ class Config:
 
     @staticmethod
     def check(name: str, value: Any, low: float, high: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not low <= value <= high
+        ):
             raise UsageError(f"{name} must lie between {low:g} and {high:g}, not {value!r}.")
 
 
@@ -193,9 +197,7 @@ class DeltaCodec(Codec):
         return min(1.0, 1.25 * paid + (o + i) / (o * i))
 
 
-def check_parts(
-    parts: Mapping[str, torch.Tensor], layout: Mapping[str, PartSpec]
-) -> None:
+def check_parts(parts: Mapping[str, torch.Tensor], layout: Mapping[str, PartSpec]) -> None:
     """Stored parts must be what their settings promise. Raises ValueError."""
     for name, spec in layout.items():
         if name not in parts:

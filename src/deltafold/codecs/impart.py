@@ -119,7 +119,9 @@ class Impart(DeltaCodec):
     def components_for(self, shape: Shape, share: float) -> int:
         """A first guess: eight times the columns that could be kept whole."""
         o, i = shape
-        return max(8, min(int(min(o, i) * (1.0 - self.config.beta)), int(8 * o * i * share / (o + i))))
+        return max(
+            8, min(int(min(o, i) * (1.0 - self.config.beta)), int(8 * o * i * share / (o + i)))
+        )
 
     def components_used(self, shape: Shape, share: float, spectrum: Spectrum) -> int | None:
         """Active components; None if the prefix `spectrum` does not reach past them."""
@@ -164,9 +166,7 @@ class Impart(DeltaCodec):
         if factors is None:
             factors = truncated_svd(delta, min(shape), key)
             settings = self.settings_for(shape, share, factors.s.double().numpy())
-        found = sparsity(
-            shape, share, factors.s.double().numpy(), self.config.beta, self.config.c
-        )
+        found = sparsity(shape, share, factors.s.double().numpy(), self.config.beta, self.config.c)
         active = len(found.p)
         kept = [kept_counts(found.p, size) for size in shape]
         dtype = self.config.torch_dtype
@@ -197,9 +197,7 @@ def _draw(columns: torch.Tensor, kept: NDArray[np.int64], key: int) -> torch.Ten
     return torch.cat(drawn)
 
 
-def _scatter(
-    values: torch.Tensor, kept: NDArray[np.int64], size: int, key: int
-) -> torch.Tensor:
+def _scatter(values: torch.Tensor, kept: NDArray[np.int64], size: int, key: int) -> torch.Tensor:
     """Rows a x size: entries at their positions, times size / kept; zero elsewhere."""
     if (kept < 0).any() or (kept > size).any() or int(kept.sum()) != len(values):
         raise ValueError("the counts of kept entries do not fit the matrix")

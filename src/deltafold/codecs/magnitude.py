@@ -110,9 +110,7 @@ def _largest(delta: RowMatrix, keep: int) -> tuple[NDArray[np.int64], torch.Tens
     positions = np.sort(np.concatenate([positions, fill]))
     values = [torch.zeros(0)]
     for start, rows in chunks(delta):
-        first, last = np.searchsorted(
-            positions, [start * columns, (start + len(rows)) * columns]
-        )
+        first, last = np.searchsorted(positions, [start * columns, (start + len(rows)) * columns])
         at = torch.from_numpy(positions[first:last] - start * columns)
         values.append(rows.reshape(-1)[at].float())
     return positions, torch.cat(values)

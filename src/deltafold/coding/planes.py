@@ -31,6 +31,8 @@ def from_bit_pattern(
     bits: NDArray[np.unsignedinteger], dtype: torch.dtype, shape: tuple[int, ...]
 ) -> torch.Tensor:
     """Inverse of `bit_pattern`."""
+    if not bits.size:
+        return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(np.ascontiguousarray(bits)).view(dtype).reshape(shape)
 
 
@@ -54,9 +56,7 @@ def difference(tuned: torch.Tensor, reference: torch.Tensor) -> NDArray[np.unsig
     return (d << d.dtype.type(1)) ^ negative
 
 
-def undo_difference(
-    zigzag: NDArray[np.unsignedinteger], reference: torch.Tensor
-) -> torch.Tensor:
+def undo_difference(zigzag: NDArray[np.unsignedinteger], reference: torch.Tensor) -> torch.Tensor:
     """The fine-tune's tensor from its difference to `reference`; every bit."""
     one = zigzag.dtype.type(1)
     d = (zigzag >> one) ^ (zigzag.dtype.type(0) - (zigzag & one))
@@ -67,12 +67,13 @@ def undo_difference(
 
 def compress_planes(values: NDArray[np.unsignedinteger]) -> dict[str, torch.Tensor]:
     """Byte planes of `values`, low to high, one zstd frame each: {"plane0": uint8 bytes, ...}."""
-    raw = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    raw = np.ascontiguousarray(values).view(np.uint8)
+    raw = raw.reshape(len(values), values.dtype.itemsize)
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
     parts = {}
     for plane in range(values.dtype.itemsize):
-        frame = compressor.compress(np.ascontiguousarray(raw[:, plane]).data) if len(values) else b""
-        parts[f"plane{plane}"] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+        frame = compressor.compress(np.ascontiguousarray(raw[:, plane]).tobytes())
+        parts[f"plane{plane}"] = _byte_tensor(frame if len(values) else b"")
     return parts
 
 
@@ -102,4 +103,8 @@ def inflate(part: torch.Tensor, expected_bytes: int) -> bytes:
 def deflate(data: bytes) -> torch.Tensor:
     """One zstd frame as a uint8 tensor."""
     frame = zstandard.ZstdCompressor(level=19, write_content_size=True).compress(data)
-    return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+    return _byte_tensor(frame)
+
+
+def _byte_tensor(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())

@@ -11,7 +11,8 @@ from deltafold.archive.writer import write_manifest, write_payload, write_side_f
 from deltafold.checkpoint import Checkpoint
 from deltafold.checkpoint.writer import TensorSpec
 from deltafold.verbs.job import Job
-from deltafold.verbs.schedule import Plan, draft_manifest
+from deltafold.verbs.planned import Plan
+from deltafold.verbs.sizing import draft_manifest
 from deltafold.verbs.workspace import Workspace
 
 

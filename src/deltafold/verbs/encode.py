@@ -10,9 +10,10 @@ import torch
 from deltafold.codecs.base import DeltaCodec, Parts, Settings
 from deltafold.engine import Task, run_tasks
 from deltafold.linalg import RowMatrix
+from deltafold.verbs.factor import load_factors
 from deltafold.verbs.job import Job
 from deltafold.verbs.pair import DeltaRows, Span
-from deltafold.verbs.schedule import Plan, PlannedPiece, PlannedTensor, load_factors
+from deltafold.verbs.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.verbs.workspace import Workspace, checksum
 
 if TYPE_CHECKING:
@@ -67,4 +68,3 @@ def relative_error(
         wrong += float((true - approximate).square().sum(dtype=torch.float64))
         total += float(true.square().sum(dtype=torch.float64))
     return float(f"{math.sqrt(wrong / total) if total else 0.0:.4g}")
-

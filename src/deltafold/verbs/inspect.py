@@ -39,7 +39,9 @@ def inspect(archive: str | Path) -> dict[str, Any]:
                     "shape": list(tensor.shape),
                     "codec": codec_names(tensor),
                     "bytes": tensor_bytes(tensor, opened),
-                    "error": max((p.error for p in tensor.pieces if p.error is not None), default=None),
+                    "error": max(
+                        (p.error for p in tensor.pieces if p.error is not None), default=None
+                    ),
                     "why": next((p.why for p in tensor.pieces if p.why), None),
                 }
                 for tensor in manifest.tensors

@@ -72,7 +72,7 @@ def load(
     attn_implementation, ...). The dtype defaults to that of the checkpoint. Raises ArchiveError,
     MismatchError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     state = load_state(archive, base, workers=workers, progress=progress)
     with tempfile.TemporaryDirectory() as name:
@@ -83,11 +83,23 @@ def load(
                 f"{archive} carries no config.json, so no model can be built; use restore."
             )
         config = AutoConfig.from_pretrained(folder)
-        options = {"dtype": "auto"} | from_pretrained
-        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, **options)
+        model = _model_class(config).from_pretrained(
+            None, config=config, state_dict=state, **({"dtype": "auto"} | from_pretrained)
+        )
         if (folder / "generation_config.json").is_file():
             from transformers import GenerationConfig
 
             model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     return model
+
+
+def _model_class(config: Any) -> Any:
+    """The causal language model class of a configuration (the auto class wants a folder)."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise MismatchError(
+            f"transformers has no causal language model for {config.model_type!r}; use restore."
+        )
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

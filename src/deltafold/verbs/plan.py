@@ -116,10 +116,12 @@ def _expected(
 
 
 def _largest_task_bytes(pair: Pair, lossy: bool) -> int:
-    from deltafold.verbs.schedule import _svd_memory_bytes
+    from deltafold.verbs.factor import svd_memory_bytes
 
     sizes = [128 << 20]
     for pairing in pair.pairings if lossy else ():
         columns = pairing.tuned.matrix_shape[1]
-        sizes += [_svd_memory_bytes((s.rows, columns)) for s in pairing.spans if pairing.lossy_allowed(s)]
+        sizes += [
+            svd_memory_bytes((s.rows, columns)) for s in pairing.spans if pairing.lossy_allowed(s)
+        ]
     return max(sizes)

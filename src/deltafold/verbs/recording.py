@@ -12,7 +12,7 @@ from deltafold.codecs import delta_codec, get
 from deltafold.names import block_of, role_of
 from deltafold.record import RECORD_VERSION, Meter, Record, machine
 from deltafold.verbs.job import Job
-from deltafold.verbs.schedule import Plan, PlannedTensor
+from deltafold.verbs.planned import Plan, PlannedTensor
 
 SPECTRUM_POINTS = 64
 
@@ -107,7 +107,9 @@ def _tensor_row(planned: PlannedTensor, tensor: Tensor, archive: Archive) -> dic
         "elements": info.elements,
         "codec": codec_names(tensor),
         "bytes": tensor_bytes(tensor, archive),
-        "why": f"same values as {planned.same_as}" if planned.same_as else "; ".join(dict.fromkeys(why)) or None,
+        "why": f"same values as {planned.same_as}"
+        if planned.same_as
+        else "; ".join(dict.fromkeys(why)) or None,
         "relative_error": math.sqrt(wrong / delta_squared) if lossy and delta_squared else None,
         "delta_norm": math.sqrt(delta_squared),
         "base_norm": math.sqrt(sum(span.base_squared for span in survey.spans)),

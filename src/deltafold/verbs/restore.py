@@ -46,7 +46,11 @@ def restore(
     """
     out = Path(output)
     check_output(out, overwrite)
-    with Meter() as meter, Archive(Path(archive)) as opened, open_checkpoint(base) as base_checkpoint:
+    with (
+        Meter() as meter,
+        Archive(Path(archive)) as opened,
+        open_checkpoint(base) as base_checkpoint,
+    ):
         manifest = opened.manifest
         check_codecs(opened)
         check_base_headers(opened, base_checkpoint)
@@ -62,7 +66,9 @@ def restore(
         with Workspace(out, identity, restart) as workspace:
             folder = workspace.folder / "restored"
             guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
-            writer = CheckpointWriter(folder, layout, manifest.finetuned.metadata or {"format": "pt"})
+            writer = CheckpointWriter(
+                folder, layout, manifest.finetuned.metadata or {"format": "pt"}
+            )
 
             def one(tensor: Tensor) -> None:
                 check_base_tensor(opened, tensor, base_checkpoint)

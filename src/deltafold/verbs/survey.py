@@ -86,11 +86,16 @@ def survey_tensor(
     if pairing.base is not None and base_digest is not None:
         _digest_rest(pair, pairing, spans[-1].stop, base_digest)
     survey = TensorSurvey(
-        pairing.name, tuned_digest.identity(), base_digest.identity() if base_digest else None, spans
+        pairing.name,
+        tuned_digest.identity(),
+        base_digest.identity() if base_digest else None,
+        spans,
     )
     for number, span in enumerate(spans):
         if candidates := _exact_candidates(pairing, span, exact_method):
-            span.exact = _encode_exact(pair, pairing, span, candidates, f"{index:06d}-{number}", workspace)
+            span.exact = _encode_exact(
+                pair, pairing, span, candidates, f"{index:06d}-{number}", workspace
+            )
     return survey
 
 
@@ -152,9 +157,7 @@ def _digest_rest(pair: Pair, pairing: Pairing, start: int, digest: TensorDigest)
         digest.update(tensor_bytes(pair.base.rows(pairing.name, start, n_rows)))
 
 
-def _exact_candidates(
-    pairing: Pairing, span: SpanSurvey, exact_method: str | None
-) -> list[str]:
+def _exact_candidates(pairing: Pairing, span: SpanSurvey, exact_method: str | None) -> list[str]:
     """Exact codecs worth trying on a span; none if it is the delta codec's."""
     if span.equal or span.stop == span.start:
         return []
@@ -213,7 +216,9 @@ def _smallest(
     candidates: list[str], reference: torch.Tensor, tuned: torch.Tensor
 ) -> tuple[str, Settings, Parts]:
     encoded = [(name, *exact_codec(name).encode(reference, tuned)) for name in candidates]
-    return min(encoded, key=lambda item: sum(p.numel() * p.element_size() for p in item[2].values()))
+    return min(
+        encoded, key=lambda item: sum(p.numel() * p.element_size() for p in item[2].values())
+    )
 
 
 def span_of(survey: SpanSurvey) -> Span:

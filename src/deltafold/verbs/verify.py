@@ -107,7 +107,10 @@ def _compare(
         if tuned is not None and rows.dtype.is_floating_point:
             true = tuned.rows(tensor.name, start, start + len(rows)).float()
             wrong += float((true - rows.float()).square().sum(dtype=torch.float64))
-            if tensor.base is not None and start + len(rows) <= base.tensors[tensor.name].matrix_shape[0]:
+            if (
+                tensor.base is not None
+                and start + len(rows) <= base.tensors[tensor.name].matrix_shape[0]
+            ):
                 before = base.rows(tensor.name, start, start + len(rows)).float()
                 total += float((true - before).square().sum(dtype=torch.float64))
     exact = digest.identity() == tensor.tuned

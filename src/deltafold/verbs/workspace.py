@@ -69,9 +69,7 @@ class Workspace:
             found = {}
         if found != self.identity:
             changed = sorted(
-                key
-                for key in {*found, *self.identity}
-                if found.get(key) != self.identity.get(key)
+                key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key)
             )
             raise ResumeError(
                 f"{self.folder} holds unfinished work begun with other inputs or settings "

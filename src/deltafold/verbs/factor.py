@@ -1,0 +1,82 @@
+"""Singular triplets of the deltas whose codec wants them, kept in the workspace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltafold.budget import reach
+from deltafold.codecs.base import Shape
+from deltafold.engine import Task, run_tasks
+from deltafold.linalg import Factors, noise_edge, truncated_svd
+from deltafold.verbs.job import Job
+from deltafold.verbs.pair import DeltaRows
+from deltafold.verbs.planned import Plan, PlannedPiece, PlannedTensor
+from deltafold.verbs.survey import span_of
+from deltafold.verbs.workspace import Workspace
+
+if TYPE_CHECKING:
+    from deltafold.verbs.compress import Resources
+
+FLAT_MARGIN = 1.1  # a spectrum is flat if nothing rises this far above the noise edge
+
+
+def factor_all(
+    job: Job, plan: Plan, share: float, workspace: Workspace, resources: Resources
+) -> None:
+    """Singular triplets of each piece whose codec wants them, as many as the share can use."""
+
+    def factor(tensor: PlannedTensor, piece: PlannedPiece) -> None:
+        codec = job.codec(piece.codec)
+        rows = DeltaRows(job.pair, tensor.pairing, span_of(tensor.span(piece)))
+        limit = reach(rows.shape, share)
+        key = job.key(tensor.pairing.name, piece.start)
+        rank = codec.components_for(rows.shape, limit)
+        while True:
+            factors = truncated_svd(rows, rank, key)
+            spectrum = factors.s.double().numpy()
+            used = codec.components_used(rows.shape, limit, spectrum)
+            if used is not None or factors.rank < rank or rank >= min(rows.shape):
+                break
+            rank = min(4 * rank, *rows.shape)
+        keep = factors.rank if used is None else min(used, factors.rank)
+        file = f"factors/{piece.stem}.safetensors"
+        workspace.save_tensors(
+            file, {"u": factors.u[:, :keep].T, "s": factors.s[:keep], "v": factors.v[:, :keep].T}
+        )
+
+    tasks = []
+    wanted = [(t, p) for t, p in plan.lossy if job.codec(p.codec).uses_factors]
+    for tensor, piece in wanted:
+        if workspace.has(f"factors/{piece.stem}.safetensors"):
+            continue
+        shape = tensor.shape(piece)
+        tasks.append(
+            Task(
+                tensor.pairing.name,
+                lambda t=tensor, p=piece: factor(t, p),  # type: ignore[misc]
+                memory_bytes=svd_memory_bytes(shape),
+                work=float(shape[0] * shape[1] * min(shape)),
+            )
+        )
+    run_tasks("factor", tasks, resources.workers, resources.memory_bytes, resources.progress)
+    for tensor, piece in wanted:
+        s = workspace.load_tensors(f"factors/{piece.stem}.safetensors")["s"]
+        piece.spectrum = s.double().numpy()
+        shape = tensor.shape(piece)
+        edge = FLAT_MARGIN * noise_edge(shape, piece.delta_squared)
+        if job.fallback and (not len(s) or float(s[0]) <= edge):
+            piece.codec, piece.spectrum, piece.why = "dare", None, "flat spectrum: not low-rank"
+
+
+def svd_memory_bytes(shape: Shape) -> int:
+    small, large = min(shape), max(shape)
+    held = min(4 * small * large, 2 * DeltaRows.KEEP_BYTES)
+    return 5 * 8 * small * small + 2 * held + (96 << 20)
+
+
+def load_factors(workspace: Workspace, piece: PlannedPiece) -> Factors | None:
+    """Factors saved for a piece, if its codec uses any."""
+    if piece.spectrum is None:
+        return None
+    found = workspace.load_tensors(f"factors/{piece.stem}.safetensors")
+    return Factors(found["u"].T, found["s"], found["v"].T)
