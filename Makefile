@@ -1,0 +1,39 @@
+# make demo    compress a fine-tune, show what was saved and what it cost
+# make test    run the tests
+# Both work on a fresh clone with nothing but Python 3.11+ and pip: they set up .venv themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test unit check bench clean
+
+demo: $(VENV)/.test
+	$(BIN)/python demo/run.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+unit: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry src
+	$(BIN)/codespell src tests docs demo benchmarks README.md CONTRIBUTING.md
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/smollm2.py prepare
+	$(BIN)/python benchmarks/codecs.py
+
+# One stamp a set of extras: it is made again when the project's requirements change.
+$(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out
