@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -20,6 +21,8 @@ from deltafold.cli.restore import restore
 from deltafold.cli.verify import verify
 from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
+
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
 
 app = typer.Typer(
     name="deltafold",
@@ -49,6 +52,16 @@ def _options(
     pass
 
 
+def _stop() -> NoReturn:
+    """After Ctrl-C. A second one comes here while threads still run: they are not waited for."""
+    print(
+        "\ndeltafold: stopped; run the same command again and it goes on where it was.",
+        file=sys.stderr,
+    )
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
+
+
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code."""
     try:
@@ -56,15 +69,16 @@ def main() -> None:
     except DeltafoldError as error:
         print(f"deltafold: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # what Ctrl-C has become on its way through typer
+            _stop()
+        raise
     except KeyboardInterrupt:
-        print(
-            "\ndeltafold: stopped; run the same command again and it goes on where it was.",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
-        os._exit(130)  # worker threads in the middle of a tensor are not waited for
-    except BrokenPipeError:
-        os._exit(0)  # the reader of a pipe has seen enough
+        _stop()
+    except OSError as error:
+        where = error.filename or "A file"
+        print(f"deltafold: {where} cannot be used ({error.strerror}).", file=sys.stderr)
+        sys.exit(1)
     except MemoryError:
         print(
             "deltafold: out of memory; lower --memory or --workers, or use a larger machine.",

@@ -74,6 +74,13 @@ _UNITS = {
 }
 
 
+# What the verbs take beside a method's settings.
+_NO_SETTINGS = {
+    "base", "finetuned", "output", "method", "file_ratio", "nominal_ratio", "n_bytes", "seed",
+    "fallback", "overwrite", "restart", "workers", "memory_bytes", "progress", "record", "text",
+}  # fmt: skip
+
+
 def parse_bytes(text: str | None, option: str) -> int | None:
     """`8MB`, `1.5GiB`, `120000` to bytes; None stays None.
 
@@ -118,7 +125,10 @@ def method_options(
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise UsageError(f"--set {item!r} is not KEY=VALUE.")
-        options[key.replace("-", "_")] = _literal(value)
+        name = key.replace("-", "_")
+        if name in _NO_SETTINGS:
+            raise UsageError(f"--set {item!r} is no setting of a method; use the option for it.")
+        options[name] = _literal(value)
     return options
 
 

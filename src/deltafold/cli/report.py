@@ -40,8 +40,8 @@ def report(
 ) -> None:
     """Show what runs did, as tables and figures drawn from their records.
 
-    Takes the records of compress, evaluate, restore, verify, plan and of benchmarks. Tables go to
-    the terminal; --markdown and --into also write them as Markdown, --figures draws figures.
+    Takes the records of compress, evaluate, restore, verify, plan and of benchmarks.
+    Tables go to the terminal; --markdown and --into write them as Markdown, --figures draws.
     """
     from deltafold.cli.show import out
     from deltafold.errors import UsageError

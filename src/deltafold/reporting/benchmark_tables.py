@@ -87,7 +87,7 @@ def _finetune_table(record: BenchmarkRecord, finetune: str) -> Table:
             line.append(Strong(text) if field == "kl" and number in best else text)
         lines.append(line)
     title = f"{record.title}: {finetune}" if record.title else finetune
-    return Table(title, ["method", *(title for _, title, _ in columns)], lines)
+    return Table(title, ["method", *(title for _, title, _ in columns)], lines, keys=2)
 
 
 def _cell(scores: Scores, field: str, show: Callable[..., str]) -> str:

@@ -114,6 +114,7 @@ class Metrics(_Part):
     kl_text: Metric | None = None
     agreement_text: Metric | None = None
     tasks: dict[str, dict[str, Metric]] = {}
+    lm_eval: dict[str, dict[str, Metric]] = {}
 
 
 class EvaluatedModel(_Part):

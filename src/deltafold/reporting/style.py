@@ -7,12 +7,11 @@ lighter on a dark ground. Matplotlib is imported inside functions: a table needs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 150
@@ -135,92 +134,13 @@ def canvas(width: float, height: float, title: str, note: str = "") -> Figure:
     return figure
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least `gap` apart, in the order of `wanted` and as near to it as can be.
-
-    Least squares by pooling neighbours (isotonic regression on `wanted[k] - k gap`), then moved
-    as a whole into low..high where that is possible.
-
-    >>> spread([0.5, 0.5], 0.1, 0.0, 1.0)
-    [0.45, 0.55]
-    """
-    order = sorted(range(len(wanted)), key=lambda k: wanted[k])
-    pools: list[tuple[float, int]] = []  # (mean, members)
-    for place, k in enumerate(order):
-        pools.append((wanted[k] - place * gap, 1))
-        while len(pools) > 1 and pools[-2][0] >= pools[-1][0]:
-            (right, n), (left, m) = pools.pop(), pools.pop()
-            pools.append(((left * m + right * n) / (m + n), m + n))
-    ceiling = high - (len(wanted) - 1) * gap
-    flat = [max(low, min(mean, ceiling)) for mean, members in pools for _ in range(members)]
-    placed = [0.0] * len(wanted)
-    for place, k in enumerate(order):
-        placed[k] = flat[place] + place * gap
-    return placed
-
-
-def label_ends(
-    axes: Axes, ends: Sequence[tuple[float, float, str, str]], points: float = 10.0
-) -> None:
-    """Write labels in a column right of the axes, none over another, a thin line to each end.
-
-    `ends` holds (x, y, label, colour) in data coordinates. Call it when limits and layout are
-    final: the places follow from them.
-    """
-    to_axes = axes.transData + axes.transAxes.inverted()
-    places = [to_axes.transform((x, y)) for x, y, _, _ in ends]
-    height_points = axes.get_window_extent().height * 72 / axes.figure.dpi
-    gap = points * 1.35 / height_points
-    heights = spread([float(place[1]) for place in places], gap, 0.01, 0.99)
-    for (x, y, label, colour), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            label,
-            xy=(x, y),
-            xytext=(1.04, height),
-            textcoords="axes fraction",
-            va="center",
-            ha="left",
-            color=colour,
-            fontsize=points,
-            fontweight="bold",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "alpha": 0.45,
-                "linewidth": 0.8,
-                "shrinkA": 1,
-                "shrinkB": 3,
-                "relpos": (0.0, 0.5),
-            },
-        )
-
-
-def label_here(axes: Axes, x: float, y: float, label: str, colour: str, ink: Ink) -> None:
-    """Write a label just above a mark, with a rim in the ground's colour against lines below."""
-    from matplotlib.patheffects import withStroke
-
-    axes.annotate(
-        label,
-        (x, y),
-        (0, 9),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        color=colour,
-        fontsize=10,
-        fontweight="bold",
-        path_effects=[withStroke(linewidth=3, foreground=ink.ground)],
-    )
-
-
-def plain_ticks(axes: Axes, low: float) -> None:
-    """Ticks of a vertical log axis as plain numbers from `low` up: decades, or 1, 2, 5."""
-    high = axes.get_ylim()[1]
-    steps = (1, 2, 5) if high / low < 300 else (1,)
+def plain_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Ticks of a log axis between two values, as plain numbers: decades, or finer."""
+    steps: tuple[float, ...] = (1,)
+    if high / low < 300:
+        steps = (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 8)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**decade for decade in decades for step in steps]
     ticks = [tick for tick in ticks if low <= tick <= high]
-    ticks = ticks[:: math.ceil(len(ticks) / 9)]
-    axes.set_yticks(ticks, [f"{tick:.6g}" for tick in ticks])
-    axes.set_yticks([], minor=True)
+    ticks = ticks[:: math.ceil(len(ticks) / 9) or 1]
+    return ticks, [f"{tick:.10f}".rstrip("0").rstrip(".") for tick in ticks]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
-    from rich.text import Text
+
+MOST_WORDS_WIDTH = 24
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,17 @@ Cell = str | Strong
 
 @dataclass
 class Table:
-    """Rows of cells under a title. The first `left` columns hold words, the others numbers."""
+    """Rows of cells under a title.
+
+    The first `left` columns hold words, the others numbers; the first `keys` name a row.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     notes: list[str] = field(default_factory=list)
     left: int = 1
+    keys: int = 1
 
     def markdown(self) -> str:
         """The table as GitHub Markdown: bold title, table, notes in small print below."""
@@ -41,36 +46,60 @@ class Table:
             lines += ["", _escaped(note)]
         return "\n".join(lines) + "\n"
 
-    def rich(self) -> RichTable:
-        """The table for a rich console. Cells are plain text, not rich's markup."""
+    def rich(self, width: int) -> list[RichTable]:
+        """The table for a rich console of `width` characters, in parts if it is too wide for one.
+
+        The first `keys` columns stand in each part. Cells are plain text, not rich's markup.
+        """
+        widths = [self._width(column) for column in range(len(self.columns))]
+        keys = list(range(max(self.left, self.keys)))
+        parts = [list(keys)]
+        for column in range(len(keys), len(widths)):
+            needed = sum(widths[k] for k in [*parts[-1], column]) + 2
+            if len(parts[-1]) > len(keys) and needed > width:
+                parts.append(list(keys))
+            parts[-1].append(column)
+        return [
+            self._rich_part(part, part is parts[0], part is parts[-1], widths) for part in parts
+        ]
+
+    def _width(self, column: int) -> int:
+        """Characters that a column needs: whole numbers, whole words of the heading, a margin."""
+        texts = [_text(row[column]) for row in self.rows]
+        if column < self.left:  # words may wrap
+            texts = [text[:MOST_WORDS_WIDTH] for text in texts]
+        return max(map(len, [*texts, *self.columns[column].split(), ""])) + 3
+
+    def _rich_part(self, part: list[int], first: bool, last: bool, widths: list[int]) -> RichTable:
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
 
         shown = RichTable(
-            title=Text(self.title, style="bold"),
-            caption=Text("\n".join(self.notes)) if self.notes else None,
+            title=Text(self.title, style="bold") if first else None,
+            caption=Text("\n".join(self.notes)) if last and self.notes else None,
             box=box.SIMPLE_HEAD,
+            show_header=any(self.columns),
             title_justify="left",
             caption_justify="left",
         )
-        for number, column in enumerate(self.columns):
-            words = number < self.left
+        for column in part:
             shown.add_column(
-                Text(column),
-                justify="left" if words else "right",
+                Text(self.columns[column]),
+                justify="left" if column < self.left else "right",
                 overflow="fold",
-                no_wrap=not words,
+                min_width=widths[column] - 3,
             )
         for row in self.rows:
-            shown.add_row(*(_rich_cell(cell) for cell in row))
+            cells = [row[column] for column in part]
+            shown.add_row(
+                *(Text(_text(c), style="bold" if isinstance(c, Strong) else "") for c in cells)
+            )
         return shown
 
 
-def _rich_cell(cell: Cell) -> Text:
-    from rich.text import Text
-
-    return Text(cell.text, style="bold") if isinstance(cell, Strong) else Text(cell)
+def _text(cell: Cell) -> str:
+    return cell.text if isinstance(cell, Strong) else cell
 
 
 def _markdown_cell(cell: Cell) -> str:

@@ -27,10 +27,14 @@ from deltafold.reporting.units import (
     number_text,
     percent_text,
     ratio_text,
-    seconds_text,
     smaller_text,
 )
 from deltafold.reporting.wording import described, run_note
+
+ABOUT_ERRORS = (
+    "0 is exact, 1 is leaving the delta out; methods that drop values at random and scale up the "
+    "others may lie above."
+)
 
 
 def tables_of(record: Record | KnownRecord) -> list[Table]:
@@ -80,14 +84,17 @@ def _by_role(record: CompressRecord) -> Table:
                 number_text(relative_error(lines)),
             )
         )
-    other = other_bytes(record)
-    rows += [(name, "", "", "", bytes_text(size), "", "") for name, size in other.items() if size]
+    for name, (held, stored) in other_bytes(record).items():
+        rows.append((name, "", "", bytes_text(held) if held else "", bytes_text(stored), "", ""))
     totals = record.totals
     numbers = bytes_text(totals.checkpoint_bytes), bytes_text(totals.archive_bytes)
     count, ratio = str(len(record.tensors)), ratio_text(totals.file_ratio)
     rows.append([Strong(text) for text in ("total", "", count, *numbers, ratio, "")])
     columns = ("role", "codecs", "tensors", "checkpoint", "archive", "smaller", "relative error")
-    note = "Relative error: norm of what the archive gets wrong in the delta / norm of the delta."
+    note = (
+        "Relative error: norm of what the archive gets wrong in the delta / norm of the delta. "
+        f"{ABOUT_ERRORS}"
+    )
     return Table("Bytes by role", columns, rows, notes=[note], left=2)
 
 
@@ -115,12 +122,16 @@ def by_role(tensors: Iterable[TensorLine]) -> list[tuple[str, list[TensorLine]]]
     return [(role, groups[role]) for role in order if role in groups]
 
 
-def other_bytes(record: CompressRecord) -> dict[str, int]:
-    """Bytes of the archive that belong to no tensor, so that the parts add up to the whole."""
-    files = record.totals.files_bytes
-    tensors = sum(tensor.bytes for tensor in record.tensors)
-    rest = max(0, record.totals.archive_bytes - tensors - files)
-    return {"manifest and headers": rest, "tokenizer and configuration": files}
+def other_bytes(record: CompressRecord) -> dict[str, tuple[int, int]]:
+    """Bytes (in the checkpoint, in the archive) of no tensor, so that parts add up to the whole."""
+    totals = record.totals
+    held = totals.checkpoint_bytes - sum(t.checkpoint_bytes for t in record.tensors)
+    rest = totals.archive_bytes - sum(t.bytes for t in record.tensors) - totals.files_bytes
+    parts = {
+        "manifest and headers": (0, max(0, rest)),
+        "tokenizer and configuration": (max(0, held), totals.files_bytes),
+    }
+    return {name: sizes for name, sizes in parts.items() if any(sizes)}
 
 
 def relative_error(tensors: Iterable[TensorLine]) -> float | None:
@@ -143,6 +154,7 @@ _SHOWN: dict[str, tuple[str, Callable[[float | None, float | None], str]]] = {
     "agreement_text": ("agreement", percent_text),
     "exact_match": ("exact match", percent_text),
     "accuracy": ("accuracy", percent_text),
+    "accuracy_normalised": ("accuracy by the mean per token", percent_text),
     "kl": ("KL from the fine-tune", kl_text),
     "agreement": ("agreement", percent_text),
 }
@@ -151,11 +163,14 @@ _SHOWN: dict[str, tuple[str, Callable[[float | None, float | None], str]]] = {
 def evaluate_tables(record: EvaluateRecord) -> list[Table]:
     """One table of what was measured on text, then one a task; a column needs one value."""
     models = [model.metrics for model in record.models]
-    stems = dict.fromkeys(stem for metrics in models for stem in metrics.tasks)
     tables = [_evaluated("On text", record, [_text_metrics(metrics) for metrics in models])]
-    for stem in stems:
-        found = [metrics.tasks.get(stem, {}) for metrics in models]
-        tables.append(_evaluated(f"Task {stem}", record, found))
+    for words, groups in (
+        ("Task", [metrics.tasks for metrics in models]),
+        ("Task of lm-eval:", [metrics.lm_eval for metrics in models]),
+    ):
+        for name in dict.fromkeys(name for group in groups for name in group):
+            found = [group.get(name, {}) for group in groups]
+            tables.append(_evaluated(f"{words} {name}", record, found))
     shown = [table for table in tables if table is not None]
     if shown:
         shown[-1].notes += [
@@ -176,7 +191,8 @@ def _text_metrics(metrics: Metrics) -> dict[str, Metric]:
 
 def _evaluated(title: str, record: EvaluateRecord, found: list[dict[str, Metric]]) -> Table | None:
     """Rows are models, columns those metrics that any of them has in `found`; None without any."""
-    names = [name for name in _SHOWN if any(name in metrics for metrics in found)]
+    others = sorted({name for metrics in found for name in metrics} - set(_SHOWN))
+    names = [name for name in (*_SHOWN, *others) if any(name in metrics for metrics in found)]
     if not names:
         return None
     rows = []
@@ -185,12 +201,16 @@ def _evaluated(title: str, record: EvaluateRecord, found: list[dict[str, Metric]
         cells.append(ratio_text(model.file_ratio))
         for name in names:
             metric = metrics.get(name, Metric())
-            cells.append(_SHOWN[name][1](metric.value, metric.stderr))
+            cells.append(_shown(name)[1](metric.value, metric.stderr))
         rows.append(cells)
-    columns = ["model", "role", "archive", "smaller", *(_SHOWN[name][0] for name in names)]
+    columns = ["model", "role", "archive", "smaller", *(_shown(name)[0] for name in names)]
     counts = {m[name].n or 0 for m in found for name in names if name in m} - {0}
     sizes = " or ".join(f"{count:,}" for count in sorted(counts))
     return Table(title, columns, rows, [f"Samples: {sizes}."] if sizes else [], left=2)
+
+
+def _shown(name: str) -> tuple[str, Callable[[float | None, float | None], str]]:
+    return _SHOWN.get(name, (name, number_text))
 
 
 # --- restore, verify, plan ----------------------------------------------------------------------
@@ -207,9 +227,7 @@ def plain_tables(record: PlainRecord) -> list[Table]:
             rows += [(f"{key}: {inner}", described(inner, v)) for inner, v in value.items()]
         else:
             rows.append((key, described(key, value)))
-    rows.append(("seconds", seconds_text(record.seconds)))
-    rows.append(("peak memory", bytes_text(record.peak_memory_bytes)))
-    return [Table(record.kind, ("", ""), rows, left=2)]
+    return [Table(record.kind, ("", ""), rows, notes=[run_note(record)], left=2)]
 
 
 MAKERS: dict[str, Callable[[Any], list[Table]]] = {

@@ -14,7 +14,7 @@ def bytes_text(n_bytes: float | None) -> str:
     """
     if n_bytes is None:
         return MISSING
-    size, units = float(n_bytes), ["TB", "GB", "MB", "KB", "B"]
+    size, units = float(n_bytes), ["TB", "GB", "MB", "kB", "B"]
     while size >= 999.5 and len(units) > 1:
         size /= 1000
         units.pop()

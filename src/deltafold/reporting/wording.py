@@ -25,7 +25,7 @@ _UNITS = (
 def described(key: str, value: Any) -> str:
     """A value as text; the end of its key tells the unit."""
     match value:
-        case None | "" | [] | {}:
+        case None | "" | []:
             return MISSING
         case bool():
             return "yes" if value else "no"

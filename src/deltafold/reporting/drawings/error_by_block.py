@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from deltafold.reporting.labels import End, label_beside
 from deltafold.reporting.records import CompressRecord, KnownRecord, TensorLine
-from deltafold.reporting.style import Ink, canvas, label_ends, role_look
-from deltafold.reporting.tables import by_role, relative_error
+from deltafold.reporting.style import Ink, canvas, role_look
+from deltafold.reporting.tables import ABOUT_ERRORS, by_role, relative_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,16 +29,16 @@ def _figure(record: CompressRecord, tensors: list[TensorLine], ink: Ink) -> Figu
         9.6,
         4.8,
         f"How much of the delta is lost, block by block: {record.title}",
-        "Faint marks: single tensors. Lines: all tensors of a role in a block taken as one. "
-        "0 is exact, 1 is no better than the base.",
+        "Faint marks: single tensors. Lines: all tensors of a role in a block taken as one.\n"
+        f"{ABOUT_ERRORS}",
     )
     axes = figure.add_subplot()
-    figure.subplots_adjust(left=0.085, right=0.86, top=0.86, bottom=0.2)
+    figure.subplots_adjust(left=0.085, right=0.86, top=0.885, bottom=0.23)
     blocks = sorted({t.block for t in tensors if t.block is not None})
     outside = (blocks[-1] if blocks else 0) + max(1.5, 0.06 * len(blocks))
     every = 1 + (len(blocks) - 1) // 12
     ticks: dict[float, str] = {block: str(block) for block in blocks[::every]}
-    ends: list[tuple[float, float, str, str]] = []
+    ends: list[End] = []
     for role, lines in by_role(tensors):
         look, colour = role_look(role), role_look(role).colour(ink)
         inside = [t for t in lines if t.block is not None]
@@ -53,15 +54,15 @@ def _figure(record: CompressRecord, tensors: list[TensorLine], ink: Ink) -> Figu
         ]
         if means:
             axes.plot(*zip(*means, strict=True), color=colour, marker=look.mark, markersize=5)
-            ends.append((*means[-1], look.label, colour))
+            ends.append(End(*means[-1], look.label, colour))
         for error in (t.relative_error or 0.0 for t in lines if t.block is None):
             axes.plot(outside, error, look.mark, color=colour, markersize=8)
-            ends.append((outside, error, look.label, colour))
+            ends.append(End(outside, error, look.label, colour))
             ticks[outside] = "outside\nblocks"
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xlim(min([*blocks, outside]) - 0.6, max([*blocks, *ticks]) + 0.6)
     axes.set_ylim(0, 1.08 * max(1e-9, *(t.relative_error or 0.0 for t in tensors)))
     axes.set_xlabel("block")
     axes.set_ylabel("relative error of the delta")
-    label_ends(axes, ends)
+    label_beside(axes, ends)
     return figure

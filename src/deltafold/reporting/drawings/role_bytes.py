@@ -28,23 +28,26 @@ def _figure(record: CompressRecord, ink: Ink) -> Figure:
     colours = [role_look(role).colour(ink) for role, _ in roles]
     held = [sum(t.checkpoint_bytes for t in lines) for _, lines in roles]
     stored = [sum(t.bytes for t in lines) for _, lines in roles]
-    for name, size in other_bytes(record).items():
-        if size:
-            names.append(name.replace(" and ", "\nand "))
-            colours.append(ink.muted)
-            held.append(0)
-            stored.append(size)
+    shrunk = [
+        f"{bytes_text(now)}  ({ratio_text(before / now)} smaller)" if now else bytes_text(now)
+        for before, now in zip(held, stored, strict=True)
+    ]
+    for name, (before, now) in other_bytes(record).items():
+        names.append(name.replace(" and ", "\nand "))
+        colours.append(ink.muted)
+        held.append(before)
+        stored.append(now)
+        shrunk.append(bytes_text(now))
 
     figure = canvas(12.4, 1.9 + 0.46 * len(names), f"Where the bytes are: {record.title}")
     height = figure.get_figheight()
     figure.subplots_adjust(
-        left=0.115, right=0.955, top=1 - 1.05 / height, bottom=0.55 / height, wspace=0.16
+        left=0.115, right=0.955, top=1 - 0.9 / height, bottom=0.55 / height, wspace=0.16
     )
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     totals = record.totals
     left.set_title(
-        f"fine-tuned checkpoint, {bytes_text(totals.checkpoint_bytes)} (pale), "
-        "and archive at the same scale",
+        f"checkpoint, {bytes_text(totals.checkpoint_bytes)} (faint), and archive at its scale",
         fontsize=11,
     )
     right.set_title(
@@ -55,11 +58,6 @@ def _figure(record: CompressRecord, ink: Ink) -> Figure:
     _bars(left, stored, colours, 1.0)
     _bars(right, stored, colours, 1.0)
     _write(left, held, [bytes_text(size) if size else "" for size in held])
-    shrunk = [
-        f"{bytes_text(now)}  ({ratio_text(before / now)} smaller)" if before and now
-        else bytes_text(now)
-        for before, now in zip(held, stored, strict=True)
-    ]  # fmt: skip
     _write(right, stored, shrunk)
     left.set_yticks(range(len(names)), names)
     right.set_yticks(range(len(names)), [""] * len(names))
@@ -81,5 +79,5 @@ def _write(axes: Axes, sizes: list[int], texts: list[str]) -> None:
     """A text at the end of each bar."""
     for row, (size, text) in enumerate(zip(sizes, texts, strict=True)):
         axes.annotate(
-            text, (size, row), (5, 0), textcoords="offset points", va="center", fontsize=10
+            text, (size, row), (5, 0), textcoords="offset points", va="center_baseline", fontsize=10
         )

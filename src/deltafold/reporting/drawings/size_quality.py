@@ -8,16 +8,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
+from deltafold.reporting.labels import End, Line, label_lines
 from deltafold.reporting.records import BenchmarkRecord, EvaluateRecord, KnownRecord, Metric, Scores
-from deltafold.reporting.style import (
-    Ink,
-    Look,
-    canvas,
-    label_ends,
-    label_here,
-    method_looks,
-    plain_ticks,
-)
+from deltafold.reporting.style import Ink, Look, canvas, method_looks, plain_ticks
 from deltafold.reporting.units import EXACT_KL, bytes_text
 
 if TYPE_CHECKING:
@@ -30,7 +23,7 @@ _QUALITIES = (
     ("accuracy", "accuracy"),
     ("agreement", "same next token as the fine-tune"),
 )
-_NEAR_THE_RIGHT = 0.6  # of the width of the axes
+LEAST_POINTS = 2  # of a single archive a table says more
 _REFERENCE_DASHES = {"fine-tune": (0, (5, 2)), "base": (0, (1, 2))}
 
 
@@ -48,13 +41,19 @@ class Group:
         if archive_bytes is not None:
             self.checkpoint_bytes.append(ratio * archive_bytes)
 
+    def ratios(self) -> list[float]:
+        return [ratio for points in self.points.values() for ratio, _ in points]
+
 
 def draw(records: Sequence[KnownRecord], ink: Ink) -> Iterator[tuple[str, Figure]]:
-    """A figure a fine-tune of a benchmark, and one a task of evaluations that name a file_ratio."""
-    groups = [group for group in groups_of(records) if group.points]
+    """A figure a fine-tune of a benchmark, and one a task of evaluations of several archives."""
+    groups = [group for group in groups_of(records) if len(group.ratios()) >= LEAST_POINTS]
     looks = method_looks(method for group in groups for method in group.points)
     for group in groups:
-        yield f"size-and-quality {group.title}", _figure(group, looks, ink)
+        has_kl = any(value > EXACT_KL for value in _values(group, "kl"))
+        quality = next((pair for pair in _QUALITIES if _values(group, pair[0])), None)
+        if has_kl or quality:
+            yield f"size-and-quality {group.title}", _figure(group, has_kl, quality, looks, ink)
 
 
 def groups_of(records: Sequence[KnownRecord]) -> list[Group]:
@@ -97,13 +96,19 @@ def _scores(metrics: dict[str, Metric]) -> Scores:
 # --- drawing ------------------------------------------------------------------------------------
 
 
-def _figure(group: Group, looks: dict[str, Look], ink: Ink) -> Figure:
-    quality = next((pair for pair in _QUALITIES if _values(group, pair[0])), None)
-    has_kl = bool(_values(group, "kl"))
+def _figure(
+    group: Group,
+    has_kl: bool,
+    quality: tuple[str, str] | None,
+    looks: dict[str, Look],
+    ink: Ink,
+) -> Figure:
     panels = has_kl + (quality is not None)
     note = "Bars: one standard error. Size counts every byte of the archive."
-    figure = canvas(6.2 * max(1, panels), 5.0, f"What is kept at which size: {group.title}", note)
-    figure.subplots_adjust(left=0.085, right=0.87, top=0.80, bottom=0.21, wspace=0.52)
+    figure = canvas(6.2 * panels, 5.0, f"What is kept at which size: {group.title}", note)
+    figure.subplots_adjust(
+        left=0.17 / panels, right=1 - 0.26 / panels, top=0.81, bottom=0.21, wspace=0.52
+    )
     if has_kl:
         _kl_panel(figure.add_subplot(1, panels, 1), group, looks, ink)
     if quality is not None:
@@ -111,31 +116,36 @@ def _figure(group: Group, looks: dict[str, Look], ink: Ink) -> Figure:
     return figure
 
 
-def _values(group: Group, name: str) -> list[float]:
-    """All values of a metric among the methods."""
-    scores = [scores for points in group.points.values() for _, scores in points]
-    return [value for s in scores if (value := getattr(s, name)) is not None]
+def _values(group: Group, name: str, with_errors: bool = False) -> list[float]:
+    """All values of a metric among the methods, or the ends of their error bars."""
+    found = []
+    for scores in (scores for points in group.points.values() for _, scores in points):
+        value, stderr = getattr(scores, name), getattr(scores, f"{name}_stderr") or 0.0
+        if value is not None:
+            found += [value - stderr, value + stderr] if with_errors else [value]
+    return found
 
 
 def _kl_panel(axes: Axes, group: Group, looks: dict[str, Look], ink: Ink) -> None:
     """KL on a log axis. Outputs equal to the fine-tune's lie on a line of their own at the foot."""
     values = _values(group, "kl")
-    lossy = [value for value in values if value > EXACT_KL] or [1e-3]
+    lossy = [value for value in values if value > EXACT_KL]
     has_exact = min(values) <= EXACT_KL
     floor = min(lossy) / 4
     axes.set_yscale("log")
     axes.set_ylim(floor / 1.6 if has_exact else min(lossy) / 1.6, max(lossy) * 1.6)
     _size_axis(axes, group)
-    plain_ticks(axes, low=min(lossy) / 1.6)
+    axes.set_yticks(*plain_ticks(min(lossy) / 1.6, max(lossy) * 1.6))
+    axes.set_yticks([], minor=True)
     if has_exact:
         axes.axhline(floor, color=ink.muted, linewidth=1.0, linestyle=(0, (1, 2)))
         axes.annotate(
             "exact", (0, floor), (-4, 0), ("axes fraction", "data"), "offset points",
             ha="right", va="center", fontsize=9,
         )  # fmt: skip
-    ends = _lines(axes, group, "kl", looks, ink, floor)
     axes.set_title("KL divergence from the fine-tune\nlower is better", fontsize=11)
-    label_ends(axes, ends)
+    ends, lines = _lines(axes, group, "kl", looks, ink, floor)
+    label_lines(axes, ends, lines, ink)
 
 
 def _share_panel(
@@ -147,24 +157,28 @@ def _share_panel(
         for role, scores in group.references.items()
         if (value := getattr(scores, name)) is not None
     }
-    shown = [*_values(group, name), *references.values()]
-    margin = max(0.02, 0.06 * (max(shown) - min(shown)))
-    axes.set_ylim(max(-0.02, min(shown) - margin), min(1.02, max(shown) + margin))
+    shown = [*_values(group, name, with_errors=True), *references.values()]
+    margin = max(0.01, 0.06 * (max(shown) - min(shown)))
+    low, high = max(-0.02, min(shown) - margin), min(1 + margin, max(shown) + 2 * margin)
+    axes.set_ylim(low, high)
+    axes.set_yticks([t for t in axes.get_yticks() if max(0.0, low) <= t <= min(1.0, high)])
     _size_axis(axes, group)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    ends = []
+    axes.set_title(f"{title}\nhigher is better", fontsize=11)
+    ends, lines = _lines(axes, group, name, looks, ink)
+    left, right = axes.get_xlim()
     for role, value in references.items():
         dashes = _REFERENCE_DASHES.get(role, (0, (3, 3)))
         axes.axhline(value, color=ink.muted, linewidth=1.3, linestyle=dashes)
-        ends.append((axes.get_xlim()[1], value, role, ink.muted))
-    axes.set_title(f"{title}\nhigher is better", fontsize=11)
-    label_ends(axes, [*ends, *_lines(axes, group, name, looks, ink)])
+        ends.append(End(right, value, role, ink.muted))
+        lines.append([(left, value), (right, value)])
+    label_lines(axes, ends, lines, ink)
 
 
 def _size_axis(axes: Axes, group: Group) -> None:
     """The file_ratio on a log axis; below each ratio the bytes that it means here."""
-    ratios = [ratio for points in group.points.values() for ratio, _ in points]
-    low, high = min(ratios) / 1.25, max(ratios) * 1.25
+    ratios = group.ratios()
+    low, high = min(ratios) / 1.35, max(ratios) * 1.25
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     octaves = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
@@ -172,47 +186,47 @@ def _size_axis(axes: Axes, group: Group) -> None:
     ticks = [2.0**k * half for k in octaves for half in halves if low <= 2.0**k * half <= high]
     ticks = ticks[:: math.ceil(len(ticks) / 7)] or [median(ratios)]
     labels = [f"{ratio:.3g}x" for ratio in ticks]
+    axes.set_xlabel("times smaller than the fine-tune", labelpad=6)
     if group.checkpoint_bytes:
         checkpoint_bytes = median(group.checkpoint_bytes)
         sizes = [bytes_text(float(f"{checkpoint_bytes / ratio:.2g}")) for ratio in ticks]
         labels = [f"{label}\n{size}" for label, size in zip(labels, sizes, strict=True)]
+        axes.set_xlabel("times smaller than the fine-tune, and size of the archive", labelpad=6)
     axes.set_xticks(ticks, labels, fontsize=9)
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("times smaller than the fine-tune", labelpad=6)
 
 
 def _lines(
     axes: Axes, group: Group, name: str, looks: dict[str, Look], ink: Ink, floor: float = -math.inf
-) -> list[tuple[float, float, str, str]]:
-    """Draw a line a method; values at or below zero are lone marks at `floor`.
-
-    A line that ends in the left part is labelled where it ends; of the others (x, y, label,
-    colour) comes back, for labels beside the axes.
-    """
-    low, high = axes.get_xlim()
-    ends = []
+) -> tuple[list[End], list[Line]]:
+    """Draw a line a method; a KL of equal outputs is a lone mark at `floor`. Returns what is drawn."""
+    ends: list[End] = []
+    lines: list[Line] = []
     for method, points in sorted(group.points.items()):
         look, colour = looks[method], looks[method].colour(ink)
         ordered = sorted(points, key=lambda point: point[0])
-        curve = [(x, s) for x, s in ordered if getattr(s, name) is not None]
-        if not curve:
-            continue
-        exact = [x for x, s in curve if name == "kl" and getattr(s, name) <= EXACT_KL]
-        drawn = [(x, s) for x, s in curve if x not in exact]
+        known = [(x, s) for x, s in ordered if getattr(s, name) is not None]
+        equal = [(x, s) for x, s in known if name == "kl" and getattr(s, name) <= EXACT_KL]
+        drawn = [point for point in known if point not in equal]
+        exact = [(x, floor) for x, _ in equal]
+        curve = [(x, getattr(s, name)) for x, s in drawn]
         size = 11 if look.mark == "*" else 6.5
-        axes.plot(exact, [floor] * len(exact), look.mark, color=colour, markersize=size)
+        axes.plot(*_columns(exact), look.mark, color=colour, markersize=size)
         axes.errorbar(
-            [x for x, _ in drawn],
-            [getattr(s, name) for _, s in drawn],
+            *_columns(curve),
             yerr=[getattr(s, f"{name}_stderr") or 0.0 for _, s in drawn],
             color=colour,
             marker=look.mark,
             markersize=size,
-            elinewidth=1.0,
+            ecolor=(colour, 0.5),
+            elinewidth=1.2,
         )
-        x, y = curve[-1][0], floor if curve[-1][0] in exact else getattr(curve[-1][1], name)
-        if math.log(x / low) / math.log(high / low) > _NEAR_THE_RIGHT:
-            ends.append((x, y, look.label, colour))
-        else:
-            label_here(axes, x, y, look.label, colour, ink)
-    return ends
+        if known:
+            x, y = max(exact + curve)
+            ends.append(End(x, y, look.label, colour))
+        lines += [line for line in (exact, curve) if line]
+    return ends, lines
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

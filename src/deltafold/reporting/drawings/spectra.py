@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from deltafold.reporting.labels import End, Line, label_lines
 from deltafold.reporting.records import CompressRecord, KnownRecord, TensorLine
-from deltafold.reporting.style import Ink, canvas, label_ends, plain_ticks, role_look
+from deltafold.reporting.style import Ink, canvas, plain_ticks, role_look
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_TENSORS = 7
+MOST_TENSORS = 8  # the seven projections of a Llama block and the embedding
 _DASHES = ((0, ()), (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 
@@ -52,28 +53,34 @@ def _figure(record: CompressRecord, tensors: list[TensorLine], ink: Ink) -> Figu
         9.6,
         4.8,
         f"Singular values of the delta: {record.title}",
-        "One tensor of each kind, from the middle block. A steep line means that few directions "
-        "hold most of the delta.",
+        "One tensor of each kind, from the middle block; as many singular values as the method "
+        "used.\nA steep line means that few directions hold most of the delta.",
     )
     axes = figure.add_subplot()
-    figure.subplots_adjust(left=0.095, right=0.74, top=0.86, bottom=0.2)
-    ends, seen = [], dict.fromkeys((t.role for t in tensors), 0)
+    figure.subplots_adjust(left=0.095, right=0.78, top=0.885, bottom=0.23)
+    ends: list[End] = []
+    lines: list[Line] = []
+    seen = dict.fromkeys((t.role for t in tensors), 0)
     for tensor in tensors:
         points = [p for p in tensor.spectrum or [] if p.value > 0]
         colour = role_look(tensor.role).colour(ink)
         dashes = _DASHES[seen[tensor.role] % len(_DASHES)]
         seen[tensor.role] += 1
-        indices = [p.index + 1 for p in points]
-        axes.plot(indices, [p.value for p in points], color=colour, linestyle=dashes)
-        block = "" if tensor.block is None else f" ({tensor.block})"
-        ends.append((indices[-1], points[-1].value, kind_of(tensor.name) + block, colour))
-    axes.set_xscale("log")
+        line = [(p.index + 1.0, p.value) for p in points]
+        axes.plot([x for x, _ in line], [y for _, y in line], color=colour, linestyle=dashes)
+        ends.append(End(*line[-1], kind_of(tensor.name), colour))
+        lines.append(line)
     axes.set_yscale("log")
-    axes.margins(x=0)
+    axes.set_xscale("log")
+    most = max(end.x for end in ends)
+    axes.set_xlim(0.95, 1.05 * most)
+    axes.set_xticks(*plain_ticks(1, most))
+    axes.set_xticks([], minor=True)
     values = [p.value for t in tensors for p in t.spectrum or [] if p.value > 0]
     axes.set_ylim(min(values) / 1.4, max(values) * 1.4)
-    plain_ticks(axes, low=min(values) / 1.4)
+    axes.set_yticks(*plain_ticks(min(values) / 1.4, max(values) * 1.4))
+    axes.set_yticks([], minor=True)
     axes.set_xlabel("number of the singular value, largest first")
     axes.set_ylabel("singular value")
-    label_ends(axes, ends)
+    label_lines(axes, ends, lines, ink)
     return figure
