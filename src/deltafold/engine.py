@@ -20,7 +20,10 @@ from deltafold.record import total_memory_bytes
 
 @dataclass(frozen=True)
 class Task:
-    """One unit of work. `work` weighs it in the progress bar; `memory_bytes` is its peak."""
+    """One unit of work. `work` weighs it in the progress bar; `memory_bytes` is its peak.
+
+    What `run` returns, if a number, is the bytes it produced.
+    """
 
     name: str
     run: Callable[[], object]
@@ -28,8 +31,18 @@ class Task:
     work: float = 1.0
 
 
-Progress = Callable[[str, str, float], None]
-"""(stage, name of the task that ended, its work)"""
+@dataclass(frozen=True)
+class Step:
+    """A task has ended: how far the stage is, and the bytes it has produced so far."""
+
+    stage: str
+    name: str
+    done: float
+    total: float
+    made_bytes: int
+
+
+Progress = Callable[[Step], None]
 
 
 def default_workers() -> int:
@@ -56,6 +69,7 @@ def run_tasks(
     """
     allowance = memory_bytes or default_memory_bytes()
     waiting = list(enumerate(tasks))
+    done_work, total_work, made_bytes = 0.0, sum(task.work for task in tasks), 0
     running: dict[Future[object], int] = {}
     errors: dict[int, BaseException] = {}
     with _one_core_each(), _pool(workers or default_workers()) as pool:
@@ -74,8 +88,13 @@ def run_tasks(
                     index = running.pop(future)
                     if (error := future.exception()) is not None:
                         errors[index] = error
-                    elif progress:
-                        progress(stage, tasks[index].name, tasks[index].work)
+                        continue
+                    result = future.result()
+                    done_work += tasks[index].work
+                    made_bytes += result if isinstance(result, int) else 0
+                    if progress:
+                        name = tasks[index].name
+                        progress(Step(stage, name, done_work, total_work, made_bytes))
                 if done and tasks[index].memory_bytes > 64 << 20:
                     _trim()
         except KeyboardInterrupt:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deltafold.errors import DeltafoldError
+from deltafold.errors import DeltafoldError, StorageError
 from deltafold.version import __version__
 
 RECORD_VERSION = 1
@@ -29,10 +29,17 @@ def record_path(output: Path) -> Path:
 
 
 def write_record(record: Record, path: Path) -> None:
-    """Write by rename, so that a reader never sees half a record."""
+    """Write by rename, so that a reader never sees half a record. Raises StorageError."""
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     working = path.with_name(path.name + ".tmp")
-    working.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    working.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        working.write_text(text)
+        working.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"The record {path} cannot be written ({error.strerror}); give another path for it."
+        ) from error
 
 
 def read_record(path: Path) -> Record:

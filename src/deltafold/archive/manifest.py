@@ -1,10 +1,14 @@
 """`delta.json`: what an archive is. Read from disk, so every field is checked and none is trusted.
 
+The file ends with a checksum of all that stands before it: a flipped bit in a seed or a setting
+would otherwise decode to other weights without a sign.
+
 `docs/format.md` describes each field for someone who writes another reader.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -13,21 +17,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deltafold.checkpoint.header import DTYPES
+from deltafold.checkpoint.view import INDEX_FILE, PLAIN_NAME
 from deltafold.errors import ArchiveError
 
 FORMAT = "deltafold-archive"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "delta.json"
 MAX_MANIFEST_BYTES = 1 << 30
+_SEAL = re.compile(r',"checksum":"([0-9a-f]{32})"\}\n\Z')
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
+PlainName = Annotated[str, Field(pattern=PLAIN_NAME)]
 Size = Annotated[int, Field(ge=0, le=1 << 50)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Piece(_Strict):
@@ -70,7 +77,11 @@ class Tensor(_Strict):
         return f"{self.name}::{self.pieces.index(piece)}.{part}"
 
     @model_validator(mode="after")
-    def _rows_covered(self) -> Tensor:
+    def _sound(self) -> Tensor:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"tensor {self.name} has the unknown dtype {self.dtype!r}")
+        if self.name == "__metadata__":
+            raise ValueError("no tensor can be called __metadata__")
         if self.same_as is not None:
             return self
         at = 0
@@ -135,6 +146,9 @@ class Manifest(_Strict):
         names = [tensor.name for tensor in self.tensors]
         if len(set(names)) != len(names):
             raise ValueError("a tensor is listed twice")
+        files = [*self.finetuned.files, *(entry.name for entry in self.files), INDEX_FILE]
+        if len(set(files)) != len(files):
+            raise ValueError("a file of the fine-tune is listed twice")
         known = {tensor.name: tensor for tensor in self.tensors}
         for tensor in self.tensors:
             target = known.get(tensor.same_as) if tensor.same_as else None
@@ -168,7 +182,13 @@ class Manifest(_Strict):
             )
             for tensor in self.tensors
         ]
-        return head[:-1] + ',"tensors":[\n' + ",\n".join(lines) + "\n]}\n"
+        return sealed(head[:-1] + ',"tensors":[\n' + ",\n".join(lines) + "\n]")
+
+
+def sealed(text: str) -> str:
+    """`text`, a JSON object without its last brace, closed by a checksum of itself."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return f'{text},"checksum":"{digest}"}}\n'
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -179,7 +199,8 @@ def read_manifest(folder: Path) -> Manifest:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise ArchiveError(f"{path} is absurdly large; it is not to be trusted.")
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode()
+        raw: Any = json.loads(text)
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise ArchiveError(f"{path} is not a deltafold manifest.")
         version = raw.get("format_version")
@@ -188,6 +209,12 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format version {version}, newer than this deltafold reads "
                 f"({FORMAT_VERSION}); upgrade deltafold."
             )
+        seal = _SEAL.search(text)
+        if seal is None or sealed(text[: seal.start()]) != text:
+            raise ArchiveError(
+                f"{path} is damaged or was edited: its checksum differs; fetch the archive again."
+            )
+        del raw["checksum"]
         return Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
@@ -196,6 +223,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArchiveError(
             f"{path} is damaged or was edited: {where}: {message}; fetch the archive again."
         ) from None
+    except OSError as error:
+        raise ArchiveError(f"{path} cannot be read ({error.strerror}); check it.") from None
     except (ValueError, RecursionError) as error:
         raise ArchiveError(
             f"{path} is not valid JSON ({error}); fetch the archive again."

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import zstandard
 
 from deltafold.archive.digest import TensorDigest, file_digest
-from deltafold.archive.manifest import Manifest, Piece, SideFile, Tensor, read_manifest
+from deltafold.archive.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    Piece,
+    SideFile,
+    Tensor,
+    read_manifest,
+)
 from deltafold.checkpoint import Checkpoint, tensor_bytes
 from deltafold.errors import ArchiveError, CheckpointError
 
@@ -31,7 +39,9 @@ class Archive:
         try:
             for entry in self.manifest.payload:
                 file = folder / entry.name
-                if file.is_file() and file.stat().st_size != entry.n_bytes:
+                if not file.is_file():
+                    raise ArchiveError(f"{file} is missing; fetch the archive again.")
+                if file.stat().st_size != entry.n_bytes:
                     raise ArchiveError(
                         f"{file} has {file.stat().st_size:,} bytes where the manifest says "
                         f"{entry.n_bytes:,}; fetch the archive again."
@@ -82,17 +92,28 @@ class Archive:
             loaded[part] = value
         return loaded
 
+    def part_layout(self, tensor: Tensor, piece: Piece) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of each part of a piece, from the payload's header."""
+        found = {part: self._payload[tensor.part_name(piece, part)] for part in piece.parts}
+        infos = {part: s.tensors[tensor.part_name(piece, part)] for part, s in found.items()}
+        return {part: (info.dtype, info.shape) for part, info in infos.items()}
+
     def part_bytes(self, tensor: Tensor, piece: Piece) -> int:
         """Bytes of a piece's parts in the payload."""
         names = [tensor.part_name(piece, part) for part in piece.parts]
         return sum(self._payload[name].tensors[name].n_bytes for name in names)
 
-    def side_file(self, entry: SideFile, base: Checkpoint) -> bytes:
-        """Content of a side file, from the archive or the base. Raises ArchiveError."""
+    def side_file(self, entry: SideFile, base: Checkpoint | None) -> bytes:
+        """Content of a side file, from the archive or the base. Raises ArchiveError.
+
+        `base` is needed unless the file is stored as a frame of its own (`zstd`).
+        """
         base_data = b""
         if entry.stored != "zstd":
+            if base is None:
+                raise ArchiveError(f"{entry.name} of {self.folder} needs the base; give it.")
             file = base.path / entry.name
-            if not file.is_file() or file_digest(base_data := file.read_bytes()) != entry.base:
+            if not file.is_file() or file_digest(base_data := _content(file)) != entry.base:
                 raise ArchiveError(
                     f"{file} is missing or differs from the one this archive refers to; "
                     "use the base it was made from."
@@ -100,19 +121,27 @@ class Archive:
         if entry.stored == "base":
             return base_data
         stored = self.folder / FILES_FOLDER / f"{entry.name}.zst"
-        try:
-            frame = stored.read_bytes()
-        except OSError:
-            raise ArchiveError(f"{stored} is missing; fetch the archive again.") from None
-        data = _decompress(frame, entry, base_data)
+        if not stored.is_file():
+            raise ArchiveError(f"{stored} is missing; fetch the archive again.")
+        data = _decompress(_content(stored), entry, base_data)
         if data is None or file_digest(data) != entry.digest:
             raise ArchiveError(f"{stored} is damaged; fetch the archive again.")
         return data
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the manifest, which holds a checksum of every part."""
+        return file_digest((self.folder / MANIFEST_FILE).read_bytes())
 
     @property
     def n_bytes(self) -> int:
         """Everything in the archive's folder, in bytes."""
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+
+def _content(file: Path) -> bytes:
+    """A small file's bytes; a large one is not read, and matches no digest."""
+    return file.read_bytes() if file.stat().st_size <= MAX_SIDE_FILE_BYTES else b""
 
 
 def _decompress(frame: bytes, entry: SideFile, base_data: bytes) -> bytes | None:

@@ -94,27 +94,44 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise CheckpointError(
             f"{path} is missing; copy it there, or download the checkpoint again."
         ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check it.") from None
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("a value of its metadata is no text")
         tensors = {
             name: _tensor_info(name, entry, path, 8 + length_bytes)
             for name, entry in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise _refuse(path, f"its header lacks the field {error}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _refuse(path, f"its header cannot be read: {error}") from None
     _check_layout(path, tensors, 8 + length_bytes, size_bytes)
     ordered = sorted(tensors.values(), key=lambda info: (info.start_bytes, info.name))
     return {info.name: info for info in ordered}, metadata
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is listed twice")
+    return found
+
+
 def _tensor_info(name: str, entry: dict[str, Any], path: Path, origin_bytes: int) -> TensorInfo:
     start, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
+    shape = tuple(entry["shape"])
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']} of tensor {name} is unknown")
-    info = TensorInfo(name, entry["dtype"], shape, path, origin_bytes + int(start))
-    if any(size < 0 for size in shape) or int(end) - int(start) != info.n_bytes or int(start) < 0:
+    # `type`, not `isinstance`: True is no length.
+    if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
+        raise ValueError(f"shape or offsets of tensor {name} are not whole numbers from 0 up")
+    info = TensorInfo(name, entry["dtype"], shape, path, origin_bytes + start)
+    if end - start != info.n_bytes:
         raise ValueError(f"the size of tensor {name} does not fit its shape")
     return info
 

@@ -17,9 +17,9 @@ def local_folder(source: str | Path) -> Path:
     Only safetensors and side files are fetched, never pickles. Raises CheckpointError.
     """
     path = Path(source).expanduser()
-    if path.exists():
-        return path
     text = str(source)
+    if text and path.exists():
+        return path
     if not _HUB_ID.fullmatch(text) or text.count("/") != 1 + text.partition("@")[2].count("/"):
         raise CheckpointError(
             f"{text} does not exist; give a local Hugging Face folder or a hub id like org/name."

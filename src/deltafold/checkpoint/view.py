@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ SIDE_FILE_PATTERNS = (
 )  # fmt: skip
 MAX_SIDE_FILE_BYTES = 128_000_000
 
+# What a file may be called: no path, not hidden, no control characters, room for a suffix.
+PLAIN_NAME = r"^[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,239}$"
+
 
 class Checkpoint:
     """A local Hugging Face folder (or one safetensors file) of weights.
@@ -42,7 +46,7 @@ class Checkpoint:
     def __init__(self, path: Path, label: str | None = None):
         self.path = path
         self.label = label or str(path)
-        self.shards = _find_shards(path)
+        self.shards = [_plainly_named(shard) for shard in _find_shards(path)]
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         for shard in self.shards:
@@ -79,9 +83,14 @@ class Checkpoint:
             return self._files[file]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor seen as a matrix (see `TensorInfo.matrix_shape`)."""
+        """Rows [start, stop) of a tensor seen as a matrix (see `TensorInfo.matrix_shape`).
+
+        Raises ValueError if the tensor has no such rows.
+        """
         info = self.tensors[name]
-        columns = info.matrix_shape[1]
+        n_rows, columns = info.matrix_shape
+        if not 0 <= start <= stop <= n_rows:
+            raise ValueError(f"tensor {name} has {n_rows} rows, not {start} to {stop}")
         length = (stop - start) * columns * info.itemsize
         offset = info.start_bytes + start * columns * info.itemsize
         buffer = bytearray(length)
@@ -116,9 +125,9 @@ class Checkpoint:
             file
             for pattern in SIDE_FILE_PATTERNS
             for file in self.path.glob(pattern)
-            if file.is_file() and file.stat().st_size <= MAX_SIDE_FILE_BYTES
+            if _is_visible_file(file) and file.stat().st_size <= MAX_SIDE_FILE_BYTES
         }
-        return sorted(found, key=lambda file: file.name)
+        return sorted(map(_plainly_named, found), key=lambda file: file.name)
 
     @property
     def total_bytes(self) -> int:
@@ -174,7 +183,7 @@ def _find_shards(path: Path) -> list[Path]:
     index = path / INDEX_FILE
     if index.is_file():
         return [path / name for name in sorted(set(_weight_map(index).values()))]
-    shards = sorted(path.glob("*.safetensors"))
+    shards = sorted(file for file in path.glob("*.safetensors") if _is_visible_file(file))
     if not shards:
         pickled = sorted(file.name for file in path.glob("*.bin"))
         hint = (
@@ -187,16 +196,32 @@ def _find_shards(path: Path) -> list[Path]:
     return shards
 
 
+def _is_visible_file(file: Path) -> bool:
+    """False for folders and for hidden files: some systems leave `._name` beside each file."""
+    return file.is_file() and not file.name.startswith(".")
+
+
+def _plainly_named(file: Path) -> Path:
+    if not re.fullmatch(PLAIN_NAME, file.name):
+        raise CheckpointError(f"{str(file)!r} has a name that is no plain file name; rename it.")
+    return file
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         mapping = json.loads(index.read_text())["weight_map"]
         names = set(mapping.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read ({error!r}); copy it again.") from None
     for name in names:
         if Path(str(name)).name != name:
             raise CheckpointError(
                 f"{index} names a shard outside its folder ({name!r}); it is not to be trusted."
+            )
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} names {name!r}, which is no safetensors file; save the model with "
+                "safe_serialization first."
             )
     return dict(mapping)
 

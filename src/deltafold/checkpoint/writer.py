@@ -35,7 +35,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def guard_storage(path: Path, action: Callable[[], Result]) -> Result:
-    """Run `action`; a full or read-only disk becomes one clear sentence."""
+    """Run `action`; a full, read-only or unreachable disk becomes one clear sentence."""
     try:
         return action()
     except OSError as error:
@@ -44,11 +44,9 @@ def guard_storage(path: Path, action: Callable[[], Result]) -> Result:
                 f"No space left while writing {path}; free some and run the same command again: "
                 "it goes on where it stopped."
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise StorageError(
-                f"{path} cannot be written ({error.strerror}); choose another output."
-            ) from error
-        raise
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror}); choose another output."
+        ) from error
 
 
 def plan_shards(tensors: list[TensorSpec], shard_bytes: int) -> dict[str, list[TensorSpec]]:

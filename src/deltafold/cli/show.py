@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from deltafold.engine import Step
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -44,10 +49,8 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 @contextlib.contextmanager
-def progress(
-    totals: dict[str, float] | None = None,
-) -> Iterator[Callable[[str, str, float], None] | None]:
-    """A progress bar a stage on stderr: tensor, share done, time left. None if not a terminal."""
+def progress() -> Iterator[Callable[[Step], None] | None]:
+    """A bar a stage on stderr: share done, time left, bytes so far, tensor. None off a terminal."""
     if not err.is_terminal:
         yield None
         return
@@ -61,21 +64,25 @@ def progress(
 
     bar = Progress(
         TextColumn("{task.description:8}"),
-        BarColumn(bar_width=28),
+        BarColumn(bar_width=24),
         TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[tensor]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[made]:>8}"),
+        TextColumn(
+            "[dim]{task.fields[tensor]}", table_column=Column(no_wrap=True, overflow="ellipsis")
+        ),
         console=err,
         transient=True,
     )
-    stages: dict[str, Any] = {}
+    stages: dict[str, TaskID] = {}
     lock = threading.Lock()
 
-    def advance(stage: str, tensor: str, work: float) -> None:
+    def advance(step: Step) -> None:
         with lock:
-            if stage not in stages:
-                stages[stage] = bar.add_task(stage, total=(totals or {}).get(stage), tensor="")
-            bar.update(stages[stage], advance=work, tensor=tensor)
+            if step.stage not in stages:
+                stages[step.stage] = bar.add_task(step.stage, total=step.total, tensor="", made="")
+            made = size(step.made_bytes) if step.made_bytes else ""
+            bar.update(stages[step.stage], completed=step.done, tensor=step.name, made=made)
 
     with bar:
         yield advance

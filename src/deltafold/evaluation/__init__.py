@@ -19,6 +19,7 @@ from deltafold.evaluation.loading import (
     is_archive,
     load_tokenizer,
     loaded,
+    model_folder,
     quiet,
 )
 from deltafold.evaluation.plan import Plan, Request, Source
@@ -91,7 +92,7 @@ def evaluate(
 
 
 def _check_sources(finetuned: Source, models: Sequence[Source], base: Source | None) -> None:
-    """What can be known from the arguments is said before anything is loaded."""
+    """What can be known without reading weights is said before an hour is spent on measuring."""
     for role, source in (("fine-tune", finetuned), ("base", base)):
         if source is not None and is_archive(source):
             raise UsageError(
@@ -101,6 +102,9 @@ def _check_sources(finetuned: Source, models: Sequence[Source], base: Source | N
     archives = [source for source in models if is_archive(source)]
     if archives and base is None:
         raise UsageError(f"{archives[0]} is an archive; give its base with --base.")
+    for source in (finetuned, base, *models):
+        if source is not None and source not in archives:
+            model_folder(source)
 
 
 def _measure_all(

@@ -30,7 +30,7 @@ class Choices:
     def prepare(cls, task: TaskFile, encoder: Encoder, batch_size: int) -> Choices:
         """Tokenise every prompt with every choice."""
         segments = tuple(
-            encoder.segment(row.prompt, choice)
+            encoder.segment(row.prompt, choice, row.where)
             for row in task.choice_rows
             for choice in row.choices
         )

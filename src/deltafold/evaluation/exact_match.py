@@ -72,7 +72,7 @@ class ExactMatch:
     ) -> ExactMatch:
         """Tokenise; without `max_new_tokens` it is the longest answer and `SPARE_TOKENS`."""
         rows = task.answer_rows
-        segments = tuple(encoder.segment(row.prompt, row.answer) for row in rows)
+        segments = tuple(encoder.segment(row.prompt, row.answer, row.where) for row in rows)
         cap = max_new_tokens or max(len(each.targets) for each in segments) + SPARE_TOKENS
         return cls(task.name, rows, segments, encoder, tuple(end_ids), cap, batch_size)
 

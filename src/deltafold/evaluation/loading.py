@@ -91,7 +91,7 @@ def loaded(
     finally:
         # The caller still names the subject until it rebinds it, so its weights are let go here.
         del model
-        object.__setattr__(subject, "model", None)
+        subject.model = None
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -105,13 +105,19 @@ def _load_archive(source: str | Path, base: str | Path | None, dtype: torch.dtyp
     return load(Path(source).expanduser(), base=base, dtype=dtype or "auto")
 
 
-def _load_folder(source: str | Path, dtype: torch.dtype | None) -> Any:
+def model_folder(source: str | Path) -> Path:
+    """The folder of an ordinary model, downloaded first if need be. Raises CheckpointError."""
     folder = local_folder(source)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{source} holds no config.json; give a whole Hugging Face folder "
             "(config, weights, tokenizer)."
         )
+    return folder
+
+
+def _load_folder(source: str | Path, dtype: torch.dtype | None) -> Any:
+    folder = model_folder(source)
     try:
         # Any: with output_loading_info it is a pair, which the annotation of the library omits.
         pair: Any = AutoModelForCausalLM.from_pretrained(

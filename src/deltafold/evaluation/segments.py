@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from deltafold.evaluation.data import TaskError
+
 LOGITS_BYTES = 1 << 29
 """The logits of one batch of one model stay below this, unless one segment alone is above."""
 
@@ -33,7 +35,7 @@ class Segment:
         return self.ids[self.start :]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Subject:
     """A loaded causal language model and the name that it has in the table."""
 
@@ -69,8 +71,8 @@ class Encoder:
         ids = self.plain(text)
         return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
 
-    def segment(self, prompt: str, continuation: str) -> Segment:
-        """The continuation scored after the prompt.
+    def segment(self, prompt: str, continuation: str, where: str) -> Segment:
+        """The continuation scored after the prompt; `where` names the row in errors.
 
         The prompt's ids are those that generation starts from. Where a tokenizer would merge
         characters across the seam, the two are tokenised apart.
@@ -79,6 +81,11 @@ class Encoder:
         start = len(before)
         if whole[:start] != before or len(whole) == start:
             whole = before + self.plain(continuation)
+        if start == 0 or len(whole) == start:
+            part = "the prompt" if start == 0 else repr(continuation)
+            raise TaskError(
+                f"{where}: {part} becomes no tokens under the fine-tune's tokenizer; change it."
+            )
         return Segment(tuple(whole), start)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -115,11 +115,12 @@ def markdown(record: Record) -> str:
 
 def rich_table(record: Record) -> Any:
     """The table for a terminal."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     head, *body = grid(record)
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=SIMPLE_HEAD)
     for index, heading in enumerate(head):
         table.add_column(Text(heading), justify="left" if index == 0 else "right")
     for row in body:

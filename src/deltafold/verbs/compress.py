@@ -71,7 +71,7 @@ def compress(
     Raises DeltafoldError (see `deltafold.errors`); nothing is left under `output` then.
     """
     out = Path(output)
-    check_output(out, overwrite)
+    check_output(out, overwrite, [base, finetuned])
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"seed must lie between 0 and 2^63 - 1, not {seed}.")
     codec_class = get(method)

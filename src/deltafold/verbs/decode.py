@@ -1,6 +1,7 @@
 """One tensor back from base and archive, as rows in the stored dtype.
 
-The base's tensor is read once: hashed, and used. A wrong base is refused by the tensor's name.
+The base's tensor is hashed before it is used: a wrong base is refused by the tensor's name. What is
+stored exactly is hashed once more when it is back.
 """
 
 from __future__ import annotations
@@ -11,19 +12,27 @@ from functools import cache
 import torch
 
 from deltafold.archive import Archive, Piece, Tensor, TensorDigest
-from deltafold.checkpoint import DTYPES, Checkpoint, tensor_bytes
+from deltafold.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, tensor_bytes
 from deltafold.codecs import delta_codec, exact_codec, get, names
 from deltafold.codecs.base import DeltaCodec
-from deltafold.errors import ArchiveError, MismatchError
+from deltafold.errors import ArchiveError, MismatchError, UsageError
 from deltafold.verbs.job import piece_key
 from deltafold.verbs.pair import reference_rows
 
 CHUNK_BYTES = 16 << 20
 MAX_EXACT_BYTES = 1 << 28  # an exact piece of a sound archive is far smaller
 
+# What codecs raise on parts or settings that do not fit together, whatever was edited.
+_UNSOUND = (
+    ValueError, KeyError, IndexError, TypeError, ArithmeticError, RuntimeError, MemoryError,
+    UsageError,
+)  # fmt: skip
+
 
 def check_codecs(archive: Archive) -> None:
-    """Every codec of the archive must be known here, in a version that this package reads."""
+    """Every codec of the archive must be known here, in a version that this package reads, and
+    every piece must fit its codec, as far as headers tell. Raises ArchiveError.
+    """
     for name, entry in archive.manifest.codecs.items():
         if name not in names():
             raise ArchiveError(
@@ -35,6 +44,38 @@ def check_codecs(archive: Archive) -> None:
                 f"{archive.folder} uses version {entry.version} of codec {name}, newer than this "
                 f"deltafold reads ({get(name).version}); upgrade deltafold."
             )
+    for tensor in archive.manifest.tensors:
+        for piece in tensor.pieces:
+            try:
+                _check_piece(archive, tensor, piece)
+            except _UNSOUND as error:
+                raise _damaged(archive, tensor, error) from error
+
+
+def _check_piece(archive: Archive, tensor: Tensor, piece: Piece) -> None:
+    """Sizes that a piece promises must be those of its parts. Raises one of `_UNSOUND`."""
+    start, stop = tensor.piece_rows(piece)
+    columns = tensor.matrix_shape[1]
+    lossy = get(piece.codec).lossy
+    if (lossy or piece.codec == "skip") and piece.reference != "base":
+        raise ValueError(f"codec {piece.codec} needs the base")
+    if lossy:
+        layout = _codec_of(archive, piece).layout((stop - start, columns), piece.settings)
+        stored = archive.part_layout(tensor, piece)
+        for part, spec in layout.items():
+            if stored.get(part) != (DTYPE_NAMES[spec.dtype], spec.shape):
+                raise ValueError(f"part {part!r} is not as its settings say")
+        return
+    exact_bytes = (stop - start) * columns * DTYPES[tensor.dtype].itemsize
+    if piece.codec != "skip" and exact_bytes > MAX_EXACT_BYTES:
+        raise ValueError("an exact piece is absurdly large")
+
+
+def _damaged(archive: Archive, tensor: Tensor, error: Exception) -> ArchiveError:
+    return ArchiveError(
+        f"Tensor {tensor.name} of {archive.folder} cannot be decoded "
+        f"({error or type(error).__name__}); fetch the archive again."
+    )
 
 
 def check_base_headers(archive: Archive, base: Checkpoint) -> None:
@@ -85,11 +126,39 @@ def decoded_rows(
     for piece in target.pieces:
         try:
             yield from _decoded_piece(archive, target, piece, base)
-        except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
-            raise ArchiveError(
-                f"Tensor {target.name} of {archive.folder} cannot be decoded ({error}); "
-                "fetch the archive again."
-            ) from error
+        except _UNSOUND as error:
+            raise _damaged(archive, target, error) from error
+
+
+def checked_rows(
+    archive: Archive, tensor: Tensor, base: Checkpoint
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """`decoded_rows` of one tensor whose base is checked before and whose bits are after.
+
+    Raises MismatchError for a wrong base; ArchiveError for damage, and if a tensor that is stored
+    exactly does not come back with the fine-tune's digest.
+    """
+    source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    for needed in {tensor.name: tensor, source.name: source}.values():
+        check_base_tensor(archive, needed, base)
+    codecs = {piece.codec for piece in source.pieces}
+    equal = codecs == {"skip"} and source.base == tensor.tuned  # hashed a moment ago
+    if equal or any(get(name).lossy for name in codecs):
+        yield from decoded_rows(archive, tensor, base)
+        return
+    digest = TensorDigest(tensor.dtype, tensor.shape)
+    for start, rows in decoded_rows(archive, tensor, base):
+        digest.update(tensor_bytes(rows))
+        yield start, rows
+    if digest.identity() != tensor.tuned:
+        raise not_as_it_was(archive, tensor)
+
+
+def not_as_it_was(archive: Archive, tensor: Tensor) -> ArchiveError:
+    return ArchiveError(
+        f"Tensor {tensor.name} of {archive.folder} does not come back as it was, though it is "
+        "stored exactly; fetch the archive again."
+    )
 
 
 def _decoded_piece(
@@ -104,8 +173,6 @@ def _decoded_piece(
         return
     parts = archive.parts(tensor, piece)
     if not get(piece.codec).lossy:
-        if (stop - start) * columns * dtype.itemsize > MAX_EXACT_BYTES:
-            raise ValueError("an exact piece is absurdly large")
         reference = (
             reference_rows(base, tensor.name, start, stop, dtype)
             if piece.reference == "base"
@@ -113,12 +180,16 @@ def _decoded_piece(
         )
         yield start, exact_codec(piece.codec).decode(parts, piece.settings, reference)
         return
-    codec = _codec(piece.codec, tuple(archive.manifest.codecs[piece.codec].config.items()))
+    codec = _codec_of(archive, piece)
     key = piece_key(archive.manifest.seed, tensor.name, start)
     for at, delta in codec.decode(parts, piece.settings, (stop - start, columns), key):
         first = start + at
         reference32 = base.rows(tensor.name, first, first + len(delta)).float()
         yield first, reference32.add_(delta).to(dtype)
+
+
+def _codec_of(archive: Archive, piece: Piece) -> DeltaCodec:
+    return _codec(piece.codec, tuple(archive.manifest.codecs[piece.codec].config.items()))
 
 
 @cache

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> None:
     """Encode what is not yet encoded; fills in each piece's settings, checksums and error."""
 
-    def encode(tensor: PlannedTensor, piece: PlannedPiece) -> None:
+    def encode(tensor: PlannedTensor, piece: PlannedPiece) -> int:
         rows = DeltaRows(job.pair, tensor.pairing, Span(piece.start, piece.stop, True))
         codec, key = job.codec(piece.codec), job.key(tensor.pairing.name, piece.start)
         settings, parts = codec.encode(rows, piece.settings, key, load_factors(workspace, piece))
@@ -37,6 +37,7 @@ def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resource
                 "error": error,
             },
         )
+        return sum(part.numel() * part.element_size() for part in parts.values())
 
     tasks = []
     for tensor, piece in plan.lossy:

@@ -7,12 +7,14 @@ from typing import Any
 
 from deltafold.archive import Archive
 from deltafold.names import block_of, role_of
+from deltafold.verbs.decode import check_codecs
 from deltafold.verbs.recording import archive_totals, codec_names, tensor_bytes
 
 
 def inspect(archive: str | Path) -> dict[str, Any]:
     """Sizes, settings, and one row a tensor. Raises ArchiveError."""
     with Archive(Path(archive)) as opened:
+        check_codecs(opened)
         manifest = opened.manifest
         return {
             "archive": str(archive),

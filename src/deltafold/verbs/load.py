@@ -13,12 +13,7 @@ from deltafold.archive import Archive, Tensor
 from deltafold.checkpoint import DTYPES, open_checkpoint
 from deltafold.engine import Progress, Task, run_tasks
 from deltafold.errors import MismatchError
-from deltafold.verbs.decode import (
-    check_base_headers,
-    check_base_tensor,
-    check_codecs,
-    decoded_rows,
-)
+from deltafold.verbs.decode import check_base_headers, check_codecs, checked_rows
 
 
 def load_state(
@@ -36,9 +31,8 @@ def load_state(
         check_base_headers(opened, checkpoint)
 
         def one(tensor: Tensor) -> None:
-            check_base_tensor(opened, tensor, checkpoint)
             whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype])
-            for start, rows in decoded_rows(opened, tensor, checkpoint):
+            for start, rows in checked_rows(opened, tensor, checkpoint):
                 whole[start : start + len(rows)] = rows
             with lock:
                 state[tensor.name] = whole.reshape(tensor.shape)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from deltafold.archive import Archive, Tensor
 from deltafold.archive.manifest import Manifest
-from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
+from deltafold.checkpoint import DTYPES, CheckpointWriter, open_checkpoint, plan_shards
 from deltafold.checkpoint.writer import TensorSpec, guard_storage
 from deltafold.engine import Progress, Task, run_tasks
 from deltafold.errors import UsageError, nearest
 from deltafold.record import RECORD_VERSION, Meter, Record, machine, record_path, write_record
-from deltafold.verbs.decode import (
-    check_base_headers,
-    check_base_tensor,
-    check_codecs,
-    decoded_rows,
-)
+from deltafold.verbs.decode import check_base_headers, check_codecs, checked_rows
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 
 TASK_MEMORY_BYTES = 200 << 20
@@ -45,7 +41,7 @@ def restore(
     `output` then.
     """
     out = Path(output)
-    check_output(out, overwrite)
+    check_output(out, overwrite, [archive, base])
     with (
         Meter() as meter,
         Archive(Path(archive)) as opened,
@@ -59,7 +55,7 @@ def restore(
         check_space(out, sum(_tensor_size(tensor) for tensor in wanted))
         identity = {
             "command": "restore",
-            "archive": [t.tuned for t in wanted] + [entry.n_bytes for entry in manifest.payload],
+            "archive": opened.identity,
             "base": base_checkpoint.fingerprint(),
             "layout": {file: [spec[0] for spec in specs] for file, specs in layout.items()},
         }
@@ -71,11 +67,8 @@ def restore(
             )
 
             def one(tensor: Tensor) -> None:
-                check_base_tensor(opened, tensor, base_checkpoint)
-                if tensor.same_as:
-                    check_base_tensor(opened, opened.by_name[tensor.same_as], base_checkpoint)
                 columns = tensor.matrix_shape[1]
-                for start, rows in decoded_rows(opened, tensor, base_checkpoint):
+                for start, rows in checked_rows(opened, tensor, base_checkpoint):
                     writer.write(tensor.name, rows, start * columns)
                 workspace.save_json(f"done/{manifest.tensors.index(tensor):06d}.json", True)
 
@@ -112,11 +105,7 @@ def _wanted(manifest: Manifest, names: list[str] | None) -> list[Tensor]:
 
 
 def _tensor_size(tensor: Tensor) -> int:
-    spec = _spec(tensor)
-    from deltafold.checkpoint import DTYPES
-
-    rows, columns = tensor.matrix_shape
-    return rows * columns * DTYPES[spec[1]].itemsize
+    return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
 
 
 def _spec(tensor: Tensor) -> TensorSpec:

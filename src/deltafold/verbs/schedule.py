@@ -36,9 +36,10 @@ def schedule(job: Job, workspace: Workspace, resources: Resources) -> Plan:
 def _survey_all(job: Job, workspace: Workspace, resources: Resources) -> list[TensorSurvey]:
     pair = job.pair
 
-    def survey(index: int, pairing: Pairing) -> None:
+    def survey(index: int, pairing: Pairing) -> int:
         found = survey_tensor(pair, pairing, index, workspace, job.exact_method)
         workspace.save_json(f"survey/{index:06d}.json", found.to_json())
+        return sum(span.exact_bytes for span in found.spans)
 
     tasks = [
         Task(

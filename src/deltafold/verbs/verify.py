@@ -12,13 +12,14 @@ import torch
 from deltafold.archive import Archive, Tensor, TensorDigest
 from deltafold.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from deltafold.engine import Progress, Task, run_tasks
-from deltafold.errors import ArchiveError, MismatchError
+from deltafold.errors import MismatchError
 from deltafold.record import RECORD_VERSION, Meter, Record, machine
 from deltafold.verbs.decode import (
     check_base_headers,
     check_base_tensor,
     check_codecs,
     decoded_rows,
+    not_as_it_was,
 )
 
 TASK_MEMORY_BYTES = 250 << 20
@@ -66,8 +67,8 @@ def verify(
             for t in opened.manifest.tensors
         ]
         run_tasks("verify", tasks, workers, memory_bytes, progress)
-        if base_checkpoint:
-            for entry in opened.manifest.files:
+        for entry in opened.manifest.files:
+            if base_checkpoint or entry.stored == "zstd":
                 opened.side_file(entry, base_checkpoint)
     return {
         "record_version": RECORD_VERSION,
@@ -116,10 +117,7 @@ def _compare(
     exact = digest.identity() == tensor.tuned
     source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
     if not exact and all(piece.error is None for piece in source.pieces):
-        raise ArchiveError(
-            f"Tensor {tensor.name} of {archive.folder} does not come back as it was, though it is "
-            "stored exactly; fetch the archive again."
-        )
+        raise not_as_it_was(archive, tensor)
     found: dict[str, Any] = {"exact": exact}
     if tuned is not None:
         info = tuned.tensors[tensor.name]

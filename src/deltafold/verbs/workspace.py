@@ -12,18 +12,20 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deltafold.archive import TensorDigest
+from deltafold.archive import MANIFEST_FILE, TensorDigest
 from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, tensor_bytes
 from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.writer import guard_storage
-from deltafold.errors import ResumeError, StorageError, UsageError
+from deltafold.errors import DeltafoldError, ResumeError, StorageError, UsageError
 
 JOURNAL = "journal.json"
+LOCK = "lock"
 
 
 def partial_path(output: Path) -> Path:
@@ -33,7 +35,8 @@ def partial_path(output: Path) -> Path:
 class Workspace:
     """The working folder of one output. Use as a context manager: it holds a lock.
 
-    On success call `publish`; on DeltafoldError call nothing: finished results stay for resuming.
+    On success call `publish`. Otherwise finished results stay for resuming, unless the error is one
+    that the same command can never get past (a wrong base, an impossible budget).
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], restart: bool = False):
@@ -41,22 +44,53 @@ class Workspace:
         self.folder = partial_path(output)
         self.identity = json.loads(json.dumps(identity))
         self.resumed = False
-        if restart and self.folder.exists():
-            shutil.rmtree(self.folder)
+        self.restart = restart
         self._lock: int | None = None
 
     def __enter__(self) -> Workspace:
         guard_storage(self.folder, lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._take_lock()
+            self._check_ours()
+            if self.restart:
+                self._clear()
+            self._open_journal()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def _take_lock(self) -> None:
+        """Hold the folder for this process; the lock goes with the process, however it ends."""
+        path = self.folder / LOCK
+        self._lock = guard_storage(path, lambda: os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The run that held it before may have published, and removed the folder, in between.
+            held = os.path.samestat(os.fstat(self._lock), path.stat())
         except OSError:
+            held = False
+        if not held:
             raise UsageError(
                 f"Another deltafold is writing {self.output} right now; wait for it or choose "
                 "another output."
-            ) from None
-        self._open_journal()
-        return self
+            )
+
+    def _check_ours(self) -> None:
+        """A folder of this name that holds something but no journal is someone else's."""
+        found = {item.name for item in self.folder.iterdir()} - {LOCK, f"{JOURNAL}.tmp"}
+        if found and JOURNAL not in found:
+            raise UsageError(
+                f"{self.folder} is needed for unfinished work but holds other files "
+                f"({min(found)}); move it away or choose another output."
+            )
+
+    def _clear(self) -> None:
+        for item in self.folder.iterdir():
+            if item.is_dir():
+                shutil.rmtree(item)
+            elif item.name != LOCK:
+                item.unlink()
 
     def _open_journal(self) -> None:
         path = self.folder / JOURNAL
@@ -77,7 +111,13 @@ class Workspace:
             )
         self.resumed = True
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        hopeless = kind is not None and issubclass(kind, DeltafoldError)
+        if hopeless and not issubclass(kind, StorageError):  # type: ignore[arg-type]
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._release()
+
+    def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -128,24 +168,40 @@ class Workspace:
 
     def publish(self, finished: str, overwrite: bool = False) -> None:
         """Rename the sub-folder `finished` to the output and remove the rest."""
+        replaced = self.folder / "replaced"
         if overwrite and self.output.exists():
-            old = self.output.with_name(self.output.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.output.replace(old)
-        else:
-            old = None
+            guard_storage(self.output, lambda: self.output.replace(replaced))
         guard_storage(self.output, lambda: (self.folder / finished).replace(self.output))
         shutil.rmtree(self.folder)
-        if old is not None:
-            shutil.rmtree(old)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that exists, unless told to overwrite."""
-    if output.exists() and not overwrite:
+def check_output(output: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
+    """Refuse an output that exists, unless told to overwrite: then, one that is no model.
+
+    What is overwritten is removed, so it must be an archive or a checkpoint, and none of `inputs`.
+    """
+    if output.name in ("", ".."):
+        raise UsageError(f"{output} names no new folder; choose another output.")
+    if not output.exists():
+        return
+    if not overwrite:
         raise UsageError(f"{output} exists; choose another output or add --overwrite.")
-    if overwrite and output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is not a folder; choose another output.")
+    if not output.is_dir() or not _is_model(output):
+        raise UsageError(
+            f"{output} is neither an archive nor a checkpoint, so it is not overwritten; choose "
+            "another output."
+        )
+    for source in map(Path, inputs):
+        if source.exists() and source.resolve().is_relative_to(output.resolve()):
+            raise UsageError(f"{output} is what is read; choose another output.")
+
+
+def _is_model(folder: Path) -> bool:
+    return (
+        (folder / MANIFEST_FILE).is_file()
+        or next(folder.glob("*.safetensors"), None) is not None
+        or next(folder.iterdir(), None) is None
+    )
 
 
 def check_space(output: Path, needed_bytes: int) -> None:

@@ -1,0 +1,127 @@
+"""Peak memory of compress and restore on a synthetic sharded checkpoint, whatever its size.
+
+    python benchmarks/memory.py [--gigabytes 4] [--methods lossless dare impart]
+
+Writes a base and a fine-tune (Llama-like names and shapes, bf16, shards of 1 GB) a tensor at a time,
+runs each command in a process of its own, and reads the process's peak resident memory from the
+operating system. The record goes to `benchmarks/records/memory.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from deltafold.checkpoint import CheckpointWriter, plan_shards
+from deltafold.checkpoint.writer import TensorSpec
+from deltafold.record import RECORD_VERSION, Record, machine, write_record
+
+WIDTH, MIDDLE, VOCABULARY = 2048, 8192, 32000
+HERE = Path(__file__).parent
+
+
+def specs(gigabytes: float) -> list[TensorSpec]:
+    """Names and shapes of about `gigabytes` of bf16 weights."""
+    found: list[TensorSpec] = [("model.embed_tokens.weight", "BF16", (VOCABULARY, WIDTH))]
+    block_bytes = 2 * (2 * WIDTH * WIDTH + 2 * 512 * WIDTH + 3 * WIDTH * MIDDLE)
+    blocks = max(1, round((gigabytes * 1e9 - 4 * VOCABULARY * WIDTH) / block_bytes))
+    for block in range(blocks):
+        at = f"model.layers.{block}."
+        for name, rows in (("q", WIDTH), ("k", 512), ("v", 512), ("o", WIDTH)):
+            found.append((f"{at}self_attn.{name}_proj.weight", "BF16", (rows, WIDTH)))
+        found.append((f"{at}mlp.gate_proj.weight", "BF16", (MIDDLE, WIDTH)))
+        found.append((f"{at}mlp.up_proj.weight", "BF16", (MIDDLE, WIDTH)))
+        found.append((f"{at}mlp.down_proj.weight", "BF16", (WIDTH, MIDDLE)))
+        found.append((f"{at}input_layernorm.weight", "BF16", (WIDTH,)))
+    return [*found, ("lm_head.weight", "BF16", (VOCABULARY, WIDTH))]
+
+
+def values(number: int, shape: tuple[int, ...], tuned: bool) -> torch.Tensor:
+    """Weights of one tensor; the fine-tune's move by a matrix of falling spectrum."""
+    generator = torch.Generator().manual_seed(number)
+    weight = 0.02 * torch.randn(shape, generator=generator)
+    if tuned and len(shape) == 2:
+        rank = 64
+        left = torch.randn(shape[0], rank, generator=generator)
+        right = torch.randn(rank, shape[1], generator=generator)
+        weight += (left * torch.arange(1, rank + 1).float() ** -0.7) @ right * 2e-4
+    return weight.bfloat16()
+
+
+def write(folder: Path, layout: dict[str, list[TensorSpec]], tuned: bool) -> None:
+    """Write one checkpoint, a tensor in memory at a time."""
+    folder.mkdir()
+    writer = CheckpointWriter(folder, layout, {"format": "pt"})
+    for number, (name, _, shape) in enumerate(s for group in layout.values() for s in group):
+        writer.write(name, values(number, shape, tuned))
+    writer.finish()
+
+
+def peak(arguments: list[str]) -> dict[str, float]:
+    """Run one command; its seconds and peak resident bytes by the system's account."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "deltafold", *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"deltafold {' '.join(arguments)} failed")
+    return {"seconds": time.perf_counter() - start, "peak_memory_bytes": usage.ru_maxrss * 1024}
+
+
+def measure(folder: Path, methods: list[str], total_bytes: int) -> Iterator[Record]:
+    """One row a method."""
+    base, tuned = str(folder / "base"), str(folder / "tuned")
+    for method in methods:
+        archive, restored = folder / f"{method}.delta", folder / f"{method}.restored"
+        compress = peak(["compress", base, tuned, "-o", str(archive), "-m", method])
+        restore = peak(["restore", str(archive), "--base", base, "-o", str(restored)])
+        archive_record = json.loads(Path(f"{archive}.record.json").read_text())
+        shutil.rmtree(archive)
+        shutil.rmtree(restored)
+        yield {
+            "method": method,
+            "checkpoint_bytes": total_bytes,
+            "file_ratio": archive_record["totals"]["file_ratio"],
+            **{f"compress_{key}": value for key, value in compress.items()},
+            **{f"restore_{key}": value for key, value in restore.items()},
+        }
+
+
+def main() -> None:
+    """Parse, run, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--methods", nargs="+", default=["lossless", "dare", "impart"])
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "memory.json")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        layout = plan_shards(specs(arguments.gigabytes), 10**9)
+        for kind in ("base", "tuned"):
+            write(folder / kind, layout, kind == "tuned")
+        total_bytes = sum(f.stat().st_size for f in (folder / "tuned").iterdir())
+        rows = []
+        for row in measure(folder, arguments.methods, total_bytes):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    record = {
+        "record_version": RECORD_VERSION,
+        "kind": "memory",
+        "rows": rows,
+        "machine": machine(),
+    }
+    arguments.out.parent.mkdir(exist_ok=True)
+    write_record(record, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
