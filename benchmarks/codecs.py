@@ -4,8 +4,8 @@
     python benchmarks/codecs.py                     # all cells; goes on where it stopped
 
 Each cell runs the command line as a user would: `compress`, then `restore`, each in a process of its
-own, timed from outside; then the restored folder is measured as an ordinary model. Cells are kept as
-they are finished in `benchmarks/records/`; tables and figures are drawn from that record.
+own, timed from outside; then the restored folder is measured as an ordinary model. Rows are kept as
+methods are finished in `benchmarks/records/`; tables and figures are drawn from that record.
 """
 
 from __future__ import annotations
@@ -46,15 +46,11 @@ def run(arguments: list[str]) -> float:
 def make(cell: Cell, base: Path, finetuned: Path, folder: Path) -> Record:
     """Compress and restore one cell under `folder`; returns sizes, seconds and memory."""
     method, ratio = cell
-    archive, restored = folder / "cell.delta", folder / "restored"
+    archive, restored = folder / f"{method}-{ratio}.delta", folder / f"{method}-{ratio}"
     budget = [] if ratio is None else ["--file-ratio", str(ratio)]
-    common = ["--overwrite", "--restart"]
-    compress_seconds = run(
-        ["compress", str(base), str(finetuned), "-o", str(archive), "-m", method, *budget, *common]
-    )
-    restore_seconds = run(
-        ["restore", str(archive), "--base", str(base), "-o", str(restored), *common]
-    )
+    inputs = [str(base), str(finetuned)]
+    compress_seconds = run(["compress", *inputs, "-o", str(archive), "-m", method, *budget])
+    restore_seconds = run(["restore", str(archive), "--base", str(base), "-o", str(restored)])
     record = json.loads(Path(f"{archive}.record.json").read_text())
     restore_record = json.loads(Path(f"{restored}.record.json").read_text())
     return {
@@ -69,6 +65,7 @@ def make(cell: Cell, base: Path, finetuned: Path, folder: Path) -> Record:
         "peak_memory_bytes": record["peak_memory_bytes"],
         "restore_peak_memory_bytes": restore_record["peak_memory_bytes"],
         "settings": record["settings"],
+        "restored": str(restored),
     }
 
 
@@ -83,11 +80,20 @@ def scores(entry: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def measure(
-    path: Path, finetuned: Path, base: Path | None, task: Path
+    rows: list[Record], finetuned: Path, base: Path | None, task: Path, limit: int
 ) -> dict[str, dict[str, Any]]:
-    """Scores by role of one evaluation in fp32 (the CPU's bf16 is slower)."""
-    record = evaluate(finetuned, [path], base=base, tasks=[task], dtype="fp32", batch_size=25)
-    return {entry["role"]: scores(entry, task.stem) for entry in record["models"]}
+    """Scores by path of the restored models, the fine-tune and the base, in one evaluation.
+
+    In fp32: this CPU's bf16 is slower. Adds each row's scores to it.
+    """
+    models = [row.pop("restored") for row in rows]
+    record = evaluate(
+        finetuned, models, base=base, tasks=[task], dtype="fp32", batch_size=25, limit=limit
+    )
+    found = {entry["path"]: scores(entry, task.stem) for entry in record["models"]}
+    for row, model in zip(rows, models, strict=True):
+        row |= found[model]
+    return found
 
 
 def benchmark(arguments: argparse.Namespace) -> Path:
@@ -103,8 +109,8 @@ def benchmark(arguments: argparse.Namespace) -> Path:
         "kind": "benchmark",
         "title": f"SmolLM2-135M-Instruct, fine-tune `{arguments.finetune}`",
         "model": "SmolLM2-135M-Instruct (134.5 M parameters, bf16, tied embeddings)",
-        "data": f"{training['settings']['task']}: {training['test_rows']} held-out rows; "
-        f"{training['settings']['steps']} steps at {training['settings']['lr']:g}, all parameters",
+        "data": f"{training['settings']['task']}, {arguments.limit} held-out rows; fine-tuned for "
+        f"{training['settings']['steps']} steps at {training['settings']['lr']:g}, all parameters trained",
         "training": training,
         "rows": [],
         "reference": {},
@@ -116,21 +122,24 @@ def benchmark(arguments: argparse.Namespace) -> Path:
     if out.is_file() and not arguments.fresh:
         record = json.loads(out.read_text())
     done = {(row["method"], row["asked_file_ratio"]) for row in record["rows"]}
-    for cell in cells(arguments.methods, arguments.ratios):
-        if cell in done:
+    for method in arguments.methods:
+        wanted = [cell for cell in cells([method], arguments.ratios) if cell not in done]
+        if not wanted:
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
-            row = make(cell, base, finetuned, Path(name))
+            rows = [make(cell, base, finetuned, Path(name)) for cell in wanted]
             first = finetuned.name not in record["reference"]
-            found = measure(Path(name) / "restored", finetuned, base if first else None, task)
+            found = measure(rows, finetuned, base if first else None, task, arguments.limit)
         if first:
-            record["reference"][finetuned.name] = {r: found[r] for r in ("base", "fine-tune")}
-        record["rows"].append(row | found["candidate"])
+            names_of = {"base": str(base), "fine-tune": str(finetuned)}
+            record["reference"][finetuned.name] = {r: found[p] for r, p in names_of.items()}
+        record["rows"] += rows
         record["seconds"] += time.perf_counter() - start
-        record["peak_memory_bytes"] = max(record["peak_memory_bytes"], row["peak_memory_bytes"])
+        record["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in record["rows"])
         write_record(record, out)
-        print(json.dumps(record["rows"][-1]), flush=True)
+        for row in rows:
+            print(json.dumps(row), flush=True)
     return out
 
 
@@ -143,6 +152,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=methods)
     parser.add_argument("--ratios", nargs="+", type=int, default=list(RATIOS))
     parser.add_argument("--scratch", type=Path, help="folder for archives and restored models")
+    parser.add_argument("--limit", type=int, default=200, help="rows of the task to score")
     parser.add_argument("--fresh", action="store_true", help="measure every cell again")
     arguments = parser.parse_args()
     if arguments.scratch:

@@ -202,7 +202,9 @@ def test_lossless_is_smaller_than_zstd_19_of_the_tensor():
     tuned = (base.float() + torch.randn(512, 512, generator=generator) * 2e-4).bfloat16()
     _, parts = exact_codec("lossless").encode(base, tuned)
     ours = sum(part.numel() for part in parts.values())
-    plain = len(zstandard.ZstdCompressor(level=19).compress(tuned.view(torch.uint8).numpy().tobytes()))
+    plain = len(
+        zstandard.ZstdCompressor(level=19).compress(tuned.view(torch.uint8).numpy().tobytes())
+    )
     assert ours < 0.75 * plain
 
 
@@ -221,4 +223,7 @@ def test_every_codec_says_what_it_is():
     for name in names():
         codec = get(name)
         assert codec.name == name and codec.title and codec.paper and codec.version >= 1
-        assert codec.__module__ and len((__import__(codec.__module__, fromlist=["x"]).__doc__ or "")) > 80
+        assert (
+            codec.__module__
+            and len(__import__(codec.__module__, fromlist=["x"]).__doc__ or "") > 80
+        )

@@ -92,26 +92,26 @@ def compress(
 def _show(record: dict[str, Any]) -> None:
     from collections import Counter
 
-    from deltafold.cli.show import duration, out, size
+    from deltafold.cli.show import duration, say, size
 
     totals, budget = record["totals"], record["budget"]
-    out.print(
+    say(
         f"[bold]{record['archive']}[/bold]  {size(totals['checkpoint_bytes'])} -> "
         f"[bold]{size(totals['archive_bytes'])}[/bold], "
         f"[bold]{totals['file_ratio']:.2f}x[/bold] smaller on disk, everything counted"
     )
     if budget["asked"] is not None:
         kind = budget["kind"].replace("_", " ")
-        out.print(f"  {kind}: asked {_number(budget['asked'])}, got {_number(budget['got'])}")
+        say(f"  {kind}: asked {_number(budget['asked'])}, got {_number(budget['got'])}")
         if budget["kind"] != "bytes" and budget["got"] > 1.01 * budget["asked"]:
-            out.print("  smaller than asked: this method has no use for more bytes here")
+            say("  smaller than asked: this method has no use for more bytes here")
     if budget["kind"] != "nominal_ratio" and totals["nominal_ratio"]:
-        out.print(f"  nominal ratio, as papers count: {totals['nominal_ratio']:.1f}")
+        say(f"  nominal ratio, as papers count: {totals['nominal_ratio']:.1f}")
     codecs = Counter(row["codec"] for row in record["tensors"])
-    out.print("  tensors: " + ", ".join(f"{n} {codec}" for codec, n in codecs.most_common()))
+    say("  tensors: " + ", ".join(f"{n} {codec}" for codec, n in codecs.most_common()))
     for tried in record.get("tried", []):
-        out.print(f"  tried {tried['settings']}: {tried['criterion']} {tried['value']:.4g}")
-    out.print(
+        say(f"  tried {tried['settings']}: {tried['criterion']} {tried['value']:.4g}")
+    say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "
         f"record in {record['archive']}.record.json"
     )

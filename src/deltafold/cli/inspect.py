@@ -25,29 +25,29 @@ def inspect(
 
         print(json.dumps(found))
         return
-    from deltafold.cli.show import out, size
+    from deltafold.cli.show import out, say, size
 
     totals, budget = found["totals"], found["budget"]
     asked = f" (asked: {budget['kind'].replace('_', ' ')} {budget['asked']:g})" if budget else ""
-    out.print(
+    say(
         f"[bold]{found['archive']}[/bold]  fine-tune [bold]{found['finetuned']}[/bold] on base "
         f"[bold]{found['base']}[/bold], method {found['method']}{asked}"
     )
-    out.print(
+    say(
         f"  {size(totals['checkpoint_bytes'])} -> {size(totals['archive_bytes'])}: file ratio "
         f"{totals['file_ratio']:.2f}"
         + (f", nominal ratio {totals['nominal_ratio']:.1f}" if totals["nominal_ratio"] else "")
     )
-    out.print(
+    say(
         f"  payload {size(totals['payload_bytes'])}, manifest {size(totals['manifest_bytes'])}, "
         f"side files {size(totals['files_bytes'])} ({len(found['files'])} files)"
     )
     for name, entry in found["codecs"].items():
         config = ", ".join(f"{key} {value}" for key, value in entry["config"].items())
-        out.print(f"  codec {name} version {entry['version']}" + (f": {config}" if config else ""))
+        say(f"  codec {name} version {entry['version']}" + (f": {config}" if config else ""))
     out.print(_tensor_table(found["tensors"]) if tensors else _role_table(found["tensors"]))
     if found["removed"]:
-        out.print(f"  only in the base: {', '.join(found['removed'])}")
+        say(f"  only in the base: {', '.join(found['removed'])}")
 
 
 def _role_table(rows: list[dict[str, Any]]) -> Any:

@@ -17,7 +17,7 @@ def methods(json_output: o.JsonOption = False) -> None:
 
         print(json.dumps(found))
         return
-    from deltafold.cli.show import out, table
+    from deltafold.cli.show import out, say, table
 
     made = table("method", "what it is", "paper", ">bits/weight")
     for row in found:
@@ -25,7 +25,7 @@ def methods(json_output: o.JsonOption = False) -> None:
         name = row["name"] if row["method"] else f"({row['name']})"
         made.add_row(name, row["title"], row["paper"], bits)
     out.print(made)
-    out.print(
+    say(
         f"bits/weight: true bits stored for a {_EXAMPLE_SHAPE[0]} x {_EXAMPLE_SHAPE[1]} matrix at "
         "nominal ratio 32 (0.5 bit); what exceeds 0.5 is positions, scales and counts.\n"
         "In brackets: chosen by itself where it fits."

@@ -48,7 +48,7 @@ def show_plan(
 
         print(json.dumps(found))
         return
-    from deltafold.cli.show import out, size, table
+    from deltafold.cli.show import out, say, size, table
 
     rows = table("role", ">tensors", ">parameters", ">size", "stored by")
     for row in found["roles"]:
@@ -67,20 +67,20 @@ def show_plan(
     ):
         if found[key]:
             more = f" and {len(found[key]) - 3} more" if len(found[key]) > 3 else ""
-            out.print(f"{words}: {', '.join(found[key][:3])}{more}")
+            say(f"{words}: {', '.join(found[key][:3])}{more}")
     for grown in found["vocabulary_changed"]:
-        out.print(
+        say(
             f"vocabulary: {grown['name']} has {grown['base_rows']} rows in the base, {grown['rows']} here"
         )
-    out.print(f"tied head: {'yes' if found['tied_head'] else 'no'}")
+    say(f"tied head: {'yes' if found['tied_head'] else 'no'}")
     expected = found["expected_bytes"]
-    out.print(
+    say(
         f"checkpoint {size(found['checkpoint_bytes'])} -> archive about [bold]{size(expected)}[/bold] "
         f"({found['checkpoint_bytes'] / expected:.1f}x); tensors that turn out equal will cost nothing"
     )
     if not found["feasible"]:
-        out.print("[bold]This budget may not be met[/bold]: exact tensors alone take more than it.")
-    out.print(
+        say("[bold]This budget may not be met[/bold]: exact tensors alone take more than it.")
+    say(
         f"memory about {size(found['memory_bytes'])} and the Python process, "
         f"disk {size(found['disk_bytes'])} while it runs"
     )

@@ -30,7 +30,7 @@ def restore(
 
     Example: deltafold restore math.delta --base base/ -o restored/
     """
-    from deltafold.cli.show import duration, out, progress, size
+    from deltafold.cli.show import duration, progress, say, size
     from deltafold.verbs.restore import restore as restore_verb
 
     with progress() as advance:
@@ -47,7 +47,7 @@ def restore(
             progress=advance,
             record=record,
         )
-    out.print(
+    say(
         f"[bold]{output}[/bold]  {result['tensors_restored']} tensors restored in "
         f"{duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}"
     )

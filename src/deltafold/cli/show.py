@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 
     from deltafold.engine import Step
 
-out = Console(highlight=False, soft_wrap=False)
+out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line on stdout, with markup; the terminal wraps it, so that a piped line stays whole."""
+    out.print(text, soft_wrap=True)
 
 
 def size(n_bytes: float) -> str:

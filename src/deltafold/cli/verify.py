@@ -22,7 +22,7 @@ def verify(
     json_output: o.JsonOption = False,
 ) -> None:
     """Check an archive: every checksum; with --base that all decodes; with --against how close."""
-    from deltafold.cli.show import duration, out, progress
+    from deltafold.cli.show import duration, progress, say
     from deltafold.verbs.verify import verify as verify_verb
 
     with progress() as advance:
@@ -39,14 +39,14 @@ def verify(
 
         print(json.dumps(found))
         return
-    out.print(f"{archive}: all parts of {found['tensors_checked']} tensors are whole")
+    say(f"{archive}: all parts of {found['tensors_checked']} tensors are whole")
     if base is None:
-        out.print("  give --base to check that everything decodes")
+        say("  give --base to check that everything decodes")
     else:
-        out.print(
+        say(
             f"  {base} is its base; {found['tensors_decoded']} tensors decode, "
             f"{found['tensors_exact']} of them equal the fine-tune bit for bit"
         )
     if found["relative_error"] is not None:
-        out.print(f"  relative error of the restored delta: {found['relative_error']:.4f}")
-    out.print(f"  {duration(found['seconds'])}")
+        say(f"  relative error of the restored delta: {found['relative_error']:.4f}")
+    say(f"  {duration(found['seconds'])}")

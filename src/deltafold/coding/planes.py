@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _TORCH_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
-ZSTD_LEVEL = 9
+LOW_LEVEL = 1  # low planes hold no repeats: higher levels are slower and come out larger
+HIGH_LEVEL = 9  # the highest plane is nearly empty
 
 
 def bit_pattern(tensor: torch.Tensor) -> NDArray[np.unsignedinteger]:
@@ -69,9 +70,10 @@ def compress_planes(values: NDArray[np.unsignedinteger]) -> dict[str, torch.Tens
     """Byte planes of `values`, low to high, one zstd frame each: {"plane0": uint8 bytes, ...}."""
     raw = np.ascontiguousarray(values).view(np.uint8)
     raw = raw.reshape(len(values), values.dtype.itemsize)
-    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
     parts = {}
     for plane in range(values.dtype.itemsize):
+        level = HIGH_LEVEL if plane == values.dtype.itemsize - 1 else LOW_LEVEL
+        compressor = zstandard.ZstdCompressor(level=level, write_content_size=True)
         frame = compressor.compress(np.ascontiguousarray(raw[:, plane]).tobytes())
         parts[f"plane{plane}"] = _byte_tensor(frame if len(values) else b"")
     return parts

@@ -91,7 +91,8 @@ def _prefer_exact(job: Job, plan: Plan) -> float:
             ):
                 piece.codec, piece.why = "magnitude", "90 % of values equal: not low-rank"
     if plan.lossy and share <= 0:
-        raise refuse(job.budget, checkpoint_bytes, fixed_bytes(job, plan), job.method)
+        smallest = smallest_bytes(job, plan, units(job, plan))
+        raise refuse(job.budget, checkpoint_bytes, smallest, job.method)
     return share
 
 
