@@ -169,6 +169,30 @@ def test_lowrank_codecs_are_not_forced_on_what_does_not_suit_them(tmp_path, meth
     assert lossy == {method}
 
 
+@pytest.mark.parametrize("budget", [{"file_ratio": 4}, {"nominal_ratio": 4}])
+def test_all_matrices_sparse_and_exact(tmp_path, budget):
+    """Nothing is left for the lossy method to do."""
+
+    def edit(base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in base.items():
+            changed = torch.rand(tensor.shape, generator=generator) < 0.01
+            tuned[name] = torch.where(changed, tensor + tensor, tensor)
+
+    pair = make_pair(tmp_path / "pair", edit=edit)
+    record = deltafold.compress(pair.base, pair.finetuned, tmp_path / "a.delta", **budget)
+    assert all(row["relative_error"] is None for row in record["tensors"])
+    verified = deltafold.verify(tmp_path / "a.delta", pair.base, pair.finetuned)
+    assert verified["relative_error"] == 0.0
+
+
+def test_plan_refuses_what_compress_refuses(wide_pair):
+    with pytest.raises(UsageError, match="cannot be asked for"):
+        deltafold.plan(*wide_pair, "rows")
+    with pytest.raises(UsageError, match="exact"):
+        deltafold.plan(*wide_pair, "lossless", file_ratio=3)
+
+
 def test_lossless_restores_the_same_files(tmp_path):
     pair = make_pair(tmp_path / "pair", shards=3)
     deltafold.compress(pair.base, pair.finetuned, tmp_path / "a.delta", "lossless")

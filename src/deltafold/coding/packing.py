@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +68,8 @@ class EliasFano:
 
     @property
     def low_bits(self) -> int:
-        return max(0, int(math.log2(self.universe / self.count))) if self.count else 0
+        """Largest w with count * 2^w <= universe."""
+        return max(0, (self.universe // self.count).bit_length() - 1) if self.count else 0
 
     @property
     def low_bytes(self) -> int:

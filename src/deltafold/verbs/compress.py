@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.archive import Archive
-from deltafold.budget import Budget
 from deltafold.codecs import get
-from deltafold.codecs.base import DeltaCodec
 from deltafold.engine import Progress
 from deltafold.errors import UsageError
 from deltafold.record import Meter, Record, record_path, write_record
 from deltafold.verbs.assemble import assemble
 from deltafold.verbs.encode import encode_lossy
-from deltafold.verbs.job import Job
+from deltafold.verbs.job import Job, budget_of
 from deltafold.verbs.pair import open_pair
 from deltafold.verbs.recording import compress_record
 from deltafold.verbs.schedule import schedule
@@ -74,15 +72,8 @@ def compress(
     check_output(out, overwrite, [base, finetuned])
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"seed must lie between 0 and 2^63 - 1, not {seed}.")
-    codec_class = get(method)
-    if not codec_class.method:
-        raise UsageError(f"{method} is used where it fits; it cannot be asked for as a method.")
-    budget = None
-    if issubclass(codec_class, DeltaCodec):
-        budget = Budget.of(file_ratio, nominal_ratio, n_bytes)
-    elif any(value is not None for value in (file_ratio, nominal_ratio, n_bytes)):
-        raise UsageError(f"{method} is exact: its size follows from the weights; drop the budget.")
-    config = codec_class.Config.from_options(method, options)
+    budget = budget_of(method, file_ratio, nominal_ratio, n_bytes)
+    config = get(method).Config.from_options(method, options)
     with Meter() as meter, open_pair(base, finetuned) as pair:
         job = Job(pair, method, config, budget, seed, fallback)
         check_space(out, job.disk_needed_bytes)

@@ -11,6 +11,7 @@ from deltafold.budget import Budget
 from deltafold.codecs import get
 from deltafold.codecs.base import Config, DeltaCodec
 from deltafold.coding.counter import derive_key
+from deltafold.errors import UsageError
 from deltafold.verbs.pair import Pair
 from deltafold.version import __version__
 
@@ -76,6 +77,23 @@ class Job:
             target = total / self.budget.asked if self.budget else 0.9 * total
         factors = self.budget and self.codec(self.method).uses_factors
         return int(2 * min(target, total)) + (total // 2 if factors else 0)
+
+
+def budget_of(
+    method: str,
+    file_ratio: float | None = None,
+    nominal_ratio: float | None = None,
+    n_bytes: float | None = None,
+) -> Budget | None:
+    """The budget of a run with this method, None for an exact one. Raises UsageError."""
+    codec = get(method)
+    if not codec.method:
+        raise UsageError(f"{method} is used where it fits; it cannot be asked for as a method.")
+    if codec.lossy:
+        return Budget.of(file_ratio, nominal_ratio, n_bytes)
+    if any(value is not None for value in (file_ratio, nominal_ratio, n_bytes)):
+        raise UsageError(f"{method} is exact: its size follows from the weights; drop the budget.")
+    return None
 
 
 def piece_key(seed: int, tensor: str, start: int) -> int:

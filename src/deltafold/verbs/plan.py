@@ -11,7 +11,7 @@ from deltafold.budget import Budget, Unit, allot, share_within
 from deltafold.codecs import delta_codec, get
 from deltafold.engine import default_memory_bytes, default_workers
 from deltafold.names import role_of
-from deltafold.verbs.job import Job
+from deltafold.verbs.job import Job, budget_of
 from deltafold.verbs.pair import Pair, open_pair
 
 MANIFEST_BYTES_A_TENSOR = 420  # name, shape, digests, settings, checksums, payload headers
@@ -34,9 +34,9 @@ def plan(
     decide: equal tensors will cost nothing), memory and disk needed. Raises what `compress` raises
     for inputs that cannot work.
     """
-    lossy = get(method).lossy
+    budget = budget_of(method, file_ratio, nominal_ratio, n_bytes)
+    lossy = budget is not None
     config = get(method).Config.from_options(method, options)
-    budget = Budget.of(file_ratio, nominal_ratio, n_bytes) if lossy else None
     with open_pair(base, finetuned) as pair:
         job = Job(pair, method, config, budget, 0, True)
         result = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltafold.budget import allot, refuse, share_within
+from deltafold.budget import Budget, allot, refuse, share_within
 from deltafold.engine import Task, run_tasks
 from deltafold.verbs.factor import factor_all
 from deltafold.verbs.job import Job
@@ -24,10 +24,9 @@ def schedule(job: Job, workspace: Workspace, resources: Resources) -> Plan:
     plan = decide(job, surveys)
     if job.budget is None or not plan.lossy:
         return plan
-    if job.budget.kind == "nominal_ratio":
-        share = 1.0 / job.budget.asked
-    else:
-        share = _prefer_exact(job, plan)
+    share = _prefer_exact(job, plan, job.budget)
+    if not plan.lossy:
+        return plan
     factor_all(job, plan, share, workspace, resources)
     _allot(job, plan, share)
     return plan
@@ -58,15 +57,20 @@ def _survey_all(job: Job, workspace: Workspace, resources: Resources) -> list[Te
     ]
 
 
-def _prefer_exact(job: Job, plan: Plan) -> float:
+def _prefer_exact(job: Job, plan: Plan, budget: Budget) -> float:
     """Turn lossy pieces exact where that costs no more than their share; returns the share.
 
-    Cheapest first; each one that turns exact below its share leaves more for the others.
+    Cheapest first; each one that turns exact below its share leaves more for the others. A piece
+    with few changed values that stays lossy is not low-rank, and is not treated as if it were.
     """
-    assert job.budget is not None
     checkpoint_bytes = job.pair.finetuned.total_bytes
-    target = job.budget.target_bytes(checkpoint_bytes)
-    assert target is not None
+    target = budget.target_bytes(checkpoint_bytes)
+
+    def share_now() -> float:
+        if target is None:
+            return 1.0 / budget.asked
+        return share_within(units(job, plan), target - fixed_bytes(job, plan))
+
     candidates = sorted(
         (
             (tensor.span(piece).exact_bytes / _raw_bytes(tensor, piece), tensor, piece)
@@ -75,14 +79,14 @@ def _prefer_exact(job: Job, plan: Plan) -> float:
         ),
         key=lambda item: (item[0], item[1].pairing.name, item[2].start),
     )
-    share = share_within(units(job, plan), target - fixed_bytes(job, plan))
+    share = share_now()
     for cost, tensor, piece in candidates:
         if cost <= share:
             at = tensor.pieces.index(piece)
             tensor.pieces[at : at + 1] = exact_pieces(
                 tensor.span(piece), "few values changed: exact costs less"
             )
-            share = share_within(units(job, plan), target - fixed_bytes(job, plan))
+            share = share_now()
         else:
             changed = tensor.span(piece).changed_values
             if (
@@ -92,7 +96,7 @@ def _prefer_exact(job: Job, plan: Plan) -> float:
                 piece.codec, piece.why = "magnitude", "90 % of values equal: not low-rank"
     if plan.lossy and share <= 0:
         smallest = smallest_bytes(job, plan, units(job, plan))
-        raise refuse(job.budget, checkpoint_bytes, smallest, job.method)
+        raise refuse(budget, checkpoint_bytes, smallest, job.method)
     return share
 
 

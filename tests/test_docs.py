@@ -1,0 +1,330 @@
+"""The documents are true: the format page, the commands, the links, the table of codecs."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import format_reader as reader
+import pytest
+import torch
+import typer
+from checkpoints import WIDTH, PairFiles, Tensors, decaying_delta, make_pair
+
+import deltafold
+from deltafold.cli import app
+from deltafold.codecs import get, names
+from deltafold.verbs.methods import methods
+
+ROOT = Path(__file__).parents[1]
+FORMAT = ROOT / "docs" / "format.md"
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("demo/**/*.md")})
+# Typer brings a click of its own; this is that one's ClickException.
+NotACommand: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.M | re.S)
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# The format page, against a reader that knows nothing but it
+
+
+def vectors(kind: str) -> list[dict[str, Any]]:
+    """The test vectors that the format page quotes."""
+    text = FORMAT.read_text(encoding="utf-8")
+    found = re.search(rf"<!-- vectors: {kind} -->\n```json\n(.*?)```", text, re.S)
+    assert found, f"docs/format.md has no vectors {kind}"
+    return json.loads(found.group(1))
+
+
+def test_vectors_digest():
+    from deltafold.archive import TensorDigest
+
+    for row in vectors("digest"):
+        data = bytes.fromhex(row["bytes"])
+        stored = reader.Stored(row["dtype"], tuple(row["shape"]), data)
+        assert (reader.digest(stored, 32), reader.digest(stored, 16)) == (
+            row["tensor"],
+            row["part"],
+        )
+        ours = TensorDigest(row["dtype"], row["shape"])
+        ours.update(memoryview(data))
+        assert (ours.identity(), ours.checksum()) == (row["tensor"], row["part"])
+
+
+def test_vectors_elias_fano():
+    from deltafold.coding.packing import EliasFano
+
+    for row in vectors("elias-fano"):
+        low, high = bytes.fromhex(row["low"]), bytes.fromhex(row["high"])
+        positions, universe = row["positions"], row["universe"]
+        assert reader.elias_fano(low, high, len(positions), universe).tolist() == positions
+        coded = EliasFano(len(positions), universe).encode(torch.tensor(positions).numpy())
+        assert [part.tobytes() for part in coded] == [low, high]
+
+
+def test_vectors_bit_difference():
+    from deltafold.coding.planes import bit_pattern, difference
+
+    for row in vectors("bit-difference"):
+        swapped = {key: [word[2:] + word[:2] for word in words] for key, words in row.items()}
+        value, reference = (
+            torch.frombuffer(bytearray.fromhex("".join(swapped[key])), dtype=torch.bfloat16)
+            for key in ("value", "reference")
+        )
+        z = difference(value, reference)
+        assert [f"{word:04x}" for word in z] == row["z"]
+        undone = reader.undo_difference(z, bit_pattern(reference), "BF16")
+        assert [f"{word:04x}" for word in undone] == row["value"]
+
+
+def test_vectors_randomness():
+    from deltafold.coding import counter
+    from deltafold.verbs.job import piece_key
+
+    for row in vectors("key"):
+        arguments = (row["seed"], row["tensor"], row["first_row"])
+        assert reader.derive_key(*arguments) == piece_key(*arguments) == int(row["key"], 16)
+    for row in vectors("random"):
+        key, numbers = int(row["key"], 16), [int(number, 16) for number in row["numbers"]]
+        assert reader.random_u64(key, 0, len(numbers)).tolist() == numbers
+        assert counter.random_u64(key, 0, len(numbers)).tolist() == numbers
+    for row in vectors("threshold"):
+        key, total, threshold = int(row["key"], 16), row["total"], int(row["threshold"], 16)
+        assert reader.below_threshold(key, total, threshold).tolist() == row["positions"]
+        assert counter.kept_positions(key, 0, total, threshold).tolist() == row["positions"]
+    for row in vectors("subset"):
+        arguments = (int(row["key"], 16), row["column"], row["size"], row["keep"])
+        assert reader.subset(*arguments).tolist() == row["positions"]
+        assert counter.subset(*arguments).tolist() == row["positions"]
+
+
+def everything(base: Tensors, tuned: Tensors) -> None:
+    """Adds to a pair what archives may hold beside plain matrices."""
+    generator = torch.Generator().manual_seed(5)
+    dtype, tuned_dtype = base["lm_head.weight"].dtype, tuned["lm_head.weight"].dtype
+    head = tuned["lm_head.weight"].float()
+    head[::3] += decaying_delta((len(head[::3]), WIDTH), generator)  # some rows
+    tuned["lm_head.weight"] = head.to(tuned_dtype)
+    words = tuned["model.embed_tokens.weight"]
+    tuned["model.embed_tokens.weight"] = torch.cat([words, words[:8] * 2])  # new rows
+    keys = tuned["model.layers.0.self_attn.k_proj.weight"].clone()
+    keys[:4, :5] *= 1.02  # few values
+    tuned["model.layers.0.self_attn.k_proj.weight"] = keys
+    stack = 0.05 * torch.randn(3, 32, WIDTH, generator=generator)
+    base["model.layers.0.mlp.experts.up_proj"] = stack.to(dtype)
+    delta = decaying_delta((64, WIDTH), generator).reshape(2, 32, WIDTH)
+    stack[1:] = stack[1:].to(dtype).float() + delta  # a stack, its first matrix equal
+    tuned["model.layers.0.mlp.experts.up_proj"] = stack.to(tuned_dtype)
+    for tensors in (base, tuned):  # twins
+        tensors["model.layers.1.twin.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].clone()
+    base["gone.weight"] = torch.ones(3)
+    tuned["new.weight"] = torch.randn(20, 20, generator=generator).to(tuned_dtype)
+    base["steps"], tuned["steps"] = torch.arange(5), torch.arange(5) * 3 - 2
+    base["mask"], tuned["mask"] = torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)
+    base["model.layers.1.mlp.gate_proj.weight"][0, 0] = -0.0
+
+
+@pytest.fixture(scope="module", params=["bf16", "fp16", "bf16 to fp32", "fp32 to bf16"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PairFiles:
+    """Base and fine-tune in several dtypes, equal ones and not."""
+    dtype = torch.float16 if request.param == "fp16" else torch.bfloat16
+    tuned_dtype = torch.float32 if request.param == "bf16 to fp32" else dtype
+
+    def edit(base: Tensors, tuned: Tensors) -> None:
+        everything(base, tuned)
+        if request.param == "fp32 to bf16":
+            for name, tensor in base.items():  # values that bf16 does not have
+                base[name] = tensor.float() * 1.001 if tensor.dtype == dtype else tensor
+
+    folder = tmp_path_factory.mktemp("pair")
+    made = make_pair(
+        folder, dtype=dtype, tuned_dtype=tuned_dtype, edit=edit, config={"extra": [*range(50)]}
+    )
+    (made.finetuned / "chat_template.jinja").write_text("{{ messages }}\n")
+    return made
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("method", [name for name in names() if get(name).method])
+def test_a_reader_written_from_the_page_restores_every_bit(
+    pair: PairFiles, method: str, tmp_path: Path
+):
+    lossy = get(method).lossy
+    for value_dtype in ("fp16", "bf16") if lossy else (None,):
+        archive, restored = tmp_path / f"{value_dtype}.delta", tmp_path / f"{value_dtype}"
+        options = {"file_ratio": 6, "value_dtype": value_dtype} if lossy else {}
+        deltafold.compress(pair.base, pair.finetuned, archive, method, seed=7, **options)
+        deltafold.restore(archive, pair.base, restored)
+        theirs, ours = reader.restore(archive, pair.base), reader.read_folder(restored)
+        assert theirs.keys() == ours.keys()
+        assert [name for name in theirs if theirs[name] != ours[name]] == []
+        found = reader.side_files(archive, pair.base)
+        assert found == {name: (restored / name).read_bytes() for name in found}
+        assert {"config.json", "tokenizer.json", "chat_template.jinja"} == set(found)
+        codecs = {p["codec"] for e in manifest(archive)["tensors"] for p in e.get("pieces", [])}
+        assert method in codecs
+        if not lossy:
+            assert reader.read_folder(pair.finetuned) == theirs
+
+
+def manifest(archive: Path) -> dict[str, Any]:
+    return json.loads((archive / "delta.json").read_text())
+
+
+def test_the_archives_above_cover_the_format(tmp_path: Path):
+    """Else the test above would prove less than it says."""
+    pair = make_pair(tmp_path, edit=everything, config={"extra": [*range(50)]})
+    (pair.finetuned / "chat_template.jinja").write_text("{{ messages }}\n")
+    codecs, seen = set(), set()
+    for method, n_bytes in (("lossless", None), ("sparse-patch", None), ("impart", 60_000)):
+        archive = tmp_path / method
+        deltafold.compress(pair.base, pair.finetuned, archive, method, n_bytes=n_bytes)
+        found = manifest(archive)
+        seen |= {entry["stored"] for entry in found["files"]}
+        for entry in found["tensors"]:
+            pieces = entry.get("pieces", [])
+            codecs |= {piece["codec"] for piece in pieces}
+            seen |= {key for key in entry if key == "same_as"}
+            seen |= {piece.get("reference", "base") for piece in pieces}
+            seen |= {part for piece in pieces for part in piece.get("parts", {})}
+            seen |= {"pieces"} if len(pieces) > 1 else set()
+    assert codecs >= {"skip", "lossless", "sparse-patch", "rows", "impart"}
+    wanted = {"base", "zstd", "zstd-base", "none", "same_as", "pieces", "low", "bitmap", "index"}
+    assert wanted <= seen
+    text = FORMAT.read_text(encoding="utf-8")
+    assert [name for name in names() if f"\n### {name}\n" not in text] == []
+
+
+def test_every_field_of_the_manifest_is_on_the_page():
+    from deltafold.archive import manifest as model
+
+    text = FORMAT.read_text(encoding="utf-8")
+    for part in (model.Manifest, model.Tensor, model.Piece, model.SideFile, model.PayloadFile):
+        assert [name for name in part.model_fields if f"`{name}`" not in text] == []
+
+
+# Commands, links, code
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Each `deltafold ...` line of the page's code blocks, continued lines joined."""
+    for _, body in FENCE.findall(page.read_text(encoding="utf-8")):
+        for line in body.replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("$ ")
+            if re.match(r"deltafold( |$)", line):
+                yield line
+
+
+def check_command(line: str) -> None:
+    """Parse a command line without running it. Raises NotACommand."""
+    group: Any = typer.main.get_command(app)
+    words = re.split(r" (?:[|>]|&&|2>)", line)[0]
+    arguments = shlex.split(words, comments=True)[1:]
+    if not arguments or arguments[0] in ("--help", "-h", "--version"):
+        return
+    if arguments[0] not in group.commands:
+        raise typer.BadParameter(f"no command {arguments[0]}")
+    if not {"--help", "-h"} & set(arguments):
+        group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_command_line_parses(page: Path):
+    for line in commands(page):
+        try:
+            check_command(line)
+        except NotACommand as error:
+            pytest.fail(f"{line}: {error.format_message()}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_command_named_in_a_sentence_exists(page: Path):
+    group: Any = typer.main.get_command(app)
+    for line in re.findall(r"`deltafold ([^`]+)`", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        name, *words = line.split()
+        if name.startswith("-"):
+            continue
+        assert name in group.commands, f"deltafold {line}"
+        known = {word for parameter in group.commands[name].params for word in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= known, f"deltafold {line}"
+
+
+def test_a_wrong_command_line_is_noticed():
+    for line in ("deltafold squeeze a b", "deltafold plan a b --retio 3", "deltafold verify"):
+        with pytest.raises(NotACommand):
+            check_command(line)
+
+
+def test_every_command_has_a_page():
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        page = ROOT / "docs" / "commands" / f"{name}.md"
+        assert any(f"deltafold {name}" in line for line in commands(page)), f"{page} has no example"
+        options = {word for p in command.params for word in p.opts if word.startswith("--")}
+        text = page.read_text(encoding="utf-8")
+        assert sorted(option for option in options if option not in text) == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_relative_link_leads_somewhere(page: Path):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(<?([^)\s>]+)>?\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page_id(page)} links to {link}"
+        assert file.is_relative_to(ROOT), f"{page_id(page)} links out of the repository: {link}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page_id(page)} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_python_examples_use_what_exists(page: Path):
+    for language, body in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "deltafold":
+                assert hasattr(deltafold, node.attr), f"deltafold.{node.attr}"
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deltafold"):
+                module = importlib.import_module(node.module or "")
+                assert [a.name for a in node.names if not hasattr(module, a.name)] == []
+
+
+def test_the_table_of_codecs_is_what_the_program_says():
+    script = ROOT / "scripts" / "write_codec_table.py"
+    spec = importlib.util.spec_from_file_location("write_codec_table", script)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "codecs.md").read_text(encoding="utf-8")
+    assert module.with_table(page, methods()) == page, f"run {script.relative_to(ROOT)}"
+    assert [name for name in names() if f"\n## {name}\n" not in page] == []
+
+
+def test_the_manifest_is_sealed_as_the_page_says(tmp_path: Path):
+    pair = make_pair(tmp_path)
+    deltafold.compress(pair.base, pair.finetuned, tmp_path / "a.delta", "lossless")
+    raw = (tmp_path / "a.delta" / "delta.json").read_bytes()
+    body, _, rest = raw.rpartition(b',"checksum":"')
+    assert rest == hashlib.sha256(body).hexdigest()[:32].encode() + b'"}\n'
