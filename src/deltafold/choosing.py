@@ -68,7 +68,7 @@ def _choose(
 ) -> Record:
     overwrite = settings.pop("overwrite", False)
     destination = Path(settings.pop("record", None) or record_path(output))
-    check_output(output, overwrite)
+    check_output(output, overwrite, [base, finetuned])
     if text is not None and not Path(text).is_file():
         raise UsageError(f"{text} does not exist; give a plain text file to choose settings on.")
     fixed = {name: value for name, value in settings.items() if name not in open_names}

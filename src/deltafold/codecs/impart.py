@@ -117,10 +117,10 @@ class Impart(DeltaCodec):
     config: ImpartConfig
 
     def components_for(self, shape: Shape, share: float) -> int:
-        """A first guess: eight times the columns that could be kept whole."""
+        """A first guess: six times the columns that could be kept whole."""
         o, i = shape
         return max(
-            8, min(int(min(o, i) * (1.0 - self.config.beta)), int(8 * o * i * share / (o + i)))
+            8, min(int(min(o, i) * (1.0 - self.config.beta)), int(6 * o * i * share / (o + i)))
         )
 
     def components_used(self, shape: Shape, share: float, spectrum: Spectrum) -> int | None:

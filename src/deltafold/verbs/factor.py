@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deltafold.budget import reach
-from deltafold.codecs.base import Shape
+from deltafold.codecs.base import DeltaCodec, Shape
 from deltafold.engine import Task, run_tasks
-from deltafold.linalg import Factors, noise_edge, truncated_svd
+from deltafold.linalg import (
+    Factors,
+    is_randomised,
+    noise_edge,
+    svd_memory_bytes,
+    truncated_svd,
+)
 from deltafold.verbs.job import Job
 from deltafold.verbs.pair import DeltaRows
 from deltafold.verbs.planned import Plan, PlannedPiece, PlannedTensor
@@ -54,7 +60,7 @@ def factor_all(
             Task(
                 tensor.pairing.name,
                 lambda t=tensor, p=piece: factor(t, p),  # type: ignore[misc]
-                memory_bytes=svd_memory_bytes(shape),
+                memory_bytes=factor_memory_bytes(job.codec(piece.codec), shape, share),
                 work=float(shape[0] * shape[1] * min(shape)),
             )
         )
@@ -68,10 +74,13 @@ def factor_all(
             piece.codec, piece.spectrum, piece.why = "dare", None, "flat spectrum: not low-rank"
 
 
-def svd_memory_bytes(shape: Shape) -> int:
-    small, large = min(shape), max(shape)
-    held = min(4 * small * large, 2 * DeltaRows.KEEP_BYTES)
-    return 5 * 8 * small * small + 2 * held + (96 << 20)
+def factor_memory_bytes(codec: DeltaCodec, shape: Shape, share: float) -> int:
+    """Peak memory of one factoring task."""
+    held = min(4 * shape[0] * shape[1], DeltaRows.KEEP_BYTES)
+    rank = codec.components_for(shape, reach(shape, share))
+    if shape[0] < shape[1] and not is_randomised(shape, rank):
+        held = 4 * shape[0] * shape[1]  # a wide matrix is held whole for its Gram matrix
+    return svd_memory_bytes(shape, rank) + 2 * held
 
 
 def load_factors(workspace: Workspace, piece: PlannedPiece) -> Factors | None:

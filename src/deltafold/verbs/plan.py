@@ -11,6 +11,7 @@ from deltafold.budget import Budget, Unit, allot, share_within
 from deltafold.codecs import delta_codec, get
 from deltafold.engine import default_memory_bytes, default_workers
 from deltafold.names import role_of
+from deltafold.verbs.factor import factor_memory_bytes
 from deltafold.verbs.job import Job, budget_of
 from deltafold.verbs.pair import Pair, open_pair
 
@@ -47,10 +48,8 @@ def plan(
             "checkpoint_bytes": pair.finetuned.total_bytes,
             "roles": _roles(pair, lossy),
             **_sides(pair),
-            **_expected(job, pair, budget, config.to_json()),
-            "memory_bytes": min(
-                default_memory_bytes(), default_workers() * _largest_task_bytes(pair, lossy)
-            ),
+            **(expected := _expected(job, pair, budget, config.to_json())),
+            "memory_bytes": _memory_bytes(_largest_task_bytes(job, pair, expected["share"])),
             "disk_bytes": job.disk_needed_bytes,
         }
     return result
@@ -115,13 +114,20 @@ def _expected(
     return {"expected_bytes": fixed + spent, "share": share, "feasible": share > 0 or not units}
 
 
-def _largest_task_bytes(pair: Pair, lossy: bool) -> int:
-    from deltafold.verbs.factor import svd_memory_bytes
+def _memory_bytes(largest_task_bytes: int) -> int:
+    """What tasks hold together: as many as fit the allowance, or the largest alone."""
+    together = min(default_memory_bytes(), default_workers() * largest_task_bytes)
+    return max(largest_task_bytes, together)
 
+
+def _largest_task_bytes(job: Job, pair: Pair, share: float | None) -> int:
+    """Peak memory of the largest task."""
     sizes = [128 << 20]
-    for pairing in pair.pairings if lossy else ():
-        columns = pairing.tuned.matrix_shape[1]
-        sizes += [
-            svd_memory_bytes((s.rows, columns)) for s in pairing.spans if pairing.lossy_allowed(s)
-        ]
+    codec = job.codec(job.method) if share is not None else None
+    if codec is not None and share is not None and codec.uses_factors:
+        for pairing in pair.pairings:
+            columns = pairing.tuned.matrix_shape[1]
+            for span in pairing.spans:
+                if pairing.lossy_allowed(span):
+                    sizes.append(factor_memory_bytes(codec, (span.rows, columns), share))
     return max(sizes)
