@@ -122,17 +122,18 @@ def make_pair(
 ) -> PairFiles:
     """Write `base/` and `finetuned/` under `folder`.
 
-    `edit(base, tuned)` may change both before they are written; `config` is of the fine-tune.
+    `edit(base, tuned)` may change both before they are written; `config` adds to the fine-tune's.
+    Of the side files one is the same on both sides, one differs, one is only in the fine-tune.
     """
     base = base_tensors(dtype, seed)
     tuned = tuned_tensors(base, tuned_dtype, seed + 1)
     if edit:
         edit(base, tuned)
-    return PairFiles(
-        write_checkpoint(folder / "base", base, shards),
-        write_checkpoint(folder / "finetuned", tuned, shards, config),
-        tuned,
+    finetuned = write_checkpoint(
+        folder / "finetuned", tuned, shards, {"eos_token_id": 7} | (config or {})
     )
+    (finetuned / "chat_template.jinja").write_text("{{ messages[0].content }}\n" * 3)
+    return PairFiles(write_checkpoint(folder / "base", base, shards), finetuned, tuned)
 
 
 def read_checkpoint(folder: Path) -> Tensors:

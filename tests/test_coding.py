@@ -44,15 +44,22 @@ def test_generator_equals_its_definition(key: int, start: int, count: int):
 @given(st.integers(0, 2**63), st.integers(0, 300_000), st.floats(0, 1))
 def test_exactly_the_promised_number_is_kept(key: int, total: int, share: float):
     keep = int(total * share)
-    threshold, kept = counter.kept_threshold(key, total, keep)
+    threshold, drawn = counter.draw(key, total, keep)
     positions = counter.kept_positions(key, 0, total, threshold)
-    assert len(positions) == kept
-    assert abs(kept - keep) <= 1  # a tie of 32-bit keys moves the count by one
-    assert np.all(np.diff(positions) > 0)
+    assert positions.tolist() == drawn.tolist()
+    assert abs(len(drawn) - keep) <= 1  # a tie of 32-bit keys moves the count by one
+    assert np.all(np.diff(drawn) > 0)
+
+
+def test_draw_takes_the_smallest_keys():
+    keys = np.array([splitmix64(9, n) >> 32 for n in range(3000)])
+    _, drawn = counter.draw(9, 3000, 40)
+    assert drawn.tolist() == np.sort(np.argsort(keys)[:40]).tolist()
+    assert counter.keys_at(9, drawn).tolist() == keys[drawn].tolist()
 
 
 def test_kept_positions_do_not_depend_on_how_they_are_read():
-    threshold, _ = counter.kept_threshold(7, 200_000, 9_000)
+    threshold, _ = counter.draw(7, 200_000, 9_000)
     whole = counter.kept_positions(7, 0, 200_000, threshold)
     pieces = [counter.kept_positions(7, a, a + 777, threshold) for a in range(0, 199_689, 777)]
     joined = np.concatenate(pieces)

@@ -78,9 +78,7 @@ def test_impossible_budget_names_the_smallest_possible_which_then_works(wide_pai
         deltafold.compress(*wide_pair, tmp_path / "a.delta", "lowrank", file_ratio=100_000)
     smallest = int(str(refused.value).partition("takes about ")[2].split()[0].replace(",", ""))
     assert not (tmp_path / "a.delta").exists()
-    record = deltafold.compress(
-        *wide_pair, tmp_path / "a.delta", "lowrank", n_bytes=smallest, restart=True
-    )
+    record = deltafold.compress(*wide_pair, tmp_path / "a.delta", "lowrank", n_bytes=smallest)
     assert record["totals"]["archive_bytes"] <= 1.01 * smallest
 
 

@@ -22,7 +22,7 @@ from deltafold.coding.counter import gaussian
 
 OVERSAMPLING = 32
 POWER_STEPS = 4
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 16 << 20
 
 
 class RowMatrix(Protocol):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 
 from deltafold.codecs.base import (
@@ -28,7 +29,7 @@ from deltafold.codecs.base import (
     check_parts,
     unit_scale,
 )
-from deltafold.coding.counter import kept_positions, kept_threshold
+from deltafold.coding.counter import draw, kept_positions
 from deltafold.linalg import Factors, RowMatrix, chunks
 
 
@@ -55,12 +56,13 @@ class Dare(DeltaCodec):
         self, delta: RowMatrix, settings: Settings, key: int, factors: Factors | None = None
     ) -> tuple[Settings, Parts]:
         o, i = delta.shape
-        threshold, kept = kept_threshold(key, o * i, int(settings["kept"]))
-        found = [torch.zeros(0)]
+        threshold, positions = draw(key, o * i, int(settings["kept"]))
+        kept = len(positions)
+        values = torch.zeros(kept)
         for start, rows in chunks(delta):
-            at = kept_positions(key, start * i, (start + len(rows)) * i, threshold) - start * i
-            found.append(rows.reshape(-1)[torch.from_numpy(at)].float())
-        values = torch.cat(found)
+            first, last = np.searchsorted(positions, [start * i, (start + len(rows)) * i])
+            at = torch.from_numpy(positions[first:last] - start * i)
+            values[first:last] = rows.reshape(-1)[at].float()
         scale = unit_scale(float(values.abs().max()) if kept else 0.0)
         return settings | {"kept": kept, "threshold": f"{threshold:09x}"}, {
             "values": (values / scale).to(self.config.torch_dtype),
@@ -75,7 +77,7 @@ class Dare(DeltaCodec):
         kept, threshold = int(settings["kept"]), int(settings["threshold"], 16)
         values = parts["values"].float() * parts["scale"] * (o * i / max(1, kept))
         used = 0
-        step = max(1, (8 << 20) // i)
+        step = max(1, (2 << 20) // i)
         for start in range(0, o, step):
             stop = min(o, start + step)
             at = torch.from_numpy(kept_positions(key, start * i, stop * i, threshold) - start * i)

@@ -84,7 +84,7 @@ class Magnitude(DeltaCodec):
         coder = EliasFano(int(settings["kept"]), o * i)
         positions = coder.decode(parts["low"].numpy(), parts["high"].numpy())
         values = parts["values"].float() * parts["scale"]
-        step = max(1, (8 << 20) // i)
+        step = max(1, (2 << 20) // i)
         for start in range(0, o, step):
             stop = min(o, start + step)
             first, last = np.searchsorted(positions, [start * i, stop * i])

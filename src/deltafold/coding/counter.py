@@ -33,7 +33,11 @@ def derive_key(seed: int, name: str, stream: str = "") -> int:
 
 def random_u64(key: int, start: int, stop: int) -> NDArray[np.uint64]:
     """Random 64-bit integers number `start` to `stop` of the stream `key`."""
-    z = np.arange(start + 1, stop + 1, dtype=np.uint64)
+    return _finalise(np.arange(start + 1, stop + 1, dtype=np.uint64), key)
+
+
+def _finalise(z: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
+    """SplitMix64 of the stream `key` at the counters z (from 1), in place."""
     z *= _GOLDEN
     z += np.uint64(key)
     z ^= z >> np.uint64(30)
@@ -93,14 +97,30 @@ def select_threshold(
     return (bin_ << 16) + last + 1, int(inner[last])
 
 
-def kept_threshold(key: int, total: int, keep: int) -> tuple[int, int]:
-    """Threshold under which `keep` of the stream's first `total` keys lie; (threshold, count)."""
+def draw(key: int, total: int, keep: int) -> tuple[int, NDArray[np.int64]]:
+    """The `keep` positions of [0, total) with the smallest 32-bit keys, as (threshold, positions).
 
-    def chunks() -> Iterator[NDArray[np.uint32]]:
-        for start in range(0, total, _CHUNK):
-            yield random_u32(key, start, min(total, start + _CHUNK))
+    The positions are those whose key lies below the threshold, ascending; ties at the threshold are
+    all left out or all taken, as in `select_threshold`. One pass: positions under a threshold that
+    is surely high enough are collected, then cut to the number wanted.
+    """
+    if keep <= 0:
+        return 0, np.zeros(0, dtype=np.int64)
+    if keep >= total:
+        return 1 << 32, np.arange(total, dtype=np.int64)
+    enough = min(1 << 32, int((keep + 8 * keep**0.5 + 32) / total * 2**32) + 1)
+    positions = kept_positions(key, 0, total, enough)
+    if len(positions) < keep:  # eight standard deviations off: does not happen, but would be wrong
+        enough, positions = 1 << 32, np.arange(total, dtype=np.int64)
+    keys = keys_at(key, positions)
+    threshold, _ = select_threshold(lambda: iter([keys]), keep)
+    return threshold, positions[keys.astype(np.uint64) < np.uint64(threshold)]
 
-    return select_threshold(chunks, keep)
+
+def keys_at(key: int, positions: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """32-bit keys of given positions of a stream."""
+    z = positions.astype(np.uint64) + np.uint64(1)
+    return (_finalise(z, key) >> np.uint64(32)).astype(np.uint32)
 
 
 def kept_positions(key: int, start: int, stop: int, threshold: int) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from deltafold.errors import ArchiveError, MismatchError, UsageError
 from deltafold.verbs.job import piece_key
 from deltafold.verbs.pair import reference_rows
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 MAX_EXACT_BYTES = 1 << 28  # an exact piece of a sound archive is far smaller
 
 # What codecs raise on parts or settings that do not fit together, whatever was edited.

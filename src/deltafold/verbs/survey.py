@@ -22,7 +22,7 @@ from deltafold.names import is_vocabulary
 from deltafold.verbs.pair import Pair, Pairing, Span, reference_rows
 from deltafold.verbs.workspace import Workspace, checksum
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 4 << 20
 EXACT_ELEMENTS = 1 << 23  # an exact piece holds at most this many values
 SPARSE_SHARE = 0.10  # below this share of changed values an exact patch is tried
 ROWS_SHARE = 0.50  # below this share of changed rows an embedding's rows are tried
