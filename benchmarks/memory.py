@@ -1,6 +1,7 @@
 """Peak memory of compress and restore on a synthetic sharded checkpoint, whatever its size.
 
     python benchmarks/memory.py [--gigabytes 4] [--methods lossless dare impart]
+    python benchmarks/memory.py --into README.md        # the table, from the record
 
 Writes a base and a fine-tune (Llama-like names and shapes, bf16, shards of 1 GB) a tensor at a time,
 runs each command in a process of its own, and reads the process's peak resident memory from the
@@ -27,6 +28,7 @@ import torch
 from deltafold.checkpoint import CheckpointWriter, plan_shards
 from deltafold.checkpoint.writer import TensorSpec
 from deltafold.record import RECORD_VERSION, Record, machine, write_record
+from deltafold.reporting.markdown import rewrite_block
 
 WIDTH, MIDDLE, VOCABULARY = 2048, 8192, 32000
 HERE = Path(__file__).parent
@@ -103,13 +105,35 @@ def measure(folder: Path, methods: list[str], total_bytes: int) -> Iterator[Reco
         }
 
 
+def table(record: Record) -> str:
+    """The record as a Markdown table."""
+    lines = [
+        "| method | checkpoint | peak of `compress` | peak of `restore` |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in record["rows"]:
+        sizes = [row[key] for key in ("compress_peak_memory_bytes", "restore_peak_memory_bytes")]
+        cells = [f"{size / 1e6:,.0f} MB" for size in (row["checkpoint_bytes"], *sizes)]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    machine_ = record["machine"]
+    note = (
+        f"{machine_['cores']} cores, {machine_['memory_bytes'] / 2**30:.0f} GiB, {machine_['cpu']}"
+    )
+    return "\n".join([*lines, "", f"Synthetic sharded checkpoint, bf16; Python included; {note}."])
+
+
 def main() -> None:
-    """Parse, run, write the record."""
+    """Parse, run, write the record; or write the table from the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--into", type=Path, help="Markdown file: write the table, measure nothing")
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--methods", nargs="+", default=["lossless", "dare", "impart"])
     parser.add_argument("--out", type=Path, default=HERE / "records" / "memory.json")
     arguments = parser.parse_args()
+    if arguments.into:
+        record = json.loads(arguments.out.read_text())
+        rewrite_block(arguments.into, "memory", table(record))
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         layout = plan_shards(specs(arguments.gigabytes), 10**9)

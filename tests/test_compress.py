@@ -245,6 +245,9 @@ def test_auto_settings_are_chosen_and_reported(wide_pair, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.delta", "a.delta.record.json"]
     with pytest.raises(UsageError, match="cannot be auto"):
         deltafold.compress(*wide_pair, tmp_path / "b.delta", "dare", beta="auto")
+    with pytest.raises(BudgetError):
+        deltafold.compress(*wide_pair, tmp_path / "b.delta", file_ratio=10**6, beta="auto")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.delta", "a.delta.record.json"]
 
 
 def test_plan_reads_headers_only_and_is_near_what_comes_out(wide_pair, tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from deltafold.errors import UsageError
+from deltafold.checkpoint import open_checkpoint
+from deltafold.errors import DeltafoldError, UsageError
 from deltafold.record import Record, record_path, write_record
 from deltafold.verbs.compress import compress as compress_verb
 from deltafold.verbs.workspace import check_output
@@ -75,11 +76,15 @@ def _choose(
     folder = output.with_name(f"{output.name}.candidates")
     folder.mkdir(parents=True, exist_ok=True)
     tried: list[dict[str, Any]] = []
-    for values in itertools.product(*(CANDIDATES[name] for name in open_names)):
-        chosen = dict(zip(open_names, values, strict=True))
-        archive, record = _candidate(base, finetuned, folder, method, fixed, chosen)
-        criterion, value = _score(base, finetuned, archive, record, text)
-        tried.append({"settings": chosen, "criterion": criterion, "value": value})
+    try:
+        for values in itertools.product(*(CANDIDATES[name] for name in open_names)):
+            chosen = dict(zip(open_names, values, strict=True))
+            archive, record = _candidate(base, finetuned, folder, method, fixed, chosen)
+            criterion, value = _score(base, finetuned, archive, record, text)
+            tried.append({"settings": chosen, "criterion": criterion, "value": value})
+    except DeltafoldError:
+        shutil.rmtree(folder)  # the same command would fail again; after Ctrl-C it goes on
+        raise
     best = min(range(len(tried)), key=lambda k: (tried[k]["value"], k))
     archive, record = _candidate(base, finetuned, folder, method, fixed, tried[best]["settings"])
     if overwrite and output.exists():
@@ -101,7 +106,9 @@ def _candidate(
 ) -> tuple[Path, Record]:
     """Archive and record of one candidate; made once, found again when a run goes on."""
     named = {k: v for k, v in fixed.items() if k not in ("progress", "workers", "memory_bytes")}
-    identity = json.dumps([str(base), str(finetuned), method, named, chosen], sort_keys=True)
+    with open_checkpoint(base) as one, open_checkpoint(finetuned) as two:
+        inputs = [one.fingerprint(), two.fingerprint()]
+    identity = json.dumps([inputs, method, named, chosen], sort_keys=True)
     archive = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
     if not (archive.is_dir() and record_path(archive).is_file()):
         shutil.rmtree(archive, ignore_errors=True)

@@ -45,6 +45,15 @@ class Step:
 Progress = Callable[[Step], None]
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What the work may use; it never changes the result."""
+
+    workers: int | None = None
+    memory_bytes: int | None = None
+    progress: Progress | None = None
+
+
 def default_workers() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,13 +7,12 @@ leaves its result in the workspace, so that a killed run goes on where it stoppe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltafold.archive import Archive
 from deltafold.codecs import get
-from deltafold.engine import Progress
+from deltafold.engine import Progress, Resources
 from deltafold.errors import UsageError
 from deltafold.record import Meter, Record, record_path, write_record
 from deltafold.verbs.assemble import assemble
@@ -23,15 +22,6 @@ from deltafold.verbs.pair import open_pair
 from deltafold.verbs.recording import compress_record
 from deltafold.verbs.schedule import schedule
 from deltafold.verbs.workspace import Workspace, check_output, check_space
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the work may use; it never changes the result."""
-
-    workers: int | None = None
-    memory_bytes: int | None = None
-    progress: Progress | None = None
 
 
 def compress(

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
 from deltafold.codecs.base import DeltaCodec, Parts, Settings
-from deltafold.engine import Task, run_tasks
+from deltafold.engine import Resources, Task, run_tasks
 from deltafold.linalg import RowMatrix
 from deltafold.verbs.factor import load_factors
 from deltafold.verbs.job import Job
 from deltafold.verbs.pair import DeltaRows, Span
 from deltafold.verbs.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.verbs.workspace import Workspace, checksum
-
-if TYPE_CHECKING:
-    from deltafold.verbs.compress import Resources
 
 
 def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from deltafold.budget import reach
 from deltafold.codecs.base import DeltaCodec, Shape
-from deltafold.engine import Task, run_tasks
+from deltafold.engine import Resources, Task, run_tasks
 from deltafold.linalg import (
     Factors,
     is_randomised,
@@ -19,9 +17,6 @@ from deltafold.verbs.pair import DeltaRows
 from deltafold.verbs.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.verbs.survey import span_of
 from deltafold.verbs.workspace import Workspace
-
-if TYPE_CHECKING:
-    from deltafold.verbs.compress import Resources
 
 FLAT_MARGIN = 1.1  # a spectrum is flat if nothing rises this far above the noise edge
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from deltafold.budget import Budget, allot, refuse, share_within
-from deltafold.engine import Task, run_tasks
+from deltafold.engine import Resources, Task, run_tasks
 from deltafold.verbs.factor import factor_all
 from deltafold.verbs.job import Job
 from deltafold.verbs.pair import Pairing
@@ -13,9 +11,6 @@ from deltafold.verbs.planned import Plan, PlannedPiece, PlannedTensor, decide, e
 from deltafold.verbs.sizing import archive_bytes, fixed_bytes, smallest_bytes, units
 from deltafold.verbs.survey import CHUNK_BYTES, SPARSE_SHARE, TensorSurvey, survey_tensor
 from deltafold.verbs.workspace import Workspace
-
-if TYPE_CHECKING:
-    from deltafold.verbs.compress import Resources
 
 
 def schedule(job: Job, workspace: Workspace, resources: Resources) -> Plan:
