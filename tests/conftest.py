@@ -1,0 +1,87 @@
+"""Fixtures that every test file may use: a small pair, its archives, the command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import PairFiles
+from checkpoints import make_pair as write_pair
+
+FILE_RATIO = 8  # small files: half of a tighter archive would be its manifest
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices are quicker without threads, and several test runs may share a machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_pair() -> Callable[..., PairFiles]:
+    """`make_pair(tmp_path, **options)`: see `checkpoints.make_pair`."""
+    return write_pair
+
+
+@pytest.fixture(scope="session")
+def _template(tmp_path_factory: pytest.TempPathFactory) -> PairFiles:
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def pair(_template: PairFiles, tmp_path: Path) -> PairFiles:
+    """A pair of its own for each test: `.base`, `.finetuned` (folders), `.tensors`."""
+    for name in ("base", "finetuned"):
+        shutil.copytree(_template.base.parent / name, tmp_path / name)
+    return replace(_template, base=tmp_path / "base", finetuned=tmp_path / "finetuned")
+
+
+@pytest.fixture(scope="session")
+def _archives(_template: PairFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from deltafold import compress
+
+    folder = tmp_path_factory.mktemp("archives")
+    base, finetuned = _template.base, _template.finetuned
+    compress(base, finetuned, folder / "impart.delta", file_ratio=FILE_RATIO)
+    compress(base, finetuned, folder / "lossless.delta", "lossless")
+    return folder
+
+
+@pytest.fixture
+def archive(_archives: Path, tmp_path: Path) -> Path:
+    """An impart archive of `pair`, one for each test."""
+    return shutil.copytree(_archives / "impart.delta", tmp_path / "impart.delta")
+
+
+@pytest.fixture
+def lossless_archive(_archives: Path, tmp_path: Path) -> Path:
+    """A lossless archive of `pair`, one for each test."""
+    return shutil.copytree(_archives / "lossless.delta", tmp_path / "lossless.delta")
+
+
+@pytest.fixture
+def deltafold() -> Run:
+    """Run the command line in a process of its own: `deltafold("inspect", path)`."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "deltafold", *map(str, arguments)]
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
+        )
+
+    return run
