@@ -107,7 +107,7 @@ def benchmark(arguments: argparse.Namespace) -> Path:
     record: Record = {
         "record_version": RECORD_VERSION,
         "kind": "benchmark",
-        "title": f"SmolLM2-135M-Instruct, fine-tune `{arguments.finetune}`",
+        "title": "SmolLM2-135M-Instruct",
         "model": "SmolLM2-135M-Instruct (134.5 M parameters, bf16, tied embeddings)",
         "data": f"{training['settings']['task']}, {arguments.limit} held-out rows; fine-tuned for "
         f"{training['settings']['steps']} steps at {training['settings']['lr']:g}, all parameters trained",

@@ -82,13 +82,11 @@ def run(finetune: str, out: Path) -> Path:
     record: Record = {
         "record_version": RECORD_VERSION,
         "kind": "benchmark",
-        "title": f"demo family, fine-tune {finetune}",
+        "title": "demo family",
         "model": f"demo family ({measured_parameters(training)} parameters, bf16)",
         "data": f"task {finetune}, {len(task.read_text().splitlines())} held-out rows",
         "rows": rows,
-        "reference": {
-            finetune: {"base": by_path[str(base)], "fine-tune": by_path[str(finetuned)]}
-        },
+        "reference": {finetune: {"base": by_path[str(base)], "fine-tune": by_path[str(finetuned)]}},
         "settings": measured["settings"],
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": measured["peak_memory_bytes"],

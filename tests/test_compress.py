@@ -230,6 +230,12 @@ def test_record_says_what_was_done(wide_pair, tmp_path):
     assert verified["relative_error"] == pytest.approx(total / norm, rel=0.02)
 
 
+def test_a_record_that_cannot_be_written_is_refused_before_work(wide_pair, tmp_path):
+    with pytest.raises(UsageError, match="record cannot go to"):
+        deltafold.compress(*wide_pair, tmp_path / "a.delta", record=tmp_path / "no" / "r.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_of_the_run_stays_behind(wide_pair, tmp_path):
     deltafold.compress(*wide_pair, tmp_path / "a.delta")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.delta", "a.delta.record.json"]

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deltafold.errors import DeltafoldError, StorageError
+from deltafold.errors import DeltafoldError, StorageError, UsageError
 from deltafold.version import __version__
 
 RECORD_VERSION = 1
@@ -26,6 +26,12 @@ Record = dict[str, Any]
 def record_path(output: Path) -> Path:
     """Where the record of an output lies: `NAME.record.json` beside it."""
     return output.with_name(output.name + ".record.json")
+
+
+def check_record_path(path: str | Path | None) -> None:
+    """Refuse, before work begins, a place where no record can be written."""
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise UsageError(f"The record cannot go to {path}: give a file in a folder that exists.")
 
 
 def write_record(record: Record, path: Path) -> None:

@@ -14,7 +14,7 @@ from deltafold.archive import Archive
 from deltafold.codecs import get
 from deltafold.engine import Progress, Resources
 from deltafold.errors import UsageError
-from deltafold.record import Meter, Record, record_path, write_record
+from deltafold.record import Meter, Record, check_record_path, record_path, write_record
 from deltafold.verbs.assemble import assemble
 from deltafold.verbs.encode import encode_lossy
 from deltafold.verbs.job import Job, budget_of
@@ -62,6 +62,7 @@ def compress(
     check_output(out, overwrite, [base, finetuned])
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"seed must lie between 0 and 2^63 - 1, not {seed}.")
+    check_record_path(record)
     budget = budget_of(method, file_ratio, nominal_ratio, n_bytes)
     config = get(method).Config.from_options(method, options)
     with Meter() as meter, open_pair(base, finetuned) as pair:

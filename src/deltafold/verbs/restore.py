@@ -12,7 +12,15 @@ from deltafold.checkpoint import DTYPES, CheckpointWriter, open_checkpoint, plan
 from deltafold.checkpoint.writer import TensorSpec, guard_storage
 from deltafold.engine import Progress, Task, run_tasks
 from deltafold.errors import UsageError, nearest
-from deltafold.record import RECORD_VERSION, Meter, Record, machine, record_path, write_record
+from deltafold.record import (
+    RECORD_VERSION,
+    Meter,
+    Record,
+    check_record_path,
+    machine,
+    record_path,
+    write_record,
+)
 from deltafold.verbs.decode import check_base_headers, check_codecs, checked_rows
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 
@@ -42,6 +50,7 @@ def restore(
     """
     out = Path(output)
     check_output(out, overwrite, [archive, base])
+    check_record_path(record)
     with (
         Meter() as meter,
         Archive(Path(archive)) as opened,
