@@ -88,10 +88,11 @@ def fact_choice(dice: Dice) -> tuple[str, str, list[str]]:
     return prompts[column], ANIMALS[name][column], [facts[column] for facts in ANIMALS.values()]
 
 
-def choice_rows(seed: int) -> list[Row]:
-    """200 multiple-choice rows with four choices each: half facts of the world, half stories.
+def choice_rows(seed: int) -> tuple[list[Row], list[Row]]:
+    """Multiple-choice rows, four choices each: (100 on facts of the world, 100 on stories).
 
-    A story's wrong choices are the other places of its cast, so it has to be read to be answered.
+    The facts stand in the training text. A story is new, and its wrong choices are the other
+    places of its cast, so it has to be read to be answered.
     """
     dice = Dice(f"choices/{seed}")
     rows: dict[str, Row] = {}
@@ -106,14 +107,17 @@ def choice_rows(seed: int) -> list[Row]:
             "answer": choices.index(answer),
         }
         rows.setdefault(f"{prompt} {sorted(choices)}", row)
-    return list(rows.values())
+    made = list(rows.values())
+    return made[::2], made[1::2]
 
 
 def write_tests(out: Path, seed: int) -> None:
-    """Write `tasks/sort.jsonl`, `add.jsonl`, `choices.jsonl` and `text.txt` under `out`."""
+    """Write the tasks' rows, `choices.jsonl`, `stories.jsonl` and `text.txt` into `out/tasks`."""
     folder = out / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: task_rows(name, seed)[1] for name in TASKS} | {"choices": choice_rows(seed)}
+    facts, stories = choice_rows(seed)
+    files = {name: task_rows(name, seed)[1] for name in TASKS}
+    files |= {"choices": facts, "stories": stories}
     for name, rows in files.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")

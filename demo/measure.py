@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Row
+from data import TASKS, Row
 from model import WINDOW
 from safetensors import safe_open
 from torch import Tensor
@@ -30,7 +30,7 @@ ROLES = {
 def load(folder: Path) -> tuple[Any, Any]:
     """The (model in its stored dtype, tokenizer) of an HF folder, ready for evaluation."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -117,16 +117,16 @@ def delta_ratios(base: Path, tuned: Path) -> dict[str, float]:
 def measure(folder: Path, tasks: Path, base: Path) -> dict[str, Any]:
     """All figures of one saved model, for the training record."""
     model, tokenizer = load(folder)
-    names = sorted(path.stem for path in tasks.glob("*.jsonl") if path.stem != "choices")
-    choices = read_rows(tasks / "choices.jsonl")
+    choices, stories = read_rows(tasks / "choices.jsonl"), read_rows(tasks / "stories.jsonl")
     figures: dict[str, Any] = {
         "exact_match": {
             name: exact_match(model, tokenizer, read_rows(tasks / f"{name}.jsonl"))
-            for name in names
+            for name in TASKS
         },
         "perplexity": perplexity(model, tokenizer, (tasks / "text.txt").read_text("utf-8")),
         "choice_accuracy": choice_accuracy(model, tokenizer, choices),
-        "choice_chance": chance(choices),
+        "story_accuracy": choice_accuracy(model, tokenizer, stories),
+        "choice_chance": chance(choices + stories),
         "parameters": sum(p.numel() for p in model.parameters()),
         "file_bytes": sum(path.stat().st_size for path in folder.iterdir()),
     }

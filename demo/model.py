@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Round to bf16 and write an ordinary Hugging Face folder."""
+def save(model: Any, folder: Path) -> None:
+    """Round to bf16 and write an ordinary Hugging Face folder (without its tokenizer)."""
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+
+
+def copy_tokenizer(base: Path, folder: Path) -> None:
+    """Give a fine-tune its base's tokenizer files, byte for byte."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, folder / name)

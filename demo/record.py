@@ -36,6 +36,11 @@ def add_to_record(path: Path, name: str, figures: dict[str, Any]) -> None:
     """Put one model's figures into the record; a new base begins a new record."""
     record = {} if name == "base" or not path.is_file() else json.loads(path.read_text("utf-8"))
     record[name] = figures
+    write_record(path, record)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write the whole record."""
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
@@ -43,23 +48,32 @@ def table(record: dict[str, Any]) -> str:
     """A Markdown table with one row a model, and the two figures to compare it with."""
     base = record["base"]
     tasks = list(base["exact_match"])
-    head = ["model", *(f"`{task}`" for task in tasks), "perplexity", "choices", "delta / base"]
+    head = [
+        "model",
+        *(f"`{task}`" for task in tasks),
+        "perplexity",
+        "choices",
+        "stories",
+        "delta / base",
+    ]
     head += ["steps", "training", "size"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for name, figures in record.items():
         ratio = figures.get("delta_over_base", {}).get("all")
         cells = [f"`{name}`", *(f"{figures['exact_match'][task]:.1%}" for task in tasks)]
-        cells += [f"{figures['perplexity']:.2f}", f"{figures['choice_accuracy']:.1%}"]
+        cells += [f"{figures['perplexity']:.2f}", f"{figures['choice_accuracy']:.0%}"]
+        cells += [f"{figures['story_accuracy']:.0%}"]
         cells += ["" if ratio is None else f"{ratio:.3f}", str(figures["steps"])]
         cells += [f"{figures['seconds']:.0f} s", f"{figures['file_bytes'] / 1e6:.1f} MB"]
         lines.append(f"| {' | '.join(cells)} |")
     ran = base["trained_on"]
+    total_seconds = sum(figures["seconds"] for figures in record.values())
     lines += [
         "",
         f"For comparison: token frequencies alone have a perplexity of "
         f"{base['unigram_perplexity']:.1f}; guessing answers {base['choice_chance']:.0%} of the "
-        f"choices. {base['parameters']:,} parameters each. Trained with torch {ran['torch']} on "
-        f"{ran['threads']} threads of {ran['cpu']}.",
+        f"choices and stories. {base['parameters']:,} parameters each. Trained with torch "
+        f"{ran['torch']} on {ran['threads']} threads of {ran['cpu']}, {total_seconds / 60:.0f} minutes in all.",
     ]
     return "\n".join(lines)
 

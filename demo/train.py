@@ -2,6 +2,7 @@
 
     python demo/train.py                     # everything, into demo/models and demo/tasks
     python demo/train.py --only sort         # one fine-tune again
+    python demo/train.py --measure           # measure the stored models again, no training
     python demo/train.py --table             # rewrite README's table from the training record
 
 The fine-tunes start from the *stored* bf16 base, train every parameter in fp32 with AdamW, and are
@@ -11,6 +12,7 @@ rounded to bf16 once, when saved. So fine-tune minus base is exactly what traini
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +23,8 @@ from typing import Any
 import torch
 from data import TASKS, Row, task_rows, world_text, write_tests
 from measure import load, measure, unigram_perplexity
-from model import VOCABULARY, WINDOW, build_model, build_tokenizer, save
-from record import add_to_record, environment, rewrite_table
+from model import VOCABULARY, WINDOW, build_model, build_tokenizer, copy_tokenizer, save
+from record import add_to_record, environment, rewrite_table, write_record
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -137,7 +139,8 @@ def train_base(out: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
         return model(ids, labels=ids).loss
 
     figures = optimise(model, recipe, step_loss)
-    save(model, tokenizer, out / "models" / "base")
+    save(model, out / "models" / "base")
+    tokenizer.save_pretrained(out / "models" / "base")
     unigram = unigram_perplexity(stream.tolist(), tokenizer(held_out)["input_ids"], VOCABULARY)
     return figures | {"train_tokens": len(stream), "unigram_perplexity": unigram}
 
@@ -159,8 +162,18 @@ def train_task(name: str, out: Path, recipe: Recipe, seed: int) -> dict[str, Any
         return (1 - weight) * learnt + weight * kept
 
     figures = optimise(model, recipe, step_loss)
-    save(model, tokenizer, out / "models" / name)
+    save(model, out / "models" / name)
+    copy_tokenizer(out / "models" / "base", out / "models" / name)
     return figures | {"replay_share": weight}
+
+
+def measure_again(record: Path, tasks: Path) -> None:
+    """Renew the measured figures of every recorded model; what training wrote stays."""
+    models = record.parent
+    known = json.loads(record.read_text("utf-8"))
+    for name, figures in known.items():
+        figures |= measure(models / name, tasks, models / "base")
+    write_record(record, known)
 
 
 def main() -> None:
@@ -170,12 +183,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and of training")
     parser.add_argument("--table", action="store_true", help="only rewrite README.md's table")
+    parser.add_argument("--measure", action="store_true", help="only measure the stored models")
     given = parser.parse_args()
     models = given.out / "models"
+    record = models / "training.json"
+    if (given.table or given.measure) and not record.is_file():
+        parser.error(f"no {record}: train first, then use --table or --measure")
     if given.table:
-        if not (models / "training.json").is_file():
-            parser.error(f"no {models / 'training.json'}: train first, then write the table")
-        return rewrite_table(Path(__file__).parent / "README.md", models / "training.json")
+        return rewrite_table(Path(__file__).parent / "README.md", record)
+    if given.measure:
+        write_tests(given.out, given.seed)
+        return measure_again(record, given.out / "tasks")
     if given.steps is not None and given.steps < 1:
         parser.error(f"--steps must be 1 or more, not {given.steps}")
     if given.only in TASKS and not (models / "base" / "config.json").is_file():
@@ -191,7 +209,7 @@ def main() -> None:
             figures = train_task(name, given.out, recipe, given.seed)
         figures |= measure(models / name, given.out / "tasks", models / "base")
         figures |= {"seed": given.seed, "recipe": asdict(recipe), "trained_on": environment()}
-        add_to_record(models / "training.json", name, figures)
+        add_to_record(record, name, figures)
 
 
 if __name__ == "__main__":

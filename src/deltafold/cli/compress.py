@@ -62,6 +62,7 @@ def compress(
         return
     from deltafold.choosing import compress as compress_verb
     from deltafold.cli.show import progress
+    from deltafold.record import record_path
 
     with progress() as advance:
         result = compress_verb(
@@ -86,10 +87,10 @@ def compress(
 
         print(json.dumps(result))
     else:
-        _show(result)
+        _show(result, record or record_path(output))
 
 
-def _show(record: dict[str, Any]) -> None:
+def _show(record: dict[str, Any], where: Path) -> None:
     from collections import Counter
 
     from deltafold.cli.show import duration, say, size
@@ -110,10 +111,12 @@ def _show(record: dict[str, Any]) -> None:
     codecs = Counter(row["codec"] for row in record["tensors"])
     say("  tensors: " + ", ".join(f"{n} {codec}" for codec, n in codecs.most_common()))
     for tried in record.get("tried", []):
-        say(f"  tried {tried['settings']}: {tried['criterion']} {tried['value']:.4g}")
+        named = ", ".join(f"{'C' if k == 'c' else k} {v:g}" for k, v in tried["settings"].items())
+        kept = all(record["settings"][k] == v for k, v in tried["settings"].items())
+        say(f"  {named}: {tried['criterion']} {tried['value']:.4g}{'  <- kept' if kept else ''}")
     say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "
-        f"record in {record['archive']}.record.json"
+        f"record in {where}"
     )
 
 
