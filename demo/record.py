@@ -73,7 +73,8 @@ def table(record: dict[str, Any]) -> str:
         f"For comparison: token frequencies alone have a perplexity of "
         f"{base['unigram_perplexity']:.1f}; guessing answers {base['choice_chance']:.0%} of the "
         f"choices and stories. {base['parameters']:,} parameters each. Trained with torch "
-        f"{ran['torch']} on {ran['threads']} threads of {ran['cpu']}, {total_seconds / 60:.0f} minutes in all.",
+        f"{ran['torch']} on {ran['threads']} threads of {ran['cpu']}, "
+        f"{total_seconds / 60:.0f} minutes in all.",
     ]
     return "\n".join(lines)
 

@@ -35,8 +35,8 @@ from deltafold.linalg import Factors, RowMatrix, chunks
 
 class Dare(DeltaCodec):
     name = "dare"
-    title = "random entries of the delta, rescaled; seeded positions"
-    paper = "Yu et al. 2024, arXiv 2311.03099"
+    title = "random entries, rescaled; seeded"
+    paper = "arXiv 2311.03099"
     value_parts = ("values",)
 
     def settings_for(

@@ -109,8 +109,8 @@ def kept_counts(p: NDArray[np.float64], size: int) -> NDArray[np.int64]:
 
 class Impart(DeltaCodec):
     name = "impart"
-    title = "singular vectors, sparsified by importance; seeded positions"
-    paper = "ImPart, ACL 2025, arXiv 2504.13237"
+    title = "sparsified singular vectors; seeded"
+    paper = "arXiv 2504.13237"
     uses_factors = True
     value_parts = ("u", "v")
     Config = ImpartConfig

@@ -28,7 +28,7 @@ from deltafold.coding.planes import (
 
 class Lossless(ExactCodec):
     name = "lossless"
-    title = "every bit back: integer differences, byte planes, zstd"
+    title = "exact: integer differences, zstd"
     paper = "-"
 
     def encode(self, reference: torch.Tensor, tuned: torch.Tensor) -> tuple[Settings, Parts]:

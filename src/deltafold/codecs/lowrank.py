@@ -32,8 +32,8 @@ from deltafold.linalg import CHUNK_BYTES, Factors, RowMatrix, truncated_svd
 
 class LowRank(DeltaCodec):
     name = "lowrank"
-    title = "truncated SVD of the delta"
-    paper = "Ryu et al. 2023, arXiv 2305.18425"
+    title = "truncated SVD"
+    paper = "arXiv 2305.18425"
     uses_factors = True
     value_parts = ("u", "v")
 

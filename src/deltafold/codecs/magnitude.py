@@ -43,8 +43,8 @@ def _smallness(rows: torch.Tensor) -> NDArray[np.uint32]:
 
 class Magnitude(DeltaCodec):
     name = "magnitude"
-    title = "largest entries of the delta; coded positions, counted"
-    paper = "baseline of arXiv 2311.13171 and others"
+    title = "largest entries, coded positions"
+    paper = "arXiv 2311.13171"
     value_parts = ("values",)
 
     def settings_for(

@@ -36,7 +36,7 @@ def changed_rows(reference: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
 
 class Rows(ExactCodec):
     name = "rows"
-    title = "every bit back: changed rows of an embedding"
+    title = "exact: changed rows of embeddings"
     paper = "-"
     method = False
 

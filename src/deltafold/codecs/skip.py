@@ -11,7 +11,7 @@ from deltafold.codecs.base import ExactCodec, Parts, Settings
 
 class Skip(ExactCodec):
     name = "skip"
-    title = "equal tensors: nothing stored"
+    title = "exact: equal tensors, nothing kept"
     paper = "-"
     method = False
 

@@ -38,7 +38,7 @@ def _uint8(data: NDArray[np.uint8]) -> torch.Tensor:
 
 class SparsePatch(ExactCodec):
     name = "sparse-patch"
-    title = "every bit back: changed values and their coded positions"
+    title = "exact: changed values, positions"
     paper = "-"
 
     def encode(self, reference: torch.Tensor, tuned: torch.Tensor) -> tuple[Settings, Parts]:
