@@ -1,12 +1,13 @@
 # make demo    compress a fine-tune, show what was saved and what it cost
 # make test    run the tests
+# make bench   measure every codec on a real model (about an hour); make tables writes the results
 # Both work on a fresh clone with nothing but Python 3.11+ and pip: they set up .venv themselves.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test unit check bench clean
+.PHONY: demo test unit check bench tables clean
 
 demo: $(VENV)/.test
 	$(BIN)/python demo/run.py
@@ -28,6 +29,14 @@ check: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/smollm2.py prepare
 	$(BIN)/python benchmarks/codecs.py
+	$(BIN)/python benchmarks/memory.py
+	$(MAKE) tables
+
+tables: $(VENV)/.bench
+	$(BIN)/deltafold report benchmarks/records/smollm2-arithmetic.json \
+		--into README.md --marker smollm2 --figures docs/figures
+	$(BIN)/python benchmarks/codecs.py --summary README.md
+	$(BIN)/python benchmarks/memory.py --into README.md
 
 # One stamp a set of extras: it is made again when the project's requirements change.
 $(VENV)/.%: pyproject.toml constraints.txt

@@ -25,6 +25,7 @@ from smollm2 import default_cache
 from deltafold.codecs import get, names
 from deltafold.evaluation import evaluate
 from deltafold.record import RECORD_VERSION, Record, machine, write_record
+from deltafold.reporting.markdown import rewrite_block
 
 HERE = Path(__file__).parent
 RATIOS = (8, 16, 32, 64, 128)
@@ -110,7 +111,8 @@ def benchmark(arguments: argparse.Namespace) -> Path:
         "title": "SmolLM2-135M-Instruct",
         "model": "SmolLM2-135M-Instruct (134.5 M parameters, bf16, tied embeddings)",
         "data": f"{training['settings']['task']}, {arguments.limit} held-out rows; fine-tuned for "
-        f"{training['settings']['steps']} steps at {training['settings']['lr']:g}, all parameters trained",
+        f"{training['settings']['steps']} steps at learning rate {training['settings']['lr']:g}, "
+        "all parameters trained",
         "training": training,
         "rows": [],
         "reference": {},
@@ -143,6 +145,31 @@ def benchmark(arguments: argparse.Namespace) -> Path:
     return out
 
 
+def summary(record: Record) -> str:
+    """The best method of each size as a short Markdown table: what one gets."""
+    (reference,) = record["reference"].values()
+    lines = [
+        "| archive | smaller | best method | exact match | KL from the fine-tune |",
+        "|--:|--:|---|--:|--:|",
+        f"| fine-tune itself | | | {reference['fine-tune']['exact_match']:.0%} | |",
+    ]
+    sizes = dict.fromkeys(row["asked_file_ratio"] for row in record["rows"])
+    for asked in sorted(sizes, key=lambda ratio: ratio or 0):
+        rivals = [row for row in record["rows"] if row["asked_file_ratio"] == asked]
+        best = min(rivals, key=lambda row: (row["kl"], row["archive_bytes"]))
+        kl = f"{best['kl']:.4f}" if best["kl"] else "0, every bit back"
+        lines.append(
+            f"| {best['archive_bytes'] / 1e6:.1f} MB | {best['file_ratio']:.1f}x "
+            f"| `{best['method']}` | {best['exact_match']:.0%} | {kl} |"
+        )
+    base = reference["base"]
+    note = (
+        f"{record['model']}. {record['data'].capitalize()}. "
+        f"Base alone: exact match {base['exact_match']:.0%}, KL {base['kl']:.2f}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def time_again(arguments: argparse.Namespace) -> Path:
     """Compress and restore every cell of the record once more, on a machine that does nothing else.
 
@@ -173,13 +200,18 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=int, default=list(RATIOS))
     parser.add_argument("--scratch", type=Path, help="folder for archives and restored models")
     parser.add_argument("--limit", type=int, default=200, help="rows of the task to score")
+    parser.add_argument("--summary", type=Path, help="Markdown file: write the short table there")
     parser.add_argument("--time-again", action="store_true", help="measure only seconds and memory")
     parser.add_argument("--fresh", action="store_true", help="measure every cell again")
     arguments = parser.parse_args()
     if arguments.scratch:
         shutil.rmtree(arguments.scratch, ignore_errors=True)
         arguments.scratch.mkdir(parents=True)
-    print(time_again(arguments) if arguments.time_again else benchmark(arguments))
+    if arguments.summary:
+        record = HERE / "records" / f"smollm2-{arguments.finetune}.json"
+        rewrite_block(arguments.summary, "summary", summary(json.loads(record.read_text())))
+    else:
+        print(time_again(arguments) if arguments.time_again else benchmark(arguments))
 
 
 if __name__ == "__main__":

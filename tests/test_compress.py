@@ -232,8 +232,11 @@ def test_record_says_what_was_done(wide_pair, tmp_path):
 
 def test_a_record_that_cannot_be_written_is_refused_before_work(wide_pair, tmp_path):
     with pytest.raises(UsageError, match="record cannot go to"):
-        deltafold.compress(*wide_pair, tmp_path / "a.delta", record=tmp_path / "no" / "r.json")
-    assert not list(tmp_path.iterdir())
+        deltafold.compress(*wide_pair, tmp_path / "a.delta", record=tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError, match="record cannot go to"):
+        deltafold.compress(*wide_pair, tmp_path / "a.delta", record=tmp_path / "file" / "r.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_nothing_of_the_run_stays_behind(wide_pair, tmp_path):

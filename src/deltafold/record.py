@@ -30,8 +30,11 @@ def record_path(output: Path) -> Path:
 
 def check_record_path(path: str | Path | None) -> None:
     """Refuse, before work begins, a place where no record can be written."""
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise UsageError(f"The record cannot go to {path}: give a file in a folder that exists.")
+    if path is None:
+        return
+    above = [folder for folder in Path(path).absolute().parents if folder.exists()]
+    if Path(path).is_dir() or not above[0].is_dir():
+        raise UsageError(f"The record cannot go to {path}: give a file in a folder.")
 
 
 def write_record(record: Record, path: Path) -> None:
