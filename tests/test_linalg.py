@@ -18,6 +18,11 @@ def matrix(o: int, i: int, decay: float, seed: int = 0) -> torch.Tensor:
     return ((u * torch.arange(1, r + 1).double().pow(-decay)) @ v.T).float()
 
 
+@pytest.fixture(autouse=True)
+def small_matrices_take_every_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltafold.linalg.SMALL_SIDE", 100)
+
+
 CASES = [
     (300, 120, 30),  # tall, Gram
     (120, 300, 30),  # wide, Gram
@@ -41,6 +46,12 @@ def test_error_is_within_one_per_cent_of_the_optimum(o: int, i: int, rank: int, 
 def test_both_routes_are_taken():
     assert is_randomised((700, 600), 20) and is_randomised((320, 900), 8)
     assert not is_randomised((300, 120), 30)
+
+
+def test_small_sides_are_never_sketched(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deltafold.linalg.SMALL_SIDE", 1024)
+    assert not is_randomised((49152, 576), 4)
+    assert is_randomised((8192, 2048), 100)
 
 
 @pytest.mark.parametrize(("o", "i", "rank"), CASES)

@@ -22,6 +22,7 @@ from deltafold.coding.counter import gaussian
 
 OVERSAMPLING = 32
 POWER_STEPS = 4
+SMALL_SIDE = 1024  # up to here the Gram matrix is decomposed in less time than passes over D take
 CHUNK_BYTES = 16 << 20
 
 
@@ -71,7 +72,7 @@ def chunks(matrix: RowMatrix, columns_held: int = 0) -> Iterator[tuple[int, torc
 
 def is_randomised(shape: tuple[int, int], rank: int) -> bool:
     """True if `truncated_svd` takes the randomised route for this shape and rank."""
-    return (rank + OVERSAMPLING) * 4 <= min(shape)  # where both take the same time
+    return min(shape) > SMALL_SIDE and (rank + OVERSAMPLING) * 4 <= min(shape)
 
 
 def svd_memory_bytes(shape: tuple[int, int], rank: int) -> int:
