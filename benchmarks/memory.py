@@ -1,6 +1,6 @@
 """Peak memory of compress and restore on a synthetic sharded checkpoint, whatever its size.
 
-    python benchmarks/memory.py [--gigabytes 4] [--methods lossless dare impart]
+    python benchmarks/memory.py [--gigabytes 4] [--methods lossless dare magnitude impart]
     python benchmarks/memory.py --into README.md        # the table, from the record
 
 Writes a base and a fine-tune (Llama-like names and shapes, bf16, shards of 1 GB) a tensor at a time,
@@ -122,12 +122,22 @@ def table(record: Record) -> str:
     return "\n".join([*lines, "", f"Synthetic sharded checkpoint, bf16; Python included; {note}."])
 
 
+def record_of(rows: list[Record]) -> Record:
+    """The record of the rows measured so far."""
+    return {
+        "record_version": RECORD_VERSION,
+        "kind": "memory",
+        "rows": rows,
+        "machine": machine(),
+    }
+
+
 def main() -> None:
     """Parse, run, write the record; or write the table from the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--into", type=Path, help="Markdown file: write the table, measure nothing")
     parser.add_argument("--gigabytes", type=float, default=4.0)
-    parser.add_argument("--methods", nargs="+", default=["lossless", "dare", "impart"])
+    parser.add_argument("--methods", nargs="+", default=["lossless", "dare", "magnitude", "impart"])
     parser.add_argument("--out", type=Path, default=HERE / "records" / "memory.json")
     arguments = parser.parse_args()
     if arguments.into:
@@ -149,14 +159,7 @@ def main() -> None:
         for row in measure(folder, arguments.methods, total_bytes):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    record = {
-        "record_version": RECORD_VERSION,
-        "kind": "memory",
-        "rows": rows,
-        "machine": machine(),
-    }
-    arguments.out.parent.mkdir(exist_ok=True)
-    write_record(record, arguments.out)
+            write_record(record_of(rows), arguments.out)
 
 
 if __name__ == "__main__":

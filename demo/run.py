@@ -123,7 +123,8 @@ def show(record_path: Path, finetune: str) -> None:
         "\nTry it yourself:\n"
         f"  deltafold compress demo/models/base demo/models/{finetune} -o my.delta --file-ratio 32\n"
         "  deltafold inspect my.delta\n"
-        "  deltafold restore my.delta --base demo/models/base -o restored/"
+        "  deltafold restore my.delta --base demo/models/base -o restored/",
+        soft_wrap=True,
     )
 
 
