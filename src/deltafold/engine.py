@@ -59,9 +59,9 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_memory_bytes() -> int:
-    """Memory that tasks may hold together: a twenty-fourth of the machine, at least 256 MiB."""
-    return max(256 << 20, total_memory_bytes() // 24)
+def default_memory_bytes(workers: int | None = None) -> int:
+    """Memory that tasks may hold together: half a gibibyte a worker, an eighth of the machine."""
+    return max(256 << 20, min((workers or default_workers()) << 29, total_memory_bytes() // 8))
 
 
 def run_tasks(
@@ -76,7 +76,7 @@ def run_tasks(
     On a failure no further task starts, those that run are waited for, and the error of the task
     that stands first in `tasks` is raised: the same one each time. Ctrl-C does likewise.
     """
-    allowance = memory_bytes or default_memory_bytes()
+    allowance = memory_bytes or default_memory_bytes(workers)
     waiting = list(enumerate(tasks))
     done_work, total_work, made_bytes = 0.0, sum(task.work for task in tasks), 0
     running: dict[Future[object], int] = {}
