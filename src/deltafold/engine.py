@@ -76,16 +76,17 @@ def run_tasks(
     On a failure no further task starts, those that run are waited for, and the error of the task
     that stands first in `tasks` is raised: the same one each time. Ctrl-C does likewise.
     """
-    allowance = memory_bytes or default_memory_bytes(workers)
+    threads = workers or default_workers()
+    allowance = memory_bytes or default_memory_bytes(threads)
     waiting = list(enumerate(tasks))
     done_work, total_work, made_bytes = 0.0, sum(task.work for task in tasks), 0
     running: dict[Future[object], int] = {}
     errors: dict[int, BaseException] = {}
-    with _one_core_each(), _pool(workers or default_workers()) as pool:
+    with _one_core_each(), _pool(threads) as pool:
         try:
             while (waiting and not errors) or running:
                 held = sum(tasks[index].memory_bytes for index in running.values())
-                while waiting and not errors and len(running) < (workers or default_workers()):
+                while waiting and not errors and len(running) < threads:
                     index, task = waiting[0]
                     if running and held + task.memory_bytes > allowance:
                         break

@@ -74,7 +74,8 @@ class Tensor(_Strict):
         """Name in the payload: `tensor::part`, or `tensor::index.part` where pieces are several."""
         if len(self.pieces) == 1:
             return f"{self.name}::{part}"
-        return f"{self.name}::{self.pieces.index(piece)}.{part}"
+        number = next(n for n, one in enumerate(self.pieces) if one is piece)
+        return f"{self.name}::{number}.{part}"
 
     @model_validator(mode="after")
     def _sound(self) -> Tensor:

@@ -11,7 +11,7 @@ from deltafold.engine import Resources, Task, run_tasks
 from deltafold.linalg import RowMatrix
 from deltafold.verbs.factor import load_factors
 from deltafold.verbs.job import Job
-from deltafold.verbs.pair import DeltaRows, Span
+from deltafold.verbs.pair import DeltaRows
 from deltafold.verbs.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.verbs.workspace import Workspace, checksum
 
@@ -20,7 +20,7 @@ def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resource
     """Encode what is not yet encoded; fills in each piece's settings, checksums and error."""
 
     def encode(tensor: PlannedTensor, piece: PlannedPiece) -> int:
-        rows = DeltaRows(job.pair, tensor.pairing, Span(piece.start, piece.stop, True))
+        rows = tensor.delta(job.pair, piece)
         codec, key = job.codec(piece.codec), job.key(tensor.pairing.name, piece.start)
         settings, parts = codec.encode(rows, piece.settings, key, load_factors(workspace, piece))
         error = relative_error(codec, parts, settings, rows, key)

@@ -15,7 +15,6 @@ from deltafold.linalg import (
 from deltafold.verbs.job import Job
 from deltafold.verbs.pair import DeltaRows
 from deltafold.verbs.planned import Plan, PlannedPiece, PlannedTensor
-from deltafold.verbs.survey import span_of
 from deltafold.verbs.workspace import Workspace
 
 FLAT_MARGIN = 1.1  # a spectrum is flat if nothing rises this far above the noise edge
@@ -28,7 +27,7 @@ def factor_all(
 
     def factor(tensor: PlannedTensor, piece: PlannedPiece) -> None:
         codec = job.codec(piece.codec)
-        rows = DeltaRows(job.pair, tensor.pairing, span_of(tensor.span(piece)))
+        rows = tensor.delta(job.pair, piece)
         limit = reach(rows.shape, share)
         key = job.key(tensor.pairing.name, piece.start)
         rank = codec.components_for(rows.shape, limit)
@@ -61,7 +60,7 @@ def factor_all(
         )
     run_tasks("factor", tasks, resources.workers, resources.memory_bytes, resources.progress)
     for tensor, piece in wanted:
-        s = workspace.load_tensors(f"factors/{piece.stem}.safetensors")["s"]
+        s = workspace.load_tensor(f"factors/{piece.stem}.safetensors", "s")
         piece.spectrum = s.double().numpy()
         shape = tensor.shape(piece)
         edge = FLAT_MARGIN * noise_edge(shape, piece.delta_squared)

@@ -7,7 +7,7 @@ from typing import Any
 
 from deltafold.codecs.base import Settings, Shape, Spectrum
 from deltafold.verbs.job import Job
-from deltafold.verbs.pair import Pairing
+from deltafold.verbs.pair import DeltaRows, Pair, Pairing, Span
 from deltafold.verbs.survey import SpanSurvey, TensorSurvey
 
 
@@ -43,6 +43,10 @@ class PlannedTensor:
     def shape(self, piece: PlannedPiece) -> Shape:
         """Rows and columns of one of its pieces."""
         return (piece.stop - piece.start, self.pairing.tuned.matrix_shape[1])
+
+    def delta(self, pair: Pair, piece: PlannedPiece) -> DeltaRows:
+        """The delta of a lossy piece."""
+        return DeltaRows(pair, self.pairing, Span(piece.start, piece.stop, True))
 
     def span(self, piece: PlannedPiece) -> SpanSurvey:
         """The survey of the span that a lossy piece covers."""

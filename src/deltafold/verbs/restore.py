@@ -75,16 +75,18 @@ def restore(
                 folder, layout, manifest.finetuned.metadata or {"format": "pt"}
             )
 
+            done = {t.name: f"done/{n:06d}.json" for n, t in enumerate(manifest.tensors)}
+
             def one(tensor: Tensor) -> None:
                 columns = tensor.matrix_shape[1]
                 for start, rows in checked_rows(opened, tensor, base_checkpoint):
                     writer.write(tensor.name, rows, start * columns)
-                workspace.save_json(f"done/{manifest.tensors.index(tensor):06d}.json", True)
+                workspace.save_json(done[tensor.name], True)
 
             tasks = [
                 Task(t.name, lambda t=t: one(t), TASK_MEMORY_BYTES, float(_tensor_size(t)))  # type: ignore[misc]
                 for t in wanted
-                if not workspace.has(f"done/{manifest.tensors.index(t):06d}.json")
+                if not workspace.has(done[t.name])
             ]
             try:
                 run_tasks("restore", tasks, workers, memory_bytes, progress)

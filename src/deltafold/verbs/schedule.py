@@ -123,6 +123,6 @@ def _allot(job: Job, plan: Plan, share: float) -> None:
         share += missing / sum(unit.raw_bytes for unit in matrices)
         if share <= 0:
             break
-    smallest = smallest_bytes(job, plan, matrices)
-    if target is not None and (archive_bytes(job, plan) > 1.01 * target or share <= 0):
+    if target is not None and (share <= 0 or archive_bytes(job, plan) > 1.01 * target):
+        smallest = smallest_bytes(job, plan, matrices)
         raise refuse(job.budget, checkpoint_bytes, smallest, job.method)

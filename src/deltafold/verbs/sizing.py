@@ -34,10 +34,10 @@ def units(job: Job, plan: Plan) -> list[Unit]:
     ]
 
 
-def part_specs(job: Job, plan: Plan) -> list[TensorSpec]:
-    """All parts of the payload in order: name, dtype, shape."""
+def part_specs(job: Job, plan: Plan, manifest: Manifest) -> list[TensorSpec]:
+    """All parts of the payload in order: name, dtype, shape. `manifest` is the plan's draft."""
     specs: list[TensorSpec] = []
-    for planned, tensor in zip(plan.tensors, draft_manifest(job, plan).tensors, strict=True):
+    for planned, tensor in zip(plan.tensors, manifest.tensors, strict=True):
         for ours, piece in zip(planned.pieces, tensor.pieces, strict=True):
             for part, dtype, shape in _piece_specs(job, planned, ours):
                 specs.append((tensor.part_name(piece, part), dtype, shape))
@@ -57,9 +57,10 @@ def _piece_specs(job: Job, tensor: PlannedTensor, piece: PlannedPiece) -> list[T
 def archive_bytes(job: Job, plan: Plan) -> int:
     """Exact bytes of the archive that this plan gives (but for digits of error figures)."""
     _, frames = job.side_files
+    manifest = draft_manifest(job, plan)
     return (
-        len(draft_manifest(job, plan).to_text().encode())
-        + payload_bytes(part_specs(job, plan))
+        len(manifest.to_text().encode())
+        + payload_bytes(part_specs(job, plan, manifest))
         + sum(len(frame) for frame in frames.values())
     )
 

@@ -19,7 +19,7 @@ from deltafold.codecs.base import Parts, Settings
 from deltafold.codecs.rows import changed_rows
 from deltafold.errors import NonFiniteError
 from deltafold.names import is_vocabulary
-from deltafold.verbs.pair import Pair, Pairing, Span, reference_rows
+from deltafold.verbs.pair import Pair, Pairing, reference_rows
 from deltafold.verbs.workspace import Workspace, checksum
 
 CHUNK_BYTES = 4 << 20
@@ -219,7 +219,3 @@ def _smallest(
     return min(
         encoded, key=lambda item: sum(p.numel() * p.element_size() for p in item[2].values())
     )
-
-
-def span_of(survey: SpanSurvey) -> Span:
-    return Span(survey.start, survey.stop, survey.in_base)

@@ -7,7 +7,6 @@ is in place the output gets its final name by one rename, and the rest is remove
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -152,9 +151,10 @@ class Workspace:
         with Checkpoint(self.folder / name) as file:
             return {key: file.tensor(key) for key in file.tensors}
 
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            (self.folder / name).unlink()
+    def load_tensor(self, name: str, key: str) -> torch.Tensor:
+        """One tensor of a saved file; the others are not read."""
+        with Checkpoint(self.folder / name) as file:
+            return file.tensor(key)
 
     def _write_text(self, path: Path, text: str) -> None:
         working = path.with_name(path.name + ".tmp")
