@@ -62,6 +62,23 @@ class Factors:
         return len(self.s)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What calibration knows of a layer's inputs x (i values), over `tokens` tokens.
+
+    `second` is E[x x^T], i x i, or only its diagonal, i; fp32. `mean` is E[x], i.
+    """
+
+    second: torch.Tensor
+    mean: torch.Tensor
+    tokens: int
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        """E[x_j^2], i."""
+        return self.second if self.second.ndim == 1 else self.second.diagonal()
+
+
 def chunks(matrix: RowMatrix, columns_held: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, rows) in pieces of about `CHUNK_BYTES`, counting `columns_held` results a row."""
     o, i = matrix.shape

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from deltafold.errors import UsageError, nearest
-from deltafold.linalg import Factors, RowMatrix
+from deltafold.linalg import Factors, Moments, RowMatrix
 
 Shape = tuple[int, int]
 Settings = dict[str, Any]
@@ -113,11 +113,13 @@ class ExactCodec(Codec):
 class DeltaCodec(Codec):
     """Approximates the delta of an o x i matrix within a share of its values.
 
-    `share` is kept values / (o i), the inverse of the papers' compression ratio on one matrix.
+    `share` is kept values / (o i), the inverse of the papers' compression ratio on one matrix; where
+    values are quantised, it is stored bits of values / (16 o i).
     """
 
     lossy = True
     uses_factors: ClassVar[bool] = False  # wants the singular value decomposition of the delta
+    uses_moments: ClassVar[bool] = False  # does better when it knows the layer's inputs
     value_parts: ClassVar[tuple[str, ...]]  # parts that the papers count
 
     def __init__(self, config: Config | None = None):
@@ -143,9 +145,18 @@ class DeltaCodec(Codec):
 
     @abstractmethod
     def encode(
-        self, delta: RowMatrix, settings: Settings, key: int, factors: Factors | None = None
+        self,
+        delta: RowMatrix,
+        settings: Settings,
+        key: int,
+        factors: Factors | None = None,
+        moments: Moments | None = None,
     ) -> tuple[Settings, Parts]:
-        """Parts of the delta, and the settings with what only encoding can know filled in."""
+        """Parts of the delta, and the settings with what only encoding can know filled in.
+
+        `moments` are those of the layer's inputs, where calibration has seen them; a codec must
+        also do without.
+        """
 
     @abstractmethod
     def decode(

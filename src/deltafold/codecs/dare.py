@@ -30,7 +30,7 @@ from deltafold.codecs.base import (
     unit_scale,
 )
 from deltafold.coding.counter import draw, kept_positions
-from deltafold.linalg import Factors, RowMatrix, chunks
+from deltafold.linalg import Factors, Moments, RowMatrix, chunks
 
 
 class Dare(DeltaCodec):
@@ -53,7 +53,12 @@ class Dare(DeltaCodec):
         }
 
     def encode(
-        self, delta: RowMatrix, settings: Settings, key: int, factors: Factors | None = None
+        self,
+        delta: RowMatrix,
+        settings: Settings,
+        key: int,
+        factors: Factors | None = None,
+        moments: Moments | None = None,
     ) -> tuple[Settings, Parts]:
         o, i = delta.shape
         threshold, positions = draw(key, o * i, int(settings["kept"]))

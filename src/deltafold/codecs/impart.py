@@ -49,7 +49,7 @@ from deltafold.codecs.base import (
 )
 from deltafold.codecs.lowrank import product_rows
 from deltafold.coding.counter import subset
-from deltafold.linalg import Factors, RowMatrix, truncated_svd
+from deltafold.linalg import Factors, Moments, RowMatrix, truncated_svd
 
 _U_STREAM, _V_STREAM = 0x75, 0x76  # xor-ed into the key: U and V are drawn independently
 
@@ -160,7 +160,12 @@ class Impart(DeltaCodec):
         }
 
     def encode(
-        self, delta: RowMatrix, settings: Settings, key: int, factors: Factors | None = None
+        self,
+        delta: RowMatrix,
+        settings: Settings,
+        key: int,
+        factors: Factors | None = None,
+        moments: Moments | None = None,
     ) -> tuple[Settings, Parts]:
         shape, share = delta.shape, float(settings["share"])
         if factors is None:

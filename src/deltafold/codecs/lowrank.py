@@ -27,7 +27,7 @@ from deltafold.codecs.base import (
     Spectrum,
     check_parts,
 )
-from deltafold.linalg import CHUNK_BYTES, Factors, RowMatrix, truncated_svd
+from deltafold.linalg import CHUNK_BYTES, Factors, Moments, RowMatrix, truncated_svd
 
 
 class LowRank(DeltaCodec):
@@ -62,7 +62,12 @@ class LowRank(DeltaCodec):
         }
 
     def encode(
-        self, delta: RowMatrix, settings: Settings, key: int, factors: Factors | None = None
+        self,
+        delta: RowMatrix,
+        settings: Settings,
+        key: int,
+        factors: Factors | None = None,
+        moments: Moments | None = None,
     ) -> tuple[Settings, Parts]:
         r = int(settings["rank"])
         if factors is None or factors.rank < r:

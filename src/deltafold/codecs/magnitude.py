@@ -32,7 +32,7 @@ from deltafold.codecs.base import (
 )
 from deltafold.coding.counter import select_threshold
 from deltafold.coding.packing import EliasFano
-from deltafold.linalg import Factors, RowMatrix, chunks
+from deltafold.linalg import Factors, Moments, RowMatrix, chunks
 
 
 def _smallness(rows: torch.Tensor) -> NDArray[np.uint32]:
@@ -64,7 +64,12 @@ class Magnitude(DeltaCodec):
         }
 
     def encode(
-        self, delta: RowMatrix, settings: Settings, key: int, factors: Factors | None = None
+        self,
+        delta: RowMatrix,
+        settings: Settings,
+        key: int,
+        factors: Factors | None = None,
+        moments: Moments | None = None,
     ) -> tuple[Settings, Parts]:
         positions, values = _largest(delta, int(settings["kept"]))
         low, high = EliasFano(len(values), delta.shape[0] * delta.shape[1]).encode(positions)
