@@ -1,7 +1,8 @@
 # make demo    compress a fine-tune, show what was saved and what it cost
 # make test    run the tests
-# make bench   measure every codec on a real model (about an hour); make tables writes the results
-# Both work on a fresh clone with nothing but Python 3.11+ and pip: they set up .venv themselves.
+# make bench   measure every codec on a real model (hours; goes on where it stopped)
+# make tables  write tables and figures from the records of make bench
+# All work on a fresh clone with nothing but Python 3.11+ and pip: they set up .venv themselves.
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,8 +28,9 @@ check: $(VENV)/.dev
 	$(BIN)/codespell src tests docs demo benchmarks README.md CONTRIBUTING.md
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/smollm2.py prepare
+	$(BIN)/python benchmarks/smollm2.py prepare --fine-tune arithmetic arithmetic-high extraction-low
 	$(BIN)/python benchmarks/codecs.py
+	$(BIN)/python benchmarks/frontier.py smollm2 --calibration task
 	$(BIN)/python benchmarks/memory.py
 	$(MAKE) tables
 
@@ -36,6 +38,8 @@ tables: $(VENV)/.bench
 	$(BIN)/deltafold report benchmarks/records/smollm2-arithmetic.json \
 		--into README.md --marker smollm2 --figures docs/figures
 	$(BIN)/python benchmarks/codecs.py --summary README.md
+	$(BIN)/deltafold report benchmarks/records/frontier-smollm2.json --figures docs/figures
+	$(BIN)/python benchmarks/frontier.py smollm2 --into README.md
 	$(BIN)/python benchmarks/memory.py --into README.md
 
 # One stamp a set of extras: it is made again when the project's requirements change.

@@ -32,6 +32,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         source = re.sub(
             r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", row["paper"]
         )
+        source = re.sub(r"^docs/(\S+)$", r"[\1](\1)", source)
         name += "" if row["method"] else " (by itself)"
         source = "own" if source == "-" else source
         lines.append(f"| {name} | {row['title']} | {back} | {bits} | {source} |")

@@ -53,7 +53,7 @@ def _archives(_template: PairFiles, tmp_path_factory: pytest.TempPathFactory) ->
 
     folder = tmp_path_factory.mktemp("archives")
     base, finetuned = _template.base, _template.finetuned
-    compress(base, finetuned, folder / "impart.delta", file_ratio=FILE_RATIO)
+    compress(base, finetuned, folder / "impart.delta", "impart", file_ratio=FILE_RATIO)
     compress(base, finetuned, folder / "lossless.delta", "lossless")
     return folder
 

@@ -7,7 +7,9 @@ It reads whole tensors, and checks every digest; it is written to be read, not t
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import math
 import struct
@@ -136,6 +138,17 @@ def elias_fano(low: bytes, high: bytes, count: int, universe: int) -> np.ndarray
     return ((ones - np.arange(count)) << width) | lower
 
 
+def unpack(packed: bytes, width: int, count: int) -> np.ndarray:
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8))[: count * width].reshape(count, width)
+    return bits.astype(np.int64) @ (1 << np.arange(width - 1, -1, -1))
+
+
+def run(packed: bytes, scales: np.ndarray, width: int, count: int, unit: float) -> np.ndarray:
+    """Values of one run of codes; `scales` in fp32, those of the run alone."""
+    level = (unpack(packed, width, count) - (2**width - 1) / 2).astype(np.float32)
+    return level * np.repeat(scales * np.float32(unit), 128)[:count]
+
+
 # Randomness
 
 
@@ -192,6 +205,161 @@ def spread(values: np.ndarray, kept: np.ndarray, size: int, key: int) -> np.ndar
     return out
 
 
+def runs(parts: Parts, wanted: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Values of runs that follow one another: (count, width) of each."""
+    codes, scales, found = parts["codes"].data, factor(parts["scales"])[0], []
+    for count, width in wanted:
+        n_bytes, n_scales = -(-count * width // 8), -(-count // 128)
+        found.append(run(codes[:n_bytes], scales[:n_scales], width, count, 2.0**-10))
+        codes, scales = codes[n_bytes:], scales[n_scales:]
+    assert len(codes) == 0 and len(scales) == 0
+    return found
+
+
+def product(u: list[np.ndarray], v: list[np.ndarray], s: Stored) -> np.ndarray:
+    left = np.concatenate(u) * to_fp32(s.bits, "BF16")[:, None]
+    return (left.astype(np.float64).T @ np.concatenate(v).astype(np.float64)).astype(np.float32)
+
+
+def svd_quant(parts: Parts, settings: dict, shape: Shape, key: int) -> np.ndarray:
+    return banded(parts, [(settings["rank"], settings["bits"])], shape)
+
+
+def delta_come(parts: Parts, settings: dict, shape: Shape, key: int) -> np.ndarray:
+    return banded(parts, [(settings[f"at{width}"], width) for width in (8, 3, 2)], shape)
+
+
+def banded(parts: Parts, bands: list[tuple[int, int]], shape: Shape) -> np.ndarray:
+    wanted = [(n * size, width) for n, width in bands for size in (shape[1], shape[0])]
+    found = runs(parts, wanted)
+    v = [values.reshape(-1, shape[1]) for values in found[0::2]]
+    u = [values.reshape(-1, shape[0]) for values in found[1::2]]
+    return product(u, v, parts["s"])
+
+
+def impart_qt(parts: Parts, settings: dict, shape: Shape, key: int) -> np.ndarray:
+    s = to_fp32(parts["s"].bits, "BF16").astype(np.float64)
+    x = s / s[0] if len(s) else s
+    n, y = round(settings["c"] * 65536), np.ones(len(s))
+    for _ in range(n // 65536):
+        y = y * x
+    for bit in f"{n % 65536:016b}":
+        x = np.sqrt(x)
+        y = y * x if bit == "1" else y
+    p = (1 - y) * settings["gamma"]
+    kept = [size - np.floor(size * p).astype(np.int64) for size in shape]
+    bands = [b for b in ((0, 2, 8), (2, 34, 3), (34, len(s), 2)) if b[0] < len(s)]
+    wanted = [(int(kept[side][a:b].sum()), width) for a, b, width in bands for side in (1, 0)]
+    found = runs(parts, wanted)
+    v = np.concatenate([np.zeros(0, np.float32), *found[0::2]])
+    u = np.concatenate([np.zeros(0, np.float32), *found[1::2]])
+    return product(
+        [spread(u, kept[0], shape[0], key ^ 0x75)],
+        [spread(v, kept[1], shape[1], key ^ 0x76)],
+        parts["s"],
+    )
+
+
+def dare_qt(parts: Parts, settings: dict, shape: Shape, key: int) -> np.ndarray:
+    total, kept = shape[0] * shape[1], settings["kept"]
+    out, scales = np.zeros(total, np.float32), factor(parts["scales"])[0]
+    unit = 2.0 ** int(settings["unit"])
+    values = run(parts["codes"].data, scales, settings["bits"], kept, unit)
+    at = below_threshold(key, total, int(settings["threshold"], 16))
+    out[at] = values * np.float32(total / max(1, kept))
+    return out.reshape(shape)
+
+
+def bitdelta(parts: Parts, settings: dict, shape: Shape, key: int) -> np.ndarray:
+    total, kept = shape[0] * shape[1], settings["kept"]
+    out = np.zeros(total, np.float32)
+    at = below_threshold(key, total, int(settings["threshold"], 16))
+    scale = to_fp32(parts["scale"].bits, "F32") * np.float32(total / max(1, kept))
+    out[at] = np.where(unpack(parts["signs"].data, 1, kept) == 1, scale, -scale)
+    return out.reshape(shape)
+
+
+def auto(parts: Parts, settings: dict, shape: Shape, key: int) -> np.ndarray:
+    (o, i), rank = shape, settings.get("rank", 0)
+    delta = dithered(parts["code"].data, shape, key)
+    if not rank:
+        return delta
+    fix = parts["fix"].data
+    scales = np.frombuffer(fix, "<f4", 2 * rank).astype(np.float64)[:, None]
+    levels = np.frombuffer(fix, np.int8, offset=8 * rank).astype(np.float64)
+    left, right = levels[: rank * o].reshape(rank, o), levels[rank * o :].reshape(rank, i)
+    product = (left * scales[:rank]).T @ (right * scales[rank:])
+    return delta + product.astype(np.float32)
+
+
+def dithered(code: bytes, shape: Shape, key: int) -> np.ndarray:
+    o, i = shape
+    if not code:
+        return np.zeros(shape, np.float32)
+    groups, top, at = code[0], code[1], 2 + 8 * code[0]
+    units = np.frombuffer(code, "<f4", groups, 2)
+    spans = np.frombuffer(code, "<u4", groups, 2 + 4 * groups).astype(np.int64)
+    group = np.zeros(o, np.int64)
+    if groups > 1:
+        (length,) = struct.unpack_from("<I", code, at)
+        frame = code[at + 4 : at + 4 + length]
+        group = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.uint8)
+        at += 4 + length
+    odds = np.frombuffer(code, np.uint8, 17 * groups * top, at).reshape(-1, top)
+    at += odds.size
+    t = thresholds(key, o * i).reshape(shape)
+    in_group = np.minimum(group.astype(np.int64), groups - 1)[:, None]
+    context = 17 * in_group + np.where(t < spans[in_group], 16 * t // spans[in_group], 16)
+    levels = []
+    for first in range(0, o, max(1, 2**20 // i)):
+        (n_words,) = struct.unpack_from("<I", code, at)
+        words = struct.unpack_from(f"<{n_words}I", code, at + 4)
+        at += 4 + 4 * n_words
+        of_block = context[first : first + max(1, 2**20 // i)].reshape(-1)
+        levels.append(coded_levels(list(words), of_block, odds))
+    assert at == len(code)
+    row_units = np.append(units, np.float32(0))[group][:, None]
+    return np.concatenate(levels).reshape(shape).astype(np.float32) * row_units
+
+
+def thresholds(key: int, count: int) -> np.ndarray:
+    numbers = random_u64(key, 0, -(-count // 4))
+    return numbers.astype("<u8").view("<u2")[:count].astype(np.int64)
+
+
+def count_of(odd: int) -> int:
+    """floor(2^(13 (odd - 1) / 254)) by integers: the largest n with n^254 <= 2^(13 (odd - 1))."""
+    n = round(2 ** (13 * (odd - 1) / 254)) + 2 if odd else 0
+    while n**254 > 2 ** (13 * (odd - 1)) and odd:
+        n -= 1
+    return n
+
+
+def table(odds: list[int]) -> list[int]:
+    """Counts of the levels -K to K; they sum to 2^14."""
+    counts = [count_of(odd) for odd in odds]
+    return [*counts[::-1], 2**14 - 2 * sum(counts), *counts]
+
+
+def coded_levels(words: list[int], contexts: np.ndarray, odds: np.ndarray) -> np.ndarray:
+    """Levels of one block, flat: those of context 0 are coded first, then those of 1, ..."""
+    state, out = 0, np.zeros(len(contexts), np.int64)
+    while words and state < 2**32:
+        state = 2**32 * state + words.pop()
+    for context, row in enumerate(odds.tolist()):
+        f = [2**10 * count for count in table(row)]
+        left = [0, *itertools.accumulate(f)]
+        for place in np.flatnonzero(contexts == context).tolist():
+            q = state % 2**24
+            symbol = bisect.bisect_right(left, q) - 1
+            state = state // 2**24 * f[symbol] + q - left[symbol]
+            if state < 2**32 and words:
+                state = 2**32 * state + words.pop()
+            out[place] = symbol - len(row)
+    assert state == 0 and not words
+    return out
+
+
 def dare(parts: Parts, settings: dict, shape: Shape, key: int) -> np.ndarray:
     total, kept = shape[0] * shape[1], settings["kept"]
     out = np.zeros(total, np.float32)
@@ -241,6 +409,8 @@ def rows(parts: Parts, settings: dict, ref: np.ndarray, dtype: str) -> np.ndarra
 
 
 DELTA = {"lowrank": lowrank, "impart": impart, "dare": dare, "magnitude": magnitude}
+DELTA |= {"svd-quant": svd_quant, "delta-come": delta_come, "impart-qt": impart_qt}
+DELTA |= {"dare-qt": dare_qt, "bitdelta": bitdelta, "auto": auto}
 EXACT = {"skip": skip, "lossless": lossless, "sparse-patch": sparse_patch, "rows": rows}
 
 
@@ -298,6 +468,7 @@ def piece_bytes(manifest: dict, entry: dict, number: int, payload: Parts, base: 
             before = from_fp32(to_fp32(before, base[name].dtype), dtype)
         return EXACT[piece["codec"]](parts, settings, before, dtype).tobytes()
     key = derive_key(manifest["seed"], name, start)
+    settings = manifest["codecs"][piece["codec"]]["config"] | settings
     delta = DELTA[piece["codec"]](parts, settings, shape, key)
     return from_fp32(to_fp32(before, base[name].dtype) + delta, dtype).tobytes()
 

@@ -122,7 +122,7 @@ def test_options_reach_the_verb(cli: Cli, pair: PairFiles, tmp_path: Path) -> No
     record = tmp_path / "record.json"
     code, told, _ = cli(
         "compress", pair.base, pair.finetuned, "-o", tmp_path / "x.delta", "--bytes", "40kB",
-        "--beta", "0.5", "--C", "0.8", "--value-dtype", "bf16", "--seed", "5", "-j", "1",
+        "-m", "impart", "--beta", "0.5", "--C", "0.8", "--value-dtype", "bf16", "--seed", "5", "-j", "1",
         "--memory", "1GB", "--record", record,
     )  # fmt: skip
     assert code == 0
@@ -215,16 +215,47 @@ def test_refusals(cli: Cli, pair: PairFiles, archive: Path, tmp_path: Path) -> N
     one_sentence(cli(*compress, "--bytes", "many"), 2, "--bytes", "'many'")
     one_sentence(cli(*compress, "--memory", "0"), 2, "--memory")
     one_sentence(cli(*compress, "--beta", "much"), 2, "--beta")
+    one_sentence(cli(*compress, "--beta", "0.5"), 2, "auto", "'beta'")
     one_sentence(cli(*compress, "--set", "beta"), 2, "KEY=VALUE")
-    one_sentence(cli(*compress, "--set", "betta=1"), 2, "'betta'", "'beta'")
+    one_sentence(cli(*compress, "-m", "impart", "--set", "betta=1"), 2, "'betta'", "'beta'")
     one_sentence(cli(*compress, "--set", "seed=1"), 2, "seed=1", "option")
-    one_sentence(cli(*compress, "--text", tmp_path / "no.txt", "--beta", "auto"), 2, "no.txt")
+    one_sentence(cli(*compress, "--kl-at-most", "0"), 2, "--kl-at-most", "above 0")
+    one_sentence(cli(*compress, "--kl-at-most", "0.1", "--bytes", "9kB"), 2, "one of them")
+    one_sentence(cli(*compress, "--distill", "-3"), 2, "steps")
     one_sentence(cli("plan", base, tmp_path / "nowhere"), 1, "nowhere")
     one_sentence(
         cli("restore", archive, "--base", base, "-o", out, "--tensor", "x"), 2, "no tensor 'x'"
     )
     (archive / "delta.json").unlink()
     one_sentence(cli("restore", archive, "--base", base, "-o", out), 1, "delta.json")
+    nothing_left(out)
+
+
+@pytest.fixture
+def readable(tmp_path: Path) -> tuple[Path, Path]:
+    """Two tiny models with a tokenizer. Saving them prints, so it comes before `cli` listens."""
+    from evaluation_models import make_llama, make_tokenizer, save
+
+    base, tuned = (
+        save(make_llama(seed), tmp_path / str(seed), make_tokenizer()) for seed in (0, 1)
+    )
+    return base, tuned
+
+
+@pytest.mark.parametrize("option", ["--calibration", "--text"])
+@pytest.mark.parametrize("method", [(), ("-m", "impart", "--beta", "auto")], ids=["auto", "beta"])
+def test_text_that_is_not_there(
+    readable: tuple[Path, Path],
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    method: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv("DELTAFOLD_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    text = (option, tmp_path / "no.txt")
+    one_sentence(cli("compress", *readable, "-o", out, *text, *method), 1, "no.txt")
     nothing_left(out)
 
 

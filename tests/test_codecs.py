@@ -86,15 +86,28 @@ def test_all_zero_delta(name: str):
     assert not decoded(codec, parts, chosen, (40, 30), 1).any()
 
 
+# ||D - D^|| / ||D|| with everything kept. A k-bit grid leaves 0.1 (4 bits) to 0.35 (2 bits) of what
+# is Gaussian, once for entries, twice for factors; signs leave sqrt(1 - 2 / pi) = 0.603 of it.
+# `auto` has a smallest step of a tenth of the root mean square: at most 0.1 / sqrt(6) = 0.041.
+ROUNDING = {
+    "auto": 0.045,
+    "bitdelta": 0.65,
+    "dare-qt": 0.13,
+    "delta-come": 0.17,
+    "impart-qt": 0.17,
+    "svd-quant": 0.15,
+}
+
+
 @pytest.mark.parametrize("name", LOSSY)
 def test_everything_kept_is_the_delta(name: str):
-    """At share 1 (twice that for factors) only 16-bit rounding is lost."""
+    """At share 1 (twice that for factors) only rounding is lost: to 16 bits, or to few."""
     d = delta(40, 40)
     codec = delta_codec(name)
     share = 1.0 if not codec.uses_factors else 2.0
     chosen, parts = encoded(codec, d, share)
     error = (decoded(codec, parts, chosen, (40, 40), 1) - d).norm() / d.norm()
-    assert float(error) < 2e-3
+    assert float(error) < ROUNDING.get(name, 2e-3)
 
 
 @few
@@ -124,7 +137,8 @@ def test_fit_uses_what_it_is_given(name: str):
     codec = delta_codec(name)
     shape = (256, 192)
     spectrum = np.arange(1, 193) ** -0.5 if codec.uses_factors else None
-    target = 0.1 * 256 * 192 * 2
+    most = codec.part_bytes(shape, codec.settings_for(shape, 1.0, spectrum))  # one bit a sign
+    target = min(0.1 * 256 * 192 * 2, most)
     _, used = codec.fit(shape, target, spectrum, nominal=False)
     assert target - used <= 2 * (256 + 192) + 8
 
@@ -133,11 +147,11 @@ def test_fit_uses_what_it_is_given(name: str):
 def test_same_key_same_bytes_other_key_other_positions(name: str):
     codec = delta_codec(name)
     d = delta(64, 64)
-    _, first = encoded(codec, d, 0.1, key=5)
-    _, second = encoded(codec, d, 0.1, key=5)
+    _, first = encoded(codec, d, 0.05, key=5)
+    _, second = encoded(codec, d, 0.05, key=5)
     assert all(torch.equal(first[part], second[part]) for part in first)
-    if name in ("dare", "impart"):
-        _, other = encoded(codec, d, 0.1, key=6)
+    if codec.seeded:
+        _, other = encoded(codec, d, 0.05, key=6)
         assert any(not torch.equal(first[part], other[part]) for part in first)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from checkpoints import make_pair, write_checkpoint
 
 import deltafold
 from deltafold.archive import Archive
-from deltafold.codecs import get, names
+from deltafold.codecs import delta_codec, get, names
 from deltafold.errors import BudgetError, UsageError
 
 LOSSY = [name for name in names() if get(name).lossy]
@@ -50,14 +51,26 @@ def disk_bytes(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
+def has_no_use_for_more(record: dict[str, Any], method: str) -> bool:
+    """Whether every approximated matrix keeps all that the method can keep: `bitdelta`'s signs."""
+    codec = delta_codec(method)
+    lossy = [row for row in record["tensors"] if row["relative_error"] is not None]
+    most = [codec.settings_for(tuple(row["shape"]), 1.0) for row in lossy]
+    return bool(lossy) and all(
+        row["bytes"] == codec.part_bytes(tuple(row["shape"]), settings)
+        for row, settings in zip(lossy, most, strict=True)
+    )
+
+
 @pytest.mark.parametrize("method", LOSSY)
 @pytest.mark.parametrize("ratio", [8, 24])
 def test_file_ratio_is_met_on_disk(wide_pair, tmp_path, method, ratio):
     base, tuned = wide_pair
     record = deltafold.compress(base, tuned, tmp_path / "a.delta", method, file_ratio=ratio)
     measured = disk_bytes(tuned) / disk_bytes(tmp_path / "a.delta")
-    assert measured == pytest.approx(ratio, rel=0.01)
     assert record["budget"]["got"] == pytest.approx(measured)
+    assert measured >= 0.99 * ratio
+    assert measured <= 1.01 * ratio or has_no_use_for_more(record, method)
 
 
 @pytest.mark.parametrize("method", LOSSY)
@@ -68,9 +81,10 @@ def test_nominal_ratio_is_met(wide_pair, tmp_path, method):
 
 @pytest.mark.parametrize("method", LOSSY)
 def test_bytes_are_met(wide_pair, tmp_path, method):
-    deltafold.compress(*wide_pair, tmp_path / "a.delta", method, n_bytes=150_000)
-    assert disk_bytes(tmp_path / "a.delta") == pytest.approx(150_000, rel=0.01)
-    assert disk_bytes(tmp_path / "a.delta") <= 150_000
+    record = deltafold.compress(*wide_pair, tmp_path / "a.delta", method, n_bytes=150_000)
+    found = disk_bytes(tmp_path / "a.delta")
+    assert found <= 150_000
+    assert found >= 0.99 * 150_000 or has_no_use_for_more(record, method)
 
 
 def test_impossible_budget_names_the_smallest_possible_which_then_works(wide_pair, tmp_path):
@@ -216,7 +230,7 @@ def test_restored_weights_are_base_plus_decoded_delta_rounded_once(wide_pair, tm
 
 
 def test_record_says_what_was_done(wide_pair, tmp_path):
-    record = deltafold.compress(*wide_pair, tmp_path / "a.delta", file_ratio=16)
+    record = deltafold.compress(*wide_pair, tmp_path / "a.delta", "impart", file_ratio=16)
     on_disk = json.loads((tmp_path / "a.delta.record.json").read_text())
     assert on_disk == json.loads(json.dumps(record))
     assert sum(row["bytes"] for row in record["tensors"]) < record["totals"]["payload_bytes"]
@@ -249,13 +263,17 @@ def test_auto_settings_are_chosen_and_reported(wide_pair, tmp_path):
         *wide_pair, tmp_path / "a.delta", "impart", file_ratio=16, beta="auto", c=1.0
     )
     assert [tried["settings"]["beta"] for tried in record["tried"]] == [0.6, 0.7, 0.8]
+    assert {tried["criterion"] for tried in record["tried"]} == {"relative error of the delta"}
     best = min(record["tried"], key=lambda tried: tried["value"])
+    assert [tried for tried in record["tried"] if tried.get("kept")] == [best]
     assert record["settings"]["beta"] == best["settings"]["beta"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.delta", "a.delta.record.json"]
     with pytest.raises(UsageError, match="cannot be auto"):
         deltafold.compress(*wide_pair, tmp_path / "b.delta", "dare", beta="auto")
     with pytest.raises(BudgetError):
-        deltafold.compress(*wide_pair, tmp_path / "b.delta", file_ratio=10**6, beta="auto")
+        deltafold.compress(
+            *wide_pair, tmp_path / "b.delta", "impart", file_ratio=10**6, beta="auto"
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.delta", "a.delta.record.json"]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import format_reader as reader
+import numpy as np
 import pytest
 import torch
 import typer
@@ -21,7 +22,8 @@ from checkpoints import WIDTH, PairFiles, Tensors, decaying_delta, make_pair
 
 import deltafold
 from deltafold.cli import app
-from deltafold.codecs import get, names
+from deltafold.codecs import delta_codec, get, names
+from deltafold.linalg import DenseMatrix
 from deltafold.verbs.methods import methods
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +75,19 @@ def test_vectors_elias_fano():
         assert [part.tobytes() for part in coded] == [low, high]
 
 
+def test_vectors_run_of_codes():
+    from deltafold.coding.packing import unpack_u8
+    from deltafold.coding.quantizer import Grid, dequantise
+
+    for row in vectors("run"):
+        codes, width, count = bytes.fromhex(row["codes"]), row["width"], len(row["values"])
+        scales, unit = torch.tensor(row["scales"]), 2.0 ** row["unit_exponent"]
+        assert reader.run(codes, scales.numpy(), width, count, unit).tolist() == row["values"]
+        unpacked = torch.from_numpy(unpack_u8(np.frombuffer(codes, np.uint8), width, count))
+        found = dequantise(unpacked, Grid(width), scales.half(), None, unit)
+        assert found.tolist() == row["values"]
+
+
 def test_vectors_bit_difference():
     from deltafold.coding.planes import bit_pattern, difference
 
@@ -107,6 +122,56 @@ def test_vectors_randomness():
         arguments = (int(row["key"], 16), row["column"], row["size"], row["keep"])
         assert reader.subset(*arguments).tolist() == row["positions"]
         assert counter.subset(*arguments).tolist() == row["positions"]
+
+
+def test_vectors_dither():
+    from deltafold.coding import dither
+
+    for row in vectors("thresholds"):
+        key, expected = int(row["key"], 16), row["thresholds"]
+        assert reader.thresholds(key, len(expected)).tolist() == expected
+        assert dither.thresholds(key, 0, len(expected)).tolist() == expected
+    for row in vectors("odds"):
+        assert reader.table(row["odds"]) == row["counts"]
+        (ours,) = dither.tables_of(np.array([row["odds"]], dtype=np.uint8))
+        assert ours.counts.tolist() == row["counts"]
+
+
+def test_vectors_auto():
+    for row in vectors("auto"):
+        code, key, shape = bytes.fromhex(row["code"]), int(row["key"], 16), tuple(row["shape"])
+        expected = np.array(row["levels"], np.float32) * np.float32(row["unit"])
+        assert np.array_equal(reader.dithered(code, shape, key), expected)
+        part = torch.frombuffer(bytearray(code), dtype=torch.uint8)
+        found = auto_delta({"code": part}, {"step": 1.0, "n_bytes": len(code)}, shape, key)
+        assert np.array_equal(found, expected)
+
+
+def auto_delta(parts: Any, chosen: Any, shape: tuple[int, int], key: int) -> np.ndarray:
+    rows = delta_codec("auto").decode(parts, chosen, shape, key)
+    return torch.cat([block for _, block in rows]).numpy()
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["one group", "rows in groups"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_page_s_reader_decodes_auto(uneven: bool, rank: int):
+    """Rows in groups, rows of zeros, corrections: more than the archives below hold."""
+    shape, key, generator = (30, 37), 77, torch.Generator().manual_seed(1)
+    delta = 0.01 * torch.randn(*shape, generator=generator)
+    if uneven:
+        delta *= 10 ** torch.linspace(-3, 0, 30)[:, None]
+        delta[4] = 0
+    codec = delta_codec("auto")
+    chosen, parts = codec.encode(DenseMatrix(delta), {"step": 1.5, "rank": rank}, key)
+    if rank:  # as after training: no longer zero
+        fix = parts["fix"].numpy().copy()
+        fix[8 * rank :] = torch.randint(256, (len(fix) - 8 * rank,), generator=generator).numpy()
+        parts["fix"] = torch.from_numpy(fix)
+    assert int(parts["code"][0]) == (15 if uneven else 1)
+    stored = {k: reader.Stored("U8", tuple(v.shape), v.numpy().tobytes()) for k, v in parts.items()}
+    found = reader.auto(stored, chosen, shape, key)
+    assert np.array_equal(found, auto_delta(parts, chosen, shape, key))
+    assert found.any() and (rank or not uneven or not found[4].any())
 
 
 def everything(base: Tensors, tuned: Tensors) -> None:

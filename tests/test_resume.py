@@ -17,6 +17,7 @@ from forks import killed_in_a_fork
 from refusals import nothing_left, refused
 
 from deltafold import compress, restore
+from deltafold.engine import Step
 from deltafold.errors import ResumeError
 from deltafold.verbs import workspace
 from deltafold.verbs.workspace import Workspace, partial_path
@@ -26,7 +27,7 @@ MOMENTS = [
     pytest.param(share, marks=() if share in (0.0, 0.4, 0.8, 1.0) else pytest.mark.integration)
     for share in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 ]
-RATIO = {"file_ratio": 8, "workers": 2}
+RATIO: dict[str, Any] = {"method": "impart", "file_ratio": 8, "workers": 2}
 
 
 def counted_renames(action: Callable[[], object]) -> int:
@@ -90,6 +91,32 @@ def test_killed_compress(pair: PairFiles, archive: Path, share: float, after: bo
     assert not partial_path(out).exists()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 1.0])
+def test_killed_compress_to_a_size(pair: PairFiles, tmp_path: Path, share: float) -> None:
+    """`auto` encodes more than once, until the size is met: rounds that were left over do no harm."""
+    options = RATIO | {"method": "auto"}
+
+    def run(name: str = "out.delta") -> None:
+        compress(pair.base, pair.finetuned, tmp_path / name, **options)
+
+    total = counted_renames(lambda: run("unbroken.delta"))
+    assert kill_at(round(share * (total - 2)), False, run)
+    assert partial_path(tmp_path / "out.delta").is_dir()
+    run()
+    assert tree_hashes(tmp_path / "out.delta") == tree_hashes(tmp_path / "unbroken.delta")
+    assert not partial_path(tmp_path / "out.delta").exists()
+
+
+def test_killed_twice_on_the_way_to_a_size(pair: PairFiles, tmp_path: Path) -> None:
+    options = RATIO | {"method": "auto", "workers": 1}
+    out, unbroken = tmp_path / "out.delta", tmp_path / "unbroken.delta"
+    for moment in (6, 9):
+        assert kill_at(moment, True, lambda: compress(pair.base, pair.finetuned, out, **options))
+    compress(pair.base, pair.finetuned, out, **options)
+    compress(pair.base, pair.finetuned, unbroken, **options)
+    assert tree_hashes(out) == tree_hashes(unbroken)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("share", MOMENTS)
 def test_killed_restore(tmp_path: Path, share: float, shards: int) -> None:
@@ -149,8 +176,8 @@ def test_going_on_repeats_nothing(
         patch.setattr(workspace.Workspace, "publish", stop)
         with pytest.raises(KeyboardInterrupt):
             run()
-    done: list[tuple[str, str]] = []
-    run(lambda stage, name, work: done.append((stage, name)))
+    done: list[Step] = []
+    run(done.append)
     assert done == []
     assert tree_hashes(out) == tree_hashes(archive)
 
@@ -214,7 +241,7 @@ def test_weights_written_anew_are_other_inputs(pair: PairFiles, unfinished: Path
 def test_workers_and_memory_are_no_settings(
     pair: PairFiles, archive: Path, unfinished: Path
 ) -> None:
-    options = {"file_ratio": 8, "workers": 1, "memory_bytes": 1 << 22}
+    options = RATIO | {"workers": 1, "memory_bytes": 1 << 22}
     compress(pair.base, pair.finetuned, unfinished, **options)
     assert tree_hashes(unfinished) == tree_hashes(archive)
 
@@ -276,14 +303,14 @@ def test_interrupted_compress(pair: PairFiles, archive: Path) -> None:
     code, told = interrupted(
         ("factor", "truncated_svd"),
         partial_path(out) / "factors",
-        "compress", pair.base, pair.finetuned, "-o", out, "--file-ratio", 8,
+        "compress", pair.base, pair.finetuned, "-o", out, "-m", "impart", "--file-ratio", 8,
     )  # fmt: skip
     assert code == 130
     assert told.strip() == (
         "deltafold: stopped; run the same command again and it goes on where it was."
     )
     assert not out.exists()
-    compress(pair.base, pair.finetuned, out, file_ratio=8)
+    compress(pair.base, pair.finetuned, out, "impart", file_ratio=8)
     assert tree_hashes(out) == tree_hashes(archive)
 
 

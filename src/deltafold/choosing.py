@@ -1,9 +1,13 @@
-"""`compress` with settings left to measurement: `beta="auto"`, `c="auto"`.
+"""`compress` with something left to measurement: settings given as `auto`, or `kl_at_most`.
 
-Each candidate becomes a real archive of the size asked for; the one whose model stays closest to the
-fine-tune on the user's text (KL divergence, no labels needed) is kept. Without text the criterion is
-the error of the restored delta, which the weights alone give: a weaker guide (ImPart's section 3
-notes that it does not rank methods; here it ranks settings of one method at equal bytes).
+Each candidate becomes a real archive; its model is compared with the fine-tune on calibration text
+(KL divergence of the next token's distribution; no labels, no validation set). Settings: the
+candidate of the size asked for with the lowest KL is kept. `kl_at_most`: the smallest archive whose
+KL stays below, found by bisection on the file ratio.
+
+Without text, settings are chosen by the error of the restored delta, which the weights alone give: a
+weaker guide (ImPart's section 3 notes that it does not rank methods; here it ranks settings of one
+method at equal bytes).
 """
 
 from __future__ import annotations
@@ -13,26 +17,40 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from deltafold.checkpoint import open_checkpoint
-from deltafold.errors import DeltafoldError, UsageError
+from deltafold.engine import Step
+from deltafold.errors import BudgetError, DeltafoldError, UsageError
 from deltafold.record import Record, record_path, write_record
 from deltafold.verbs.compress import compress as compress_verb
+from deltafold.verbs.job import budget_of
 from deltafold.verbs.workspace import check_output
 
-# What the paper picks from per model on a validation set (its section 5).
-CANDIDATES: dict[str, tuple[float, ...]] = {"beta": (0.6, 0.7, 0.8), "c": (0.5, 1.0)}
+# What the papers pick from per model on a validation set.
+CANDIDATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "impart": {"beta": (0.6, 0.7, 0.8), "c": (0.5, 1.0)},
+    "impart-qt": {"beta": (0.6, 0.7, 0.8), "c": (0.5, 1.0)},
+    "dare-qt": {"bits": (2, 4, 8)},
+}
+FIRST_RATIO, LOWEST_RATIO, HIGHEST_RATIO = 32.0, 2.0, 4096.0
+RATIO_CLOSE = 1.05  # `kl_at_most` stops when the ratio is known to 5 %
+
+Candidate = dict[str, Any]
+Score = Callable[[Path, Record], tuple[str, float]]
 
 
 def compress(
     base: str | Path,
     finetuned: str | Path,
     output: str | Path,
-    method: str = "impart",
+    method: str = "auto",
     *,
-    text: str | Path | None = None,
+    calibration: str | Path | None = None,
+    kl_at_most: float | None = None,
     **settings: Any,
 ) -> Record:
     """Compress `finetuned` against `base` into the archive folder `output`; returns the record.
@@ -41,95 +59,211 @@ def compress(
         base, finetuned: local Hugging Face folders, safetensors files, or hub ids (`org/name@rev`).
         output: the archive's folder; by convention `NAME.delta`.
         method: a codec's name, see `deltafold methods`.
-        text: plain text file on which settings given as "auto" are chosen.
-        settings: `file_ratio`, `nominal_ratio` or `n_bytes` (the budget), `seed`, `workers`,
-            `memory_bytes`, `overwrite`, `restart`, `fallback`, `progress`, `record` (see
-            `deltafold.verbs.compress.compress`), and the method's own, e.g. `beta=0.6, c="auto"`.
+        calibration: text that methods may use, and on which KL is measured: a JSONL file of prompts
+            (and answers), plain text, `datasets:NAME`, or `self` (written by the fine-tune).
+        kl_at_most: instead of a budget: the smallest archive whose KL to the fine-tune, in nats a
+            token on the calibration text (default `self`), stays at or below this.
+        settings: `file_ratio`, `nominal_ratio` or `n_bytes` (the budget), `samples`, `max_tokens`,
+            `distill`, `seed`, `workers`, `memory_bytes`, `overwrite`, `restart`, `fallback`,
+            `progress`, `record` (see `deltafold.verbs.compress.compress`), and the method's own,
+            e.g. `beta=0.6, c="auto"`.
 
     Raises DeltafoldError (see `deltafold.errors`); nothing is left under `output` then.
     """
     open_names = [name for name, value in settings.items() if value == "auto"]
-    if not open_names:
-        return compress_verb(base, finetuned, output, method, **settings)
-    if method != "impart" or not set(open_names) <= set(CANDIDATES):
-        raise UsageError(
-            f"{', '.join(open_names)} of {method} cannot be auto; that is for beta and C of impart."
-        )
-    return _choose(base, finetuned, Path(output), method, text, open_names, settings)
-
-
-def _choose(
-    base: str | Path,
-    finetuned: str | Path,
-    output: Path,
-    method: str,
-    text: str | Path | None,
-    open_names: list[str],
-    settings: dict[str, Any],
-) -> Record:
+    if not open_names and kl_at_most is None:
+        return compress_verb(base, finetuned, output, method, calibration=calibration, **settings)
+    _check(method, open_names, kl_at_most, settings)
+    if kl_at_most is not None and calibration is None:
+        calibration = "self"
     overwrite = settings.pop("overwrite", False)
-    destination = Path(settings.pop("record", None) or record_path(output))
-    check_output(output, overwrite, [base, finetuned])
-    if text is not None and not Path(text).is_file():
-        raise UsageError(f"{text} does not exist; give a plain text file to choose settings on.")
-    fixed = {name: value for name, value in settings.items() if name not in open_names}
-    folder = output.with_name(f"{output.name}.candidates")
-    folder.mkdir(parents=True, exist_ok=True)
-    tried: list[dict[str, Any]] = []
+    destination = Path(settings.pop("record", None) or record_path(Path(output)))
+    check_output(Path(output), overwrite, [base, finetuned])
+    search = _Search(base, finetuned, Path(output), method, calibration, settings, open_names)
     try:
-        for values in itertools.product(*(CANDIDATES[name] for name in open_names)):
-            chosen = dict(zip(open_names, values, strict=True))
-            archive, record = _candidate(base, finetuned, folder, method, fixed, chosen)
-            criterion, value = _score(base, finetuned, archive, record, text)
-            tried.append({"settings": chosen, "criterion": criterion, "value": value})
+        best, tried = search.below(kl_at_most) if kl_at_most is not None else search.best()
     except DeltafoldError:
-        shutil.rmtree(folder)  # the same command would fail again; after Ctrl-C it goes on
+        shutil.rmtree(search.folder, ignore_errors=True)  # the same command would fail again
         raise
-    best = min(range(len(tried)), key=lambda k: (tried[k]["value"], k))
-    archive, record = _candidate(base, finetuned, folder, method, fixed, tried[best]["settings"])
-    if overwrite and output.exists():
+    archive, record = search.made(best)
+    if overwrite and Path(output).exists():
         shutil.rmtree(output)
     archive.replace(output)
-    shutil.rmtree(folder)
+    shutil.rmtree(search.folder)
     record |= {"archive": str(output), "tried": tried}
     write_record(record, destination)
     return record
 
 
-def _candidate(
-    base: str | Path,
-    finetuned: str | Path,
-    folder: Path,
-    method: str,
-    fixed: dict[str, Any],
-    chosen: dict[str, float],
-) -> tuple[Path, Record]:
-    """Archive and record of one candidate; made once, found again when a run goes on."""
-    named = {k: v for k, v in fixed.items() if k not in ("progress", "workers", "memory_bytes")}
-    with open_checkpoint(base) as one, open_checkpoint(finetuned) as two:
-        inputs = [one.fingerprint(), two.fingerprint()]
-    identity = json.dumps([inputs, method, named, chosen], sort_keys=True)
-    archive = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    if not (archive.is_dir() and record_path(archive).is_file()):
-        shutil.rmtree(archive, ignore_errors=True)
-        compress_verb(base, finetuned, archive, method, **(fixed | chosen))
-    return archive, json.loads(record_path(archive).read_text())
+def _check(
+    method: str, open_names: list[str], kl_at_most: float | None, settings: dict[str, Any]
+) -> None:
+    known = CANDIDATES.get(method, {})
+    if wrong := [name for name in open_names if name not in known]:
+        raise UsageError(
+            f"{', '.join(wrong)} of {method} cannot be auto; that is for beta and C of impart and "
+            "impart-qt, and for bits of dare-qt."
+        )
+    if kl_at_most is None:
+        return
+    if not 0 < kl_at_most < math.inf:
+        raise UsageError(f"--kl-at-most must be a number above 0, not {kl_at_most}.")
+    if open_names:
+        raise UsageError("--kl-at-most searches the size; give beta, C and bits as numbers.")
+    if any(settings.get(name) is not None for name in ("file_ratio", "nominal_ratio", "n_bytes")):
+        raise UsageError("--kl-at-most takes the place of a budget; give one of them.")
+    if budget_of(method) is None:
+        raise UsageError(f"{method} is exact: its KL is 0 at any size; drop --kl-at-most.")
 
 
-def _score(
-    base: str | Path,
-    finetuned: str | Path,
-    archive: Path,
-    record: Record,
-    text: str | Path | None,
-) -> tuple[str, float]:
-    if text is None:
-        rows = [row for row in record["tensors"] if row["relative_error"] is not None]
-        wrong = sum((row["relative_error"] * row["delta_norm"]) ** 2 for row in rows)
-        total = sum(row["delta_norm"] ** 2 for row in rows)
-        return "relative error of the delta", math.sqrt(wrong / total) if total else 0.0
-    from deltafold.evaluation import evaluate
+class _Search:
+    """Candidates of one command, their archives and scores."""
 
-    measured = evaluate(finetuned, [archive], base=base, texts=[text])
-    candidate = next(model for model in measured["models"] if model["role"] == "candidate")
-    return "KL to the fine-tune", float(candidate["metrics"]["kl_text"]["value"])
+    def __init__(
+        self,
+        base: str | Path,
+        finetuned: str | Path,
+        output: Path,
+        method: str,
+        calibration: str | Path | None,
+        settings: dict[str, Any],
+        open_names: list[str],
+    ):
+        self.base, self.finetuned, self.method = base, finetuned, method
+        self.calibration = calibration
+        self.open_names = open_names
+        self.fixed = {k: v for k, v in settings.items() if k not in open_names}
+        self.folder = output.with_name(f"{output.name}.candidates")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def best(self) -> tuple[Candidate, list[dict[str, Any]]]:
+        """The best of all combinations of open settings, and what was tried."""
+        known = CANDIDATES[self.method]
+        combinations = [
+            dict(zip(self.open_names, values, strict=True))
+            for values in itertools.product(*(known[name] for name in self.open_names))
+        ]
+        tried = []
+        with self._scoring() as score:
+            for chosen in combinations:
+                criterion, value = score(*self.made(chosen))
+                tried.append({"settings": chosen, "criterion": criterion, "value": value})
+        kept = min(range(len(tried)), key=lambda k: (tried[k]["value"], k))
+        tried[kept]["kept"] = True
+        return combinations[kept], tried
+
+    def below(self, limit: float) -> tuple[Candidate, list[dict[str, Any]]]:
+        """The highest file ratio found whose KL is at most `limit`. Raises BudgetError."""
+        tried: list[dict[str, Any]] = []
+
+        with self._scoring() as score:
+
+            def fits(ratio: float) -> bool:
+                chosen = {"file_ratio": ratio}
+                try:
+                    criterion, value = score(*self.made(chosen))
+                except BudgetError:  # so small that not even the manifest fits
+                    return False
+                tried.append({"settings": chosen, "criterion": criterion, "value": value})
+                return value <= limit
+
+            low, high = _bracket(fits)
+            while low is not None and high is not None and high / low > RATIO_CLOSE:
+                middle = float(f"{math.sqrt(low * high):.4g}")
+                low, high = (middle, high) if fits(middle) else (low, middle)
+        if low is None:
+            lowest = min((each["value"] for each in tried), default=math.nan)
+            raise BudgetError(
+                f"KL {limit:g} cannot be met: at file ratio {LOWEST_RATIO:g} {self.method} still has "
+                f"{lowest:.3g}; ask for more, or use --method lossless."
+            )
+        kept = next(each for each in tried if each["settings"]["file_ratio"] == low)
+        kept["kept"] = True
+        return {"file_ratio": low}, tried
+
+    def made(self, chosen: Candidate) -> tuple[Path, Record]:
+        """Archive and record of one candidate; made once, found again when a run goes on."""
+        quiet = ("progress", "workers", "memory_bytes", "restart")
+        named = {k: v for k, v in self.fixed.items() if k not in quiet}
+        with open_checkpoint(self.base) as one, open_checkpoint(self.finetuned) as two:
+            inputs = [one.fingerprint(), two.fingerprint(), str(self.calibration)]
+        identity = json.dumps([inputs, self.method, named, chosen], sort_keys=True)
+        archive = self.folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        if not (archive.is_dir() and record_path(archive).is_file()):
+            shutil.rmtree(archive, ignore_errors=True)
+            compress_verb(
+                self.base,
+                self.finetuned,
+                archive,
+                self.method,
+                calibration=self.calibration,
+                **(self.fixed | chosen),
+            )
+        return archive, json.loads(record_path(archive).read_text())
+
+    def _scoring(self) -> AbstractContextManager[Score]:
+        return nullcontext(_delta_error) if self.calibration is None else _Scorer(self)
+
+
+def _bracket(fits: Callable[[float], bool]) -> tuple[float | None, float | None]:
+    """(a ratio that fits, one that does not), a factor of two apart; None where there is none."""
+    ratio = FIRST_RATIO
+    if fits(ratio):
+        while ratio < HIGHEST_RATIO:
+            if not fits(2 * ratio):
+                return ratio, 2 * ratio
+            ratio *= 2
+        return ratio, None
+    while ratio > LOWEST_RATIO:
+        ratio /= 2
+        if fits(ratio):
+            return ratio, 2 * ratio
+    return None, ratio
+
+
+def _delta_error(archive: Path, record: Record) -> tuple[str, float]:
+    rows = [row for row in record["tensors"] if row["relative_error"] is not None]
+    wrong = sum((row["relative_error"] * row["delta_norm"]) ** 2 for row in rows)
+    total = sum(row["delta_norm"] ** 2 for row in rows)
+    return "relative error of the delta", math.sqrt(wrong / total) if total else 0.0
+
+
+class _Scorer:
+    """KL to the fine-tune on the calibration text, one block in memory at a time."""
+
+    def __init__(self, search: _Search):
+        self._search = search
+        self._open = ExitStack()
+
+    def __enter__(self) -> Score:
+        from deltafold.calibration.divergence import Judge
+        from deltafold.calibration.gather import gather_samples
+        from deltafold.calibration.kept import cache_folder
+        from deltafold.calibration.stream import StreamedModel, default_memory_bytes
+
+        search, fixed = self._search, self._search.fixed
+        if progress := fixed.get("progress"):
+            progress(Step("reading the fine-tune", "", 0.0, 1.0, 0))
+        allowance = fixed.get("memory_bytes") or default_memory_bytes()
+        root = cache_folder(None)
+        model = StreamedModel(search.finetuned, memory_bytes=allowance // 2, scratch=root)
+        self._open.callback(model.checkpoint.close)
+        samples = gather_samples(
+            model,
+            search.calibration or "self",
+            samples=fixed.get("samples", 128),
+            max_tokens=fixed.get("max_tokens", 256),
+            memory_bytes=allowance,
+            cache=root,
+        )
+        self._judge = self._open.enter_context(Judge(model, search.base, samples, allowance))
+        return self._score
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _score(self, archive: Path, record: Record) -> tuple[str, float]:
+        from deltafold.verbs.load import archive_weights
+
+        with archive_weights(archive, self._search.base) as weights:
+            return "KL to the fine-tune", self._judge.kl(weights)

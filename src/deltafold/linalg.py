@@ -11,7 +11,7 @@ what makes stored bytes agree between machines.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,13 @@ class RowMatrix(Protocol):
 
     def rows(self, start: int, stop: int) -> torch.Tensor: ...
 
+    def settle(self, start: int, change: torch.Tensor) -> torch.Tensor:
+        """What is left of a change of the rows from `start` on, once it is added and rounded.
+
+        The restored weight is base + change in the stored dtype; this is that, minus the base.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class DenseMatrix:
@@ -47,6 +54,10 @@ class DenseMatrix:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.values[start:stop]
+
+    def settle(self, start: int, change: torch.Tensor) -> torch.Tensor:
+        """All of it: there is no base, and no rounding."""
+        return change
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,46 @@ def _randomised(matrix: RowMatrix, rank: int, key: int) -> Triplets:
     back = _project_back(matrix, left)  # i x width; D ~ left back^T
     s, small = _eigh_descending(back.T @ back, rank)
     return left @ small, s, back @ small / s.clamp_min(1e-300)
+
+
+_FEED_COLUMNS = 96
+
+
+def feeding_factor(moments: Moments, damping: float) -> torch.Tensor:
+    """Upper triangular U (i x i, fp32) with U^T U = H^-1, H = E[x x^T] / mean(diag) + damping I."""
+    second = moments.second.double()
+    mean = float(second.diagonal().mean())
+    h = second / mean if mean > 0 else torch.zeros_like(second)
+    h = h + damping * torch.eye(len(h), dtype=torch.float64)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def feed_forward(
+    values: torch.Tensor,
+    factor: torch.Tensor,
+    rounded: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """Round the columns of an m x i matrix one after the other, each error fed to those that follow.
+
+    `rounded(column, j)` gives the codes of column j, and the values that they stand for. Returns the
+    codes. Source: Frantar et al. 2022 (arXiv 2210.17323), with lazy
+    updates of blocks of columns.
+    """
+    left, out = values.clone(), torch.empty_like(values)
+    i = values.shape[1]
+    for first in range(0, i, _FEED_COLUMNS):
+        last = min(i, first + _FEED_COLUMNS)
+        block = left[:, first:last].T.contiguous()  # rows are columns: contiguous in memory
+        errors = torch.empty_like(block)
+        for j in range(last - first):
+            at = first + j
+            out[:, at], value = rounded(block[j], at)
+            errors[j] = (block[j] - value) / factor[at, at]
+            if j + 1 < last - first:
+                block[j + 1 :].addr_(factor[at, at + 1 : last], errors[j], alpha=-1)
+        left[:, last:].addmm_(errors.T, factor[first:last, last:], alpha=-1)
+    return out
 
 
 def noise_edge(shape: tuple[int, int], squared_norm: float) -> float:

@@ -21,7 +21,7 @@ from deltafold.record import record_path, write_record
 from deltafold.verbs.workspace import Workspace, partial_path
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
-RATIO = {"file_ratio": 8}
+RATIO: dict[str, Any] = {"method": "impart", "file_ratio": 8}
 
 
 def test_output_exists(pair: PairFiles, archive: Path) -> None:

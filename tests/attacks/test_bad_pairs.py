@@ -195,7 +195,8 @@ def test_method_that_cannot_be_asked_for(pair: PairFiles, tmp_path: Path) -> Non
 def test_settings_that_cannot_be(
     pair: PairFiles, tmp_path: Path, options: dict[str, Any], names: tuple[str, ...]
 ) -> None:
-    refuse_compress(pair, tmp_path / "x.delta", UsageError, *names, **options)
+    asked = {"method": "impart"} | options
+    refuse_compress(pair, tmp_path / "x.delta", UsageError, *names, **asked)
 
 
 @pytest.mark.parametrize("method", ["impart", "lowrank", "dare", "magnitude"])

@@ -14,7 +14,7 @@ def compress(
     base: o.BaseArgument,
     finetuned: o.FinetunedArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Archive folder to write.")],
-    method: o.MethodOption = "impart",
+    method: o.MethodOption = "auto",
     file_ratio: o.FileRatioOption = None,
     nominal_ratio: o.NominalRatioOption = None,
     n_bytes: o.BytesOption = None,
@@ -22,12 +22,29 @@ def compress(
     c: o.COption = None,
     value_dtype: o.ValueDtypeOption = None,
     setting: o.SetOption = None,
-    text: Annotated[
-        Path | None,
+    calibration: Annotated[
+        str | None,
         typer.Option(
-            help="Plain text on which `auto` settings are chosen, by KL to the fine-tune."
+            "--calibration",
+            "--text",
+            metavar="TEXT",
+            help="Text that the method may use, and KL is measured on: JSONL of prompts (and "
+            "answers), plain text, datasets:NAME, or self (the fine-tune writes it).",
         ),
     ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples, at most.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 256,
+    kl_at_most: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a size: the smallest archive whose KL to the fine-tune stays at or "
+            "below this many nats a token."
+        ),
+    ] = None,
+    distill: Annotated[
+        int,
+        typer.Option(metavar="STEPS", help="Train what is stored against the fine-tune's outputs."),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of random positions.")] = 0,
     no_fallback: Annotated[
         bool,
@@ -47,7 +64,7 @@ def compress(
 ) -> None:
     """Compress a fine-tuned checkpoint against its base into an archive.
 
-    Example: deltafold compress base/ math/ -o math.delta --method impart --file-ratio 32
+    Example: deltafold compress base/ math/ -o math.delta --file-ratio 64
     """
     settings = o.method_options(beta, c, value_dtype, setting)
     budget = {
@@ -70,7 +87,11 @@ def compress(
             finetuned,
             output,
             method,
-            text=text,
+            calibration=calibration,
+            samples=samples,
+            max_tokens=max_tokens,
+            kl_at_most=kl_at_most,
+            distill=distill,
             **budget,
             seed=seed,
             fallback=not no_fallback,
@@ -111,9 +132,12 @@ def _show(record: dict[str, Any], where: Path) -> None:
     codecs = Counter(row["codec"] for row in record["tensors"])
     say("  tensors: " + ", ".join(f"{n} {codec}" for codec, n in codecs.most_common()))
     for tried in record.get("tried", []):
-        named = ", ".join(f"{'C' if k == 'c' else k} {v:g}" for k, v in tried["settings"].items())
-        kept = all(record["settings"][k] == v for k, v in tried["settings"].items())
-        say(f"  {named}: {tried['criterion']} {tried['value']:.4g}{'  <- kept' if kept else ''}")
+        named = ", ".join(
+            f"{'C' if k == 'c' else k.replace('_', ' ')} {v:g}"
+            for k, v in tried["settings"].items()
+        )
+        kept = "  <- kept" if tried.get("kept") else ""
+        say(f"  {named}: {tried['criterion']} {tried['value']:.4g}{kept}")
     say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "
         f"record in {where}"

@@ -77,7 +77,8 @@ _UNITS = {
 # What the verbs take beside a method's settings.
 _NO_SETTINGS = {
     "base", "finetuned", "output", "method", "file_ratio", "nominal_ratio", "n_bytes", "seed",
-    "fallback", "overwrite", "restart", "workers", "memory_bytes", "progress", "record", "text",
+    "fallback", "overwrite", "restart", "workers", "memory_bytes", "progress", "record", "calibration",
+    "samples", "max_tokens", "kl_at_most", "distill",
 }  # fmt: skip
 
 

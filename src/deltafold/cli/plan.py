@@ -10,7 +10,7 @@ from deltafold.cli import options as o
 def plan(
     base: o.BaseArgument,
     finetuned: o.FinetunedArgument,
-    method: o.MethodOption = "impart",
+    method: o.MethodOption = "auto",
     file_ratio: o.FileRatioOption = None,
     nominal_ratio: o.NominalRatioOption = None,
     n_bytes: o.BytesOption = None,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deltafold.coding.trainable import Trainable
 from deltafold.errors import UsageError, nearest
 from deltafold.linalg import Factors, Moments, RowMatrix
 
@@ -91,6 +92,9 @@ class Codec(ABC):
     paper: ClassVar[str]  # where it comes from
     lossy: ClassVar[bool]
     method: ClassVar[bool] = True  # offered as --method
+    seeded: ClassVar[bool] = False  # another seed gives another archive
+    variable: ClassVar[bool] = False  # bytes are known only after encoding; see `VariableCodec`
+    uses_moments: ClassVar[bool] = False  # does better when it knows the layer's inputs
     Config: ClassVar[type[Config]] = Config
 
 
@@ -119,7 +123,6 @@ class DeltaCodec(Codec):
 
     lossy = True
     uses_factors: ClassVar[bool] = False  # wants the singular value decomposition of the delta
-    uses_moments: ClassVar[bool] = False  # does better when it knows the layer's inputs
     value_parts: ClassVar[tuple[str, ...]]  # parts that the papers count
 
     def __init__(self, config: Config | None = None):
@@ -167,6 +170,12 @@ class DeltaCodec(Codec):
         Raises ValueError if the parts do not fit together.
         """
 
+    def trainable(
+        self, parts: Parts, settings: Settings, shape: Shape, key: int
+    ) -> Trainable | None:
+        """What training may change of these parts; None if nothing."""
+        return None
+
     def part_bytes(self, shape: Shape, settings: Settings) -> int:
         """Bytes of all parts."""
         return sum(spec.n_bytes for spec in self.layout(shape, settings).values())
@@ -206,6 +215,19 @@ class DeltaCodec(Codec):
         o, i = shape
         paid = target_bytes / (o * i * self.config.torch_dtype.itemsize)
         return min(1.0, 1.25 * paid + (o + i) / (o * i))
+
+
+class VariableCodec(DeltaCodec):
+    """A codec whose bytes depend on the values: they are entropy coded.
+
+    Its settings hold a `step`; the larger, the fewer bytes. `settings_for` and `layout` estimate.
+    """
+
+    variable = True
+
+    @abstractmethod
+    def pilot(self, delta: RowMatrix, steps: list[float], key: int) -> list[float]:
+        """Bytes of the matrix at each step, judged from a sample of it, without moments."""
 
 
 def check_parts(parts: Mapping[str, torch.Tensor], layout: Mapping[str, PartSpec]) -> None:

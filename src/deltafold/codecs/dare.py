@@ -36,6 +36,7 @@ from deltafold.linalg import Factors, Moments, RowMatrix, chunks
 class Dare(DeltaCodec):
     name = "dare"
     title = "random entries, rescaled; seeded"
+    seeded = True
     paper = "arXiv 2311.03099"
     value_parts = ("values",)
 

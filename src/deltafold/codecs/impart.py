@@ -110,6 +110,7 @@ def kept_counts(p: NDArray[np.float64], size: int) -> NDArray[np.int64]:
 class Impart(DeltaCodec):
     name = "impart"
     title = "sparsified singular vectors; seeded"
+    seeded = True
     paper = "arXiv 2504.13237"
     uses_factors = True
     value_parts = ("u", "v")

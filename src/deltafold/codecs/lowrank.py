@@ -27,6 +27,7 @@ from deltafold.codecs.base import (
     Spectrum,
     check_parts,
 )
+from deltafold.coding.trainable import Trainable, Values, straight_through
 from deltafold.linalg import CHUNK_BYTES, Factors, Moments, RowMatrix, truncated_svd
 
 
@@ -86,6 +87,34 @@ class LowRank(DeltaCodec):
         check_parts(parts, self.layout(shape, settings))
         left = parts["u"].float() * parts["s"][:, None]
         yield from product_rows(left, parts["v"].float(), shape)
+
+    def trainable(
+        self, parts: Parts, settings: Settings, shape: Shape, key: int
+    ) -> Trainable | None:
+        return TrainableFactors(parts) if int(settings["rank"]) else None
+
+
+class TrainableFactors(Trainable):
+    """U, V and s: vectors in units of the usual entry of a unit vector, s in those of its start."""
+
+    def __init__(self, parts: Parts):
+        self.s, self.dtype = parts["s"], parts["u"].dtype
+        self.sizes = {name: parts[name].shape[1] ** -0.5 for name in ("u", "v")}
+        self.values = {name: parts[name].float() / self.sizes[name] for name in ("u", "v")}
+        self.values["s"] = torch.ones_like(self.s)
+        self.rates = dict.fromkeys(self.values, 0.01)
+
+    def _vectors(self, values: Values, name: str) -> torch.Tensor:
+        exact = values[name] * self.sizes[name]
+        return straight_through(exact, exact.detach().to(self.dtype))
+
+    def delta(self, values: Values) -> torch.Tensor:
+        left = self._vectors(values, "u") * (self.s * values["s"])[:, None]
+        return left.T @ self._vectors(values, "v")
+
+    def store(self, values: Values) -> Parts:
+        vectors = {name: (values[name] * self.sizes[name]).to(self.dtype) for name in ("u", "v")}
+        return {**vectors, "s": self.s * values["s"]}
 
 
 def product_rows(

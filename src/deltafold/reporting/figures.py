@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltafold.errors import StorageError, UsageError
 from deltafold.record import Record
-from deltafold.reporting.drawings import error_by_block, role_bytes, size_quality, spectra
+from deltafold.reporting.drawings import error_by_block, frontier, role_bytes, size_quality, spectra
 from deltafold.reporting.records import KnownRecord, understood
 from deltafold.reporting.style import DARK, DPI, LIGHT, Ink, settings
 
@@ -24,6 +24,7 @@ Draw = Callable[[Sequence[KnownRecord], Ink], Iterator[tuple[str, "Figure"]]]
 
 FIGURES: tuple[Draw, ...] = (
     size_quality.draw,
+    frontier.draw,
     role_bytes.draw,
     error_by_block.draw,
     spectra.draw,

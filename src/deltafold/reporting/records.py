@@ -169,6 +169,30 @@ class BenchmarkRecord(_Run):
     reference: dict[str, dict[str, Scores]] = {}
 
 
+# --- frontier -----------------------------------------------------------------------------------
+
+
+class FrontierRow(BenchmarkRow):
+    """One method, size, fine-tune and seed. Where the size cannot be met, `unmet` says why."""
+
+    asked_file_ratio: float
+    seed: int = 0
+    unmet: str | None = None
+    restore_peak_memory_bytes: Number = None
+
+
+class FrontierRecord(_Run):
+    """Methods x sizes x fine-tunes x seeds. `data`, `relative_delta_norm`: by fine-tune."""
+
+    kind: Literal["frontier"]
+    title: str = ""
+    model: Any = None
+    data: dict[str, Any] = {}
+    relative_delta_norm: dict[str, Number] = {}
+    rows: list[FrontierRow]
+    reference: dict[str, dict[str, Scores]] = {}
+
+
 # --- restore, verify, plan ----------------------------------------------------------------------
 
 
@@ -179,11 +203,12 @@ class PlainRecord(_Run):
     kind: Literal["restore", "verify", "plan"]
 
 
-KnownRecord = CompressRecord | EvaluateRecord | BenchmarkRecord | PlainRecord
+KnownRecord = CompressRecord | EvaluateRecord | BenchmarkRecord | FrontierRecord | PlainRecord
 KINDS: dict[str, type[KnownRecord]] = {
     "compress": CompressRecord,
     "evaluate": EvaluateRecord,
     "benchmark": BenchmarkRecord,
+    "frontier": FrontierRecord,
     "restore": PlainRecord,
     "verify": PlainRecord,
     "plan": PlainRecord,

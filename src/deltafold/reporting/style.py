@@ -45,10 +45,14 @@ class Look:
 
 
 METHODS: dict[str, Look] = {
+    "auto": Look("auto", "#000000", "#ffffff", "8"),
     "impart": Look("ImPart", "#d55e00", "#ff8a3d", "o"),
+    "impart-qt": Look("ImPart-Qt", "#8f3300", "#ffb37f", "H"),
     "lowrank": Look("low rank", "#0072b2", "#4db3f0", "s"),
+    "svd-quant": Look("SVD-quant", "#5a3fb0", "#b9a6ff", "d"),
     "magnitude": Look("magnitude", "#009e73", "#2ecc9e", "^"),
     "dare": Look("DARE", "#b5588f", "#e08cc0", "v"),
+    "dare-qt": Look("DARE-Qt", "#6e1d4f", "#f5bfdf", "1"),
     "bitdelta": Look("BitDelta", "#b8860b", "#f0c03c", "D"),
     "delta-come": Look("Delta-CoMe", "#3a9bd9", "#8fd3ff", "P"),
     "lossless": Look("lossless", "#4a4a4a", "#c9d1d9", "*"),

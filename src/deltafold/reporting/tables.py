@@ -9,6 +9,7 @@ from typing import Any
 from deltafold.names import ROLES
 from deltafold.record import Record
 from deltafold.reporting.benchmark_tables import benchmark_tables
+from deltafold.reporting.frontier_tables import frontier_tables
 from deltafold.reporting.records import (
     CompressRecord,
     EvaluateRecord,
@@ -234,6 +235,7 @@ MAKERS: dict[str, Callable[[Any], list[Table]]] = {
     "compress": compress_tables,
     "evaluate": evaluate_tables,
     "benchmark": benchmark_tables,
+    "frontier": frontier_tables,
     "restore": plain_tables,
     "verify": plain_tables,
     "plan": plain_tables,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 MISSING = "–"
 EXACT_KL = 1e-9  # a divergence below this is the rounding of equal outputs
 
@@ -26,6 +28,15 @@ def ratio_text(ratio: float | None) -> str:
     if ratio is None:
         return MISSING
     return f"{ratio:,.0f}x" if ratio >= 99.95 else f"{ratio:.1f}x"
+
+
+def ratio_words(ratio: float) -> str:
+    """A ratio that was asked for, as short as it can be.
+
+    >>> ratio_words(32.0)
+    '32x'
+    """
+    return f"{ratio:g}x"
 
 
 def smaller_text(ratio: float | None) -> str:
@@ -56,12 +67,28 @@ def kl_text(value: float | None, stderr: float | None = None) -> str:
     return "0 (exact)" if value is not None and value <= EXACT_KL else number_text(value, stderr)
 
 
+def plain_text(value: float, deviation: float | None = None, digits: int = 3) -> str:
+    """A few digits, never an exponent; a deviation with as many decimals.
+
+    >>> plain_text(0.00015712, 0.0000098), plain_text(471.2)
+    ('0.000157 ± 0.000010', '471')
+    """
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    text = f"{value:,.{decimals}f}"
+    return text if deviation is None else f"{text} ± {deviation:,.{decimals}f}"
+
+
 def percent_text(share: float | None, stderr: float | None = None) -> str:
     """A share between 0 and 1 as a percentage with one decimal."""
     if share is None:
         return MISSING
     error = f" ± {100 * stderr:.1f}" if stderr else ""
     return f"{100 * share:.1f}{error} %"
+
+
+def norm_text(share: float | None) -> str:
+    """A share that may be very small as a percentage, two digits."""
+    return MISSING if share is None else f"{plain_text(100 * share, digits=2)} %"
 
 
 def seconds_text(seconds: float | None) -> str:

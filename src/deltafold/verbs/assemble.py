@@ -21,7 +21,7 @@ def assemble(job: Job, plan: Plan, workspace: Workspace) -> Manifest:
     where: dict[str, tuple[str, str]] = {}  # part's name in the payload -> (file, name in it)
     for planned, tensor in zip(plan.tensors, draft.tensors, strict=True):
         for ours, piece in zip(planned.pieces, tensor.pieces, strict=True):
-            file = ours.exact["file"] if ours.exact else f"lossy/{ours.stem}.safetensors"
+            file = ours.exact["file"] if ours.exact else f"{ours.folder}/{ours.stem}.safetensors"
             for part in sorted(piece.parts):
                 where[tensor.part_name(piece, part)] = (file, part)
     payload = write_payload(

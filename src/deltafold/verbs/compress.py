@@ -16,11 +16,14 @@ from deltafold.engine import Progress, Resources
 from deltafold.errors import UsageError
 from deltafold.record import Meter, Record, check_record_path, record_path, write_record
 from deltafold.verbs.assemble import assemble
+from deltafold.verbs.distill import Distillation, check_distill, find_distillation
+from deltafold.verbs.distill import distill as distill_pieces
 from deltafold.verbs.encode import encode_lossy
 from deltafold.verbs.job import Job, budget_of
 from deltafold.verbs.pair import open_pair
 from deltafold.verbs.recording import compress_record
 from deltafold.verbs.schedule import schedule
+from deltafold.verbs.search import encode_to_size
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 
 
@@ -28,11 +31,15 @@ def compress(
     base: str | Path,
     finetuned: str | Path,
     output: str | Path,
-    method: str = "impart",
+    method: str = "auto",
     *,
     file_ratio: float | None = None,
     nominal_ratio: float | None = None,
     n_bytes: float | None = None,
+    calibration: str | Path | None = None,
+    samples: int = 128,
+    max_tokens: int = 256,
+    distill: int = 0,
     seed: int = 0,
     fallback: bool = True,
     overwrite: bool = False,
@@ -49,6 +56,10 @@ def compress(
         base, finetuned: local Hugging Face folders, safetensors files, or hub ids (`org/name@rev`).
         method: a codec's name, see `deltafold methods`.
         file_ratio, nominal_ratio, n_bytes: the budget, at most one; default file ratio 32.
+        calibration: text for methods that use it: a JSONL file of prompts (and answers), plain
+            text, `datasets:NAME`, or `self`; at most `samples` samples of `max_tokens` tokens.
+        distill: steps of training what is stored against the fine-tune's outputs on the
+            calibration text (default `self`).
         seed: of the random positions.
         fallback: let a tensor that the method does not suit (nearly all values equal, flat
             spectrum) be stored by one that suits it.
@@ -64,18 +75,46 @@ def compress(
         raise UsageError(f"seed must lie between 0 and 2^63 - 1, not {seed}.")
     check_record_path(record)
     budget = budget_of(method, file_ratio, nominal_ratio, n_bytes)
+    check_distill(distill, method)
+    if distill and calibration is None:
+        calibration = "self"
     config = get(method).Config.from_options(method, options)
     with Meter() as meter, open_pair(base, finetuned) as pair:
-        job = Job(pair, method, config, budget, seed, fallback)
+        measured, distillation = None, None
+        if calibration is not None and get(method).uses_moments:
+            from deltafold.calibration.moments import calibrate  # transformers: seconds to import
+
+            measured = calibrate(
+                finetuned,
+                calibration,
+                samples=samples,
+                max_tokens=max_tokens,
+                memory_bytes=memory_bytes,
+                progress=progress,
+                restart=restart,
+            )
+        if distill and measured is not None:
+            distillation = Distillation(distill, measured.samples)
+        elif distill and calibration is not None:
+            distillation = find_distillation(
+                finetuned, calibration, distill, samples, max_tokens, memory_bytes, restart
+            )
+        job = Job(pair, method, config, budget, seed, fallback, measured, distillation)
         check_space(out, job.disk_needed_bytes)
         with Workspace(out, job.identity(), restart) as workspace:
             resources = Resources(workers, memory_bytes, progress)
             plan = schedule(job, workspace, resources)
-            encode_lossy(job, plan, workspace, resources)
+            if plan.lossy and job.codec(job.method).variable:
+                encode_to_size(job, plan, workspace, resources)
+            else:
+                encode_lossy(job, plan, workspace, resources)
+            distilled = distill_pieces(job, plan, workspace, resources) if distill else None
             assemble(job, plan, workspace)
             workspace.publish("archive", overwrite)
     with Archive(out) as archive:
         result = compress_record(job, plan, archive, out, meter)
     result["settings"]["workers"] = workers
+    if distilled is not None:
+        result["distill"] = distilled
     write_record(result, Path(record) if record else record_path(out))
     return result

@@ -22,12 +22,15 @@ def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resource
     def encode(tensor: PlannedTensor, piece: PlannedPiece) -> int:
         rows = tensor.delta(job.pair, piece)
         codec, key = job.codec(piece.codec), job.key(tensor.pairing.name, piece.start)
-        settings, parts = codec.encode(rows, piece.settings, key, load_factors(workspace, piece))
+        asked = piece.settings
+        moments = job.moments(tensor.pairing.name) if codec.uses_moments else None
+        settings, parts = codec.encode(rows, asked, key, load_factors(workspace, piece), moments)
         error = relative_error(codec, parts, settings, rows, key)
         workspace.save_tensors(f"lossy/{piece.stem}.safetensors", parts)
         workspace.save_json(
             f"lossy/{piece.stem}.json",
             {
+                "asked": asked,
                 "settings": settings,
                 "checksums": {name: checksum(part) for name, part in sorted(parts.items())},
                 "error": error,
@@ -37,14 +40,15 @@ def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resource
 
     tasks = []
     for tensor, piece in plan.lossy:
-        if workspace.has(f"lossy/{piece.stem}.json"):
+        done = f"lossy/{piece.stem}.json"
+        if workspace.has(done) and workspace.load_json(done)["asked"] == piece.settings:
             continue
         elements = (piece.stop - piece.start) * tensor.pairing.tuned.matrix_shape[1]
         tasks.append(
             Task(
                 tensor.pairing.name,
                 lambda t=tensor, p=piece: encode(t, p),  # type: ignore[misc]
-                memory_bytes=min(4 * elements, DeltaRows.KEEP_BYTES) + (160 << 20),
+                memory_bytes=task_memory_bytes(tensor, piece),
                 work=float(elements),
             )
         )
@@ -53,6 +57,12 @@ def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resource
         done = workspace.load_json(f"lossy/{piece.stem}.json")
         piece.settings, piece.checksums = done["settings"], done["checksums"]
         piece.error = done["error"]
+
+
+def task_memory_bytes(tensor: PlannedTensor, piece: PlannedPiece) -> int:
+    """Peak memory of encoding one piece."""
+    elements = (piece.stop - piece.start) * tensor.pairing.tuned.matrix_shape[1]
+    return min(4 * elements, DeltaRows.KEEP_BYTES) + (160 << 20)
 
 
 def relative_error(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltafold.archive.writer import encode_side_files
 from deltafold.budget import Budget
@@ -12,8 +12,13 @@ from deltafold.codecs import get
 from deltafold.codecs.base import Config, DeltaCodec
 from deltafold.coding.counter import derive_key
 from deltafold.errors import UsageError
+from deltafold.linalg import Moments
 from deltafold.verbs.pair import Pair
 from deltafold.version import __version__
+
+if TYPE_CHECKING:
+    from deltafold.calibration.moments import Calibration
+    from deltafold.verbs.distill import Distillation
 
 
 @dataclass
@@ -26,6 +31,8 @@ class Job:
     budget: Budget | None
     seed: int
     fallback: bool
+    calibration: Calibration | None = None
+    distillation: Distillation | None = None
     _codecs: dict[str, DeltaCodec] = field(default_factory=dict)
 
     @property
@@ -48,6 +55,13 @@ class Job:
         """Key of the random stream of one piece: seed, tensor name and first row."""
         return piece_key(self.seed, tensor, start)
 
+    def moments(self, tensor: str) -> Moments | None:
+        """Moments of the inputs that run along a tensor's columns, where calibration saw them."""
+        if self.calibration is None:
+            return None
+        found = self.calibration.moments(tensor)
+        return None if found is None or self.calibration.input_axis(tensor) != 1 else found
+
     @cached_property
     def side_files(self) -> Any:
         """Manifest entries and stored frames of config, tokenizer and the like."""
@@ -65,6 +79,8 @@ class Job:
             "budget": [self.budget.kind, self.budget.asked] if self.budget else None,
             "seed": self.seed,
             "fallback": self.fallback,
+            "calibration": self.calibration.folder.name if self.calibration else None,
+            "distill": self.distillation.identity() if self.distillation else None,
             "deltafold version": __version__,
         }
 

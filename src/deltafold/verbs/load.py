@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from deltafold.archive import Archive, Tensor
 from deltafold.checkpoint import DTYPES, open_checkpoint
 from deltafold.engine import Progress, Task, run_tasks
 from deltafold.errors import MismatchError
-from deltafold.verbs.decode import check_base_headers, check_codecs, checked_rows
+from deltafold.verbs.decode import check_base_headers, check_codecs, checked_rows, decoded_rows
 
 
 def load_state(
@@ -43,6 +45,28 @@ def load_state(
         ]
         run_tasks("load", tasks, workers, None, progress)
         return {tensor.name: state[tensor.name] for tensor in opened.manifest.tensors}
+
+
+@contextlib.contextmanager
+def archive_weights(
+    archive: str | Path, base: str | Path
+) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A function from a tensor's name to the restored tensor, decoded when asked for.
+
+    The base is not hashed again: this is for an archive that was just made from it.
+    """
+    with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
+        check_codecs(opened)
+        check_base_headers(opened, checkpoint)
+
+        def tensor(name: str) -> torch.Tensor:
+            entry = opened.by_name[name]
+            whole = torch.empty(entry.matrix_shape, dtype=DTYPES[entry.dtype])
+            for start, rows in decoded_rows(opened, entry, checkpoint):
+                whole[start : start + len(rows)] = rows
+            return whole.reshape(entry.shape)
+
+        yield tensor
 
 
 def side_files(archive: str | Path, base: str | Path, folder: Path) -> None:

@@ -159,6 +159,7 @@ class DeltaRows:
         self._name = pairing.name
         self._span = span
         self._held: torch.Tensor | None = None
+        self._dtype = DTYPES[pairing.tuned.dtype]
         self.shape = (span.rows, pairing.tuned.matrix_shape[1])
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
@@ -167,6 +168,12 @@ class DeltaRows:
         if self._held is None:
             self._held = self._read(0, self.shape[0])
         return self._held[start:stop]
+
+    def settle(self, start: int, change: torch.Tensor) -> torch.Tensor:
+        """See `RowMatrix`."""
+        first = self._span.start + start
+        base = self._pair.base.rows(self._name, first, first + len(change)).float()
+        return (base + change).to(self._dtype).float().sub_(base)
 
     def _read(self, start: int, stop: int) -> torch.Tensor:
         offset = self._span.start

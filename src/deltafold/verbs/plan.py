@@ -22,7 +22,7 @@ _EXACT_SHARE = 0.6  # what exact storage of a changed tensor costs, of its raw b
 def plan(
     base: str | Path,
     finetuned: str | Path,
-    method: str = "impart",
+    method: str = "auto",
     *,
     file_ratio: float | None = None,
     nominal_ratio: float | None = None,

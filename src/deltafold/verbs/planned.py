@@ -22,6 +22,7 @@ class PlannedPiece:
     why: str | None = None
     exact: dict[str, Any] | None = None
     stem: str = ""  # names the piece's files in the workspace
+    folder: str = "lossy"  # there; `distilled` once its parts are trained
     settings: Settings = field(default_factory=dict)
     spectrum: Spectrum | None = None
     delta_squared: float = 0.0

@@ -14,13 +14,16 @@ from deltafold.verbs.workspace import Workspace
 
 
 def schedule(job: Job, workspace: Workspace, resources: Resources) -> Plan:
-    """Survey, decide, factor, allot. Raises BudgetError, NonFiniteError."""
+    """Survey, decide, factor, allot. Raises BudgetError, NonFiniteError.
+
+    Pieces of a variable codec are left without settings: see `search.py`.
+    """
     surveys = _survey_all(job, workspace, resources)
     plan = decide(job, surveys)
     if job.budget is None or not plan.lossy:
         return plan
     share = _prefer_exact(job, plan, job.budget)
-    if not plan.lossy:
+    if not plan.lossy or job.codec(job.method).variable:
         return plan
     factor_all(job, plan, share, workspace, resources)
     _allot(job, plan, share)

@@ -1,0 +1,130 @@
+"""A model built from its config alone: modules on the meta device, blocks found, buffers computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltafold.errors import CheckpointError, MismatchError
+
+
+def build(folder: Path) -> Any:
+    """The model of a folder's config on the meta device. Raises CheckpointError, MismatchError."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no config.json; give a whole Hugging Face folder "
+            "(config, weights, tokenizer)."
+        )
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises many kinds; the user needs one sentence
+        raise CheckpointError(
+            f"The config of {folder} cannot be read ({first_line(error)}); copy it again."
+        ) from error
+    if getattr(config, "quantization_config", None):
+        raise MismatchError(
+            f"{folder} holds quantised weights; calibration needs them in floating point."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise MismatchError(
+            f"transformers has no causal language model for {config.model_type!r}, so {folder} "
+            "cannot be calibrated; choose a method without calibration."
+        )
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # Experts one by one: only then does each matrix meet its own inputs.
+    options = {"experts_implementation": "eager"} if _has_experts(kind) else {}
+    try:
+        with torch.device("meta"), quiet():
+            model = kind._from_config(config, dtype=torch.float32, **options)
+    except Exception as error:  # a config that its own class refuses
+        raise CheckpointError(
+            f"No model can be built from the config of {folder} ({first_line(error)}); check it."
+        ) from error
+    return model.requires_grad_(False).eval()
+
+
+def _has_experts(kind: Any) -> bool:
+    can = getattr(kind, "_can_set_experts_implementation", None)
+    return bool(can is not None and can())
+
+
+def find_blocks(model: Any, folder: Path) -> tuple[list[nn.Module], list[str]]:
+    """The decoder's blocks in order, and their names."""
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = model.get_decoder()
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            blocks = list(module)
+            paths = {id(each): name for name, each in model.named_modules()}
+            return blocks, [paths[id(block)] for block in blocks]
+    raise MismatchError(
+        f"{folder}: no list of {depth} blocks is found in a {type(model).__name__}, so it cannot "
+        "be run block by block; choose a method without calibration."
+    )
+
+
+def stored_buffers(model: Any) -> dict[str, Any]:
+    """Buffers that checkpoints hold."""
+    stored = set(model.state_dict())
+    return {name: each for name, each in model.named_buffers() if name in stored}
+
+
+def fill_computed_buffers(model: Any, device: torch.device) -> None:
+    """Compute, for real, the buffers that no checkpoint holds. Raises MismatchError.
+
+    transformers fills them in the same way when it loads a model: by `_init_weights` of the class.
+    """
+    stored = set(model.state_dict())
+    owner = model
+    for path, module in model.named_modules():
+        if hasattr(module, "_init_weights"):
+            owner = module
+        lacking = [
+            name for name, each in module._buffers.items()
+            if each is not None and f"{path}.{name}".lstrip(".") not in stored
+        ]  # fmt: skip
+        if not lacking:
+            continue
+        for name in lacking:
+            empty = torch.empty_like(module._buffers[name], device=device)
+            module._buffers[name] = empty.fill_(torch.nan) if empty.is_floating_point() else empty
+        with torch.no_grad():
+            owner._init_weights(module)
+        for name in lacking:
+            values = module._buffers[name]
+            if values.is_floating_point() and values.isnan().any():
+                raise MismatchError(
+                    f"{type(model).__name__} keeps {path}.{name} in no checkpoint and does not say "
+                    "how to compute it; choose a method without calibration."
+                )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers, whose advice is for users of whole models, and give it back its voice."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

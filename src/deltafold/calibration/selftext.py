@@ -1,0 +1,178 @@
+"""Text that the fine-tune writes itself, for when there is none to calibrate on.
+
+Half of the samples go on from the start token; half, where the model has a chat template, from the
+beginning of a user's turn: the model then writes a question, the template what stands between, and
+the model its answer. Tokens are drawn at temperature 1. The draws are fixed by the seed, the number
+of the sample and the number of the token:
+
+    token = first v with  p(1) + ... + p(v) > u      u from the counter-based generator, in [0, 1)
+
+A model that fits the allowance writes with a cache of keys and values. A larger one runs block by
+block over all that was written, once a token: exact, and slow.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deltafold.calibration.batches import Sample, make_batches
+from deltafold.calibration.building import quiet
+from deltafold.calibration.stream import StreamedModel
+from deltafold.calibration.tokens import Encoder, end_ids
+from deltafold.coding.counter import derive_key, random_u64
+
+WRITERS = 32
+"""Samples written side by side."""
+
+Step = Callable[[list[list[int]]], torch.Tensor]
+"""Rows of token ids, all of one length, one token longer than before -> logits (n, vocabulary)."""
+
+
+@dataclass
+class Text:
+    """One sample while it is written."""
+
+    ids: list[int]
+    start: int
+    draws: NDArray[np.float64]
+    waiting: list[int] = field(default_factory=list)  # what the template says next
+    after_turn: list[int] = field(default_factory=list)  # what it says once the question ends
+    ended: bool = False
+
+    def add(self, drawn: int, ends: Sequence[int]) -> None:
+        """Go on by the drawn token, or by the next of the template's."""
+        if self.waiting:
+            self.ids.append(self.waiting.pop(0))
+            return
+        self.ids.append(drawn)
+        if drawn not in ends:
+            return
+        # Templates close a turn with the very token at which the model stops.
+        self.waiting = self.after_turn[self.after_turn[:1] == [drawn] :]
+        self.ended, self.after_turn = not self.after_turn, []
+
+
+def write_texts(
+    model: StreamedModel, encoder: Encoder, samples: int, seed: int, memory_bytes: int
+) -> list[Sample]:
+    """`samples` texts of at most the encoder's `max_tokens`, the same for the same seed."""
+    folder = model.skeleton.folder
+    ends = end_ids(folder, encoder.tokenizer)
+    length = min(encoder.max_tokens, model.context or encoder.max_tokens)
+    texts = [_begin(encoder, ends, seed, number, length) for number in range(samples)]
+    whole = _load(model) if _fits(model, memory_bytes) else None
+    by_start: dict[tuple[int, ...], list[Text]] = {}
+    for text in texts:
+        by_start.setdefault(tuple(text.ids), []).append(text)
+    for alike in by_start.values():
+        for first in range(0, len(alike), WRITERS):
+            step = _Cached(whole) if whole is not None else _streamed(model)
+            _write(alike[first : first + WRITERS], step, ends, length)
+    del whole
+    gc.collect()
+    return [Sample(tuple(t.ids), min(t.start, len(t.ids) - 1)) for t in texts if len(t.ids) > 1]
+
+
+def _begin(encoder: Encoder, ends: Sequence[int], seed: int, number: int, length: int) -> Text:
+    key = derive_key(seed, "self-written text", str(number))
+    draws = (random_u64(key, 0, length) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    turn = encoder.empty_turn()
+    if turn is not None and number % 2:
+        ids = encoder.beginning(turn[0])
+        if len(ids) < length // 2:
+            return Text(ids, len(ids), draws, after_turn=encoder.ids(turn[1]))
+    token = encoder.tokenizer.bos_token_id
+    start = [token] if token is not None else ends[:1] or [0]
+    return Text(list(start), 1, draws)
+
+
+@torch.no_grad()
+def _write(texts: list[Text], step: Step, ends: Sequence[int], length: int) -> None:
+    """Write all texts, token by token, side by side."""
+    going = texts
+    while going and len(going[0].ids) < length:
+        logits = step([text.ids for text in going])
+        at = len(going[0].ids)
+        draws = torch.tensor([text.draws[at] for text in going], dtype=torch.float64)
+        for text, token in zip(going, pick(logits, draws), strict=True):
+            text.add(token, ends)
+        rows = [row for row, text in enumerate(going) if not text.ended]
+        going = [going[row] for row in rows]
+        if isinstance(step, _Cached):
+            step.keep(rows)
+
+
+def pick(logits: torch.Tensor, draws: torch.Tensor) -> list[int]:
+    """The token that each draw in [0, 1) falls on, from logits (n, vocabulary).
+
+    >>> pick(torch.zeros(2, 4), torch.tensor([0.0, 0.6]))
+    [0, 2]
+    """
+    sums = logits.double().softmax(-1).cumsum(-1)
+    found = torch.searchsorted(sums, draws.double()[:, None] * sums[:, -1:], right=True)
+    return [int(token) for token in found[:, 0].clamp(max=logits.shape[1] - 1)]
+
+
+def _fits(model: StreamedModel, memory_bytes: int) -> bool:
+    """True if the whole model in fp32, and half as much again to work with, fits."""
+    elements = sum(info.elements for info in model.checkpoint.tensors.values())
+    return 6 * elements <= memory_bytes
+
+
+def _load(model: StreamedModel) -> Any:
+    kind: Any = type(model.skeleton.model)
+    names, weights = model.checkpoint.tensors, model.weights
+    with quiet():
+        loaded = kind.from_pretrained(
+            None,
+            config=model.skeleton.model.config,
+            state_dict={name: weights(name) for name in names},
+            dtype=model.skeleton.dtype,
+        )
+    return loaded.to(model.skeleton.device).eval()
+
+
+class _Cached:
+    """Logits of the next token from a whole model and what it remembers of the tokens before."""
+
+    def __init__(self, model: Any):
+        self.model, self.memory = model, None
+
+    def __call__(self, rows: list[list[int]]) -> torch.Tensor:
+        ids = torch.tensor(rows, device=self.model.device)
+        fresh = ids if self.memory is None else ids[:, -1:]
+        made = self.model(
+            input_ids=fresh,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=self.memory,
+            use_cache=True,
+        )
+        # A model without such a memory (a recurrent one) reads all of the text each time.
+        self.memory = getattr(made, "past_key_values", None)
+        return made.logits[:, -1].cpu()
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget the texts that have ended."""
+        if self.memory is not None and rows:
+            self.memory.batch_select_indices(torch.tensor(rows, device=self.model.device))
+
+
+def _streamed(model: StreamedModel) -> Step:
+    """Logits of the next token block by block, with no memory of the tokens before."""
+
+    def step(rows: list[list[int]]) -> torch.Tensor:
+        # The prediction after the last token counts, so a token that nobody reads follows it.
+        batches = make_batches([Sample((*row, 0), len(row)) for row in rows])
+        with model.forward(batches) as done:
+            made = torch.cat([logits.cpu() for _, logits in model.logits(done)])
+        order = [number for batch in batches for number in batch.numbers]
+        return made[torch.tensor(order).argsort()]
+
+    return step

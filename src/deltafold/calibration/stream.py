@@ -1,0 +1,259 @@
+"""A model run block by block: one block's weights in memory at a time.
+
+    ids -> outside -> hidden states -> block 0 -> block 1 -> ... -> outside -> logits
+           all batches  in a store     all batches                  a few rows at a time
+
+Memory holds one block (or the embedding, or the head), one batch, and hidden states as far as an
+allowance goes; the rest of them lie in a file. An architecture needs no code here, as long as its
+blocks hand on nothing but hidden states; that is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from deltafold.calibration.batches import Batch
+from deltafold.calibration.calls import Call, Forward, Interned
+from deltafold.calibration.skeleton import Skeleton
+from deltafold.calibration.store import TensorStore
+from deltafold.calibration.wiring import Weights
+from deltafold.checkpoint import Checkpoint, open_checkpoint
+from deltafold.errors import MismatchError, NonFiniteError
+from deltafold.record import total_memory_bytes
+
+LOGITS_BYTES = 1 << 26
+"""Logits made at a time stay below this."""
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Last hidden states (n, width), before the last norm -> logits (n, vocabulary)."""
+
+
+class Visitor(Protocol):
+    """What wants to see blocks at work."""
+
+    def running(
+        self, number: int, parameters: dict[str, nn.Parameter]
+    ) -> contextlib.AbstractContextManager[object]:
+        """A context in which block `number` is run on one batch."""
+
+    def finished(self, number: int) -> None:
+        """All batches have gone through block `number`."""
+
+
+def default_memory_bytes() -> int:
+    """A quarter of the machine."""
+    return total_memory_bytes() // 4
+
+
+@dataclass
+class Pass:
+    """What a forward pass leaves: the last hidden states, and with `keep` each block's inputs.
+
+    With `keep`, `stores[n]` holds the inputs (b, t, width) of block n by batch; the last store is
+    always what comes out of the last block. Use as a context manager, or call `close`.
+    """
+
+    batches: list[Batch]
+    calls: list[list[Call]]
+    stores: list[TensorStore]
+
+    def __enter__(self) -> Pass:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free memory and files."""
+        for store in self.stores:
+            store.close()
+
+    @property
+    def last(self) -> TensorStore:
+        """What comes out of the last block, before the last norm."""
+        return self.stores[-1]
+
+    @property
+    def counted_rows(self) -> int:
+        """Number of predictions that count."""
+        return sum(int(batch.counted.sum()) for batch in self.batches)
+
+    def rows(self, number: int) -> torch.Tensor:
+        """Last hidden states (n, width) of one batch where predictions count."""
+        return self.last[number][self.batches[number].counted]
+
+
+class StreamedModel:
+    """A causal language model that is never in memory as a whole.
+
+    `source` is a folder, a hub id or an open checkpoint. `weights` gives other tensors under the
+    same names: those of a candidate. `memory_bytes` is for hidden states; what exceeds it goes to a
+    file in `scratch`. Raises CheckpointError, MismatchError.
+
+    >>> model = StreamedModel("llama/")                                         # doctest: +SKIP
+    >>> with model.forward(make_batches(samples)) as done:                      # doctest: +SKIP
+    ...     logits = torch.cat([each for _, each in model.logits(done)])
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Checkpoint,
+        weights: Weights | None = None,
+        *,
+        folder: Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        memory_bytes: int | None = None,
+        scratch: Path | None = None,
+    ):
+        self.checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+        self.label = self.checkpoint.label
+        self.weights = weights or self.checkpoint.tensor
+        self.skeleton = Skeleton(
+            folder or self.checkpoint.path, self.checkpoint.tensors, dtype, device
+        )
+        self.entry = Forward(self.skeleton, self.checkpoint.label)
+        self.memory_bytes = memory_bytes or default_memory_bytes()
+        self.scratch = scratch
+
+    def with_weights(self, weights: Weights) -> StreamedModel:
+        """The same model with other weights; the two share modules, so one runs at a time."""
+        other = copy(self)
+        other.weights, other.label = weights, f"A candidate for {self.label}"
+        return other
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.skeleton.blocks)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits a token."""
+        return int(self.skeleton.model.config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens of a sample; None where the config names no bound."""
+        config = self.skeleton.model.config.get_text_config(decoder=True)
+        limit = getattr(config, "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    def moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor where, and as, the model computes."""
+        return tensor.to(self.skeleton.device, self.skeleton.dtype)
+
+    @torch.no_grad()
+    def forward(
+        self, batches: Sequence[Batch], *, keep: bool = False, visitor: Visitor | None = None
+    ) -> Pass:
+        """Run all batches through all blocks; with `keep` every block's inputs are kept.
+
+        Raises MismatchError where samples do not suit the model, or it cannot be run like this.
+        """
+        done = self._embed(list(batches))
+        try:
+            for number in range(self.n_blocks):
+                source = done.last
+                if keep:
+                    done.stores.append(self.store_beside(done))
+                self._run_block(done, number, source, visitor)
+        except BaseException:
+            done.close()
+            raise
+        return done
+
+    def _run_block(
+        self, done: Pass, number: int, source: TensorStore, visitor: Visitor | None
+    ) -> None:
+        block, names = self.skeleton.blocks[number], self.skeleton.block(number)
+        with self.skeleton.filled(names, self.weights) as parameters:
+            for place in range(len(done.batches)):
+                watched = visitor.running(number, parameters) if visitor else None
+                with watched or contextlib.nullcontext(), self.entry.sentence():
+                    made = done.calls[place][number].run(block, self.moved(source[place]))
+                done.last[place] = made
+        if visitor:
+            visitor.finished(number)
+
+    def store_beside(self, done: Pass) -> TensorStore:
+        """A store for one more set of hidden states, in what is left of the allowance."""
+        held = sum(store.n_bytes for store in done.stores if not store.on_disk)
+        return TensorStore(done.stores[0].shapes, self.memory_bytes - held, self.scratch)
+
+    def _embed(self, batches: list[Batch]) -> Pass:
+        """Embeddings of all batches, and how each block is called for each batch."""
+        self._check_ids(batches)
+        kept, calls = Interned(), []
+        with self.skeleton.filled(self.skeleton.outside(), self.weights):
+            self.entry.probe()
+            shapes = [(*batch.ids.shape, self.entry.width) for batch in batches]
+            store = TensorStore(shapes, self.memory_bytes, self.scratch)
+            for place, batch in enumerate(batches):
+                store[place], noted = self.entry.note(batch.ids)
+                calls.append([kept(call) for call in noted])
+        return Pass(batches, calls, [store])
+
+    def _check_ids(self, batches: Sequence[Batch]) -> None:
+        if not batches:
+            raise MismatchError("There are no samples to run through the model; give some text.")
+        limit = self.context
+        longest = max(batch.ids.shape[1] for batch in batches)
+        if limit and longest > limit:
+            raise MismatchError(
+                f"{self.checkpoint.label} takes at most {limit:,} tokens, but a sample has "
+                f"{longest:,}; give shorter samples."
+            )
+        highest = max(int(batch.ids.max()) for batch in batches)
+        if highest >= self.vocabulary:
+            raise MismatchError(
+                f"{self.checkpoint.label} has {self.vocabulary:,} vocabulary entries, but the "
+                f"samples hold token {highest:,}; its tokenizer and weights do not belong together."
+            )
+
+    @contextlib.contextmanager
+    def head(self, grad: Collection[str] = ()) -> Iterator[tuple[Head, dict[str, nn.Parameter]]]:
+        """The model's own head with its weights, after a forward pass; and its parameters.
+
+        Those in `grad` collect gradients.
+        """
+        names = self.entry.head_names(self.weights)
+        with self.skeleton.filled(names, self.weights, grad) as parameters:
+            yield lambda rows: self.entry.logits(self.moved(rows)), parameters
+
+    @torch.no_grad()
+    def logits(self, done: Pass) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, logits (n, vocabulary)) of all predictions that count, in order of batches.
+
+        Raises NonFiniteError where weights give NaN or infinity.
+        """
+        with self.head() as (head, _):
+            for start, rows in self.row_chunks(done):
+                made = head(rows)
+                if not made.isfinite().all():
+                    raise NonFiniteError(
+                        f"{self.label} gives NaN or infinite predictions; its weights are damaged."
+                    )
+                yield start, made
+
+    def row_chunks(self, done: Pass) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, last hidden states (n, width)) where predictions count, a few at a time."""
+        row = 0
+        for place in range(len(done.batches)):
+            rows = done.rows(place)
+            for start, part in self.parts(rows):
+                yield row + start, part
+            row += len(rows)
+
+    def parts(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, some rows): as many as logits may be made of at a time."""
+        step = max(1, LOGITS_BYTES // (4 * self.vocabulary))
+        for start in range(0, len(rows), step):
+            yield start, rows[start : start + step]
