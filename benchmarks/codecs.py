@@ -13,59 +13,32 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from cells import Cell, compress, methods, restore
 from smollm2 import default_cache
 
-from deltafold.codecs import get, names
+from deltafold.codecs import get
 from deltafold.evaluation import evaluate
 from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import rewrite_block
 
 HERE = Path(__file__).parent
 RATIOS = (8, 16, 32, 64, 128)
-Cell = tuple[str, int | None]
-
-
-def cells(methods: list[str], ratios: list[int]) -> list[Cell]:
-    """(method, file ratio) of every cell; exact methods have one, without a ratio."""
-    return [(m, ratio) for m in methods for ratio in (ratios if get(m).lossy else [None])]
-
-
-def run(arguments: list[str]) -> float:
-    """Seconds of one deltafold command, start of the process included."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "deltafold", *arguments], check=True)
-    return time.perf_counter() - start
 
 
 def make(cell: Cell, base: Path, finetuned: Path, folder: Path) -> Record:
     """Compress and restore one cell under `folder`; returns sizes, seconds and memory."""
-    method, ratio = cell
-    archive, restored = folder / f"{method}-{ratio}.delta", folder / f"{method}-{ratio}"
-    budget = [] if ratio is None else ["--file-ratio", str(ratio)]
-    inputs = [str(base), str(finetuned)]
-    compress_seconds = run(["compress", *inputs, "-o", str(archive), "-m", method, *budget])
-    restore_seconds = run(["restore", str(archive), "--base", str(base), "-o", str(restored)])
-    record = json.loads(Path(f"{archive}.record.json").read_text())
-    restore_record = json.loads(Path(f"{restored}.record.json").read_text())
+    archive, restored = folder / f"{cell.name}.delta", folder / cell.name
     return {
         "finetune": finetuned.name,
-        "method": method,
-        "asked_file_ratio": ratio,
-        "file_ratio": record["totals"]["file_ratio"],
-        "nominal_ratio": record["totals"]["nominal_ratio"],
-        "archive_bytes": record["totals"]["archive_bytes"],
-        "compress_seconds": compress_seconds,
-        "restore_seconds": restore_seconds,
-        "peak_memory_bytes": record["peak_memory_bytes"],
-        "restore_peak_memory_bytes": restore_record["peak_memory_bytes"],
-        "settings": record["settings"],
+        "method": cell.method,
+        "asked_file_ratio": cell.file_ratio,
+        **compress(cell, base, finetuned, archive),
+        **restore(archive, base, restored),
         "restored": str(restored),
     }
 
@@ -125,7 +98,8 @@ def benchmark(arguments: argparse.Namespace) -> Path:
         record = json.loads(out.read_text())
     done = {(row["method"], row["asked_file_ratio"]) for row in record["rows"]}
     for method in arguments.methods:
-        wanted = [cell for cell in cells([method], arguments.ratios) if cell not in done]
+        ratios = arguments.ratios if get(method).lossy else [None]
+        wanted = [Cell(method, ratio) for ratio in ratios if (method, ratio) not in done]
         if not wanted:
             continue
         start = time.perf_counter()
@@ -180,10 +154,10 @@ def time_again(arguments: argparse.Namespace) -> Path:
     record = json.loads(out.read_text())
     for row in record["rows"]:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
-            cell = (row["method"], row["asked_file_ratio"])
+            cell = Cell(row["method"], row["asked_file_ratio"])
             again = make(cell, base, arguments.cache / row["finetune"], Path(name))
         if again["archive_bytes"] != row["archive_bytes"]:
-            raise SystemExit(f"{cell} has another size now: measure it again with --fresh")
+            raise SystemExit(f"{cell.name} has another size now: measure it again with --fresh")
         row |= {key: again[key] for key in row if key.endswith(("_seconds", "_memory_bytes"))}
     record["machine"] = machine()
     write_record(record, out)
@@ -193,10 +167,9 @@ def time_again(arguments: argparse.Namespace) -> Path:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    methods = [name for name in names() if get(name).method]
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--finetune", default="arithmetic")
-    parser.add_argument("--methods", nargs="+", default=methods)
+    parser.add_argument("--methods", nargs="+", default=methods())
     parser.add_argument("--ratios", nargs="+", type=int, default=list(RATIOS))
     parser.add_argument("--scratch", type=Path, help="folder for archives and restored models")
     parser.add_argument("--limit", type=int, default=200, help="rows of the task to score")

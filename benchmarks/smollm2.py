@@ -70,7 +70,7 @@ FINE_TUNES = {
     spec.name: spec
     for spec in (
         FineTune("arithmetic", "arithmetic", steps=200, lr=2e-4),
-        FineTune("arithmetic-high", "arithmetic", steps=130, lr=16e-4),  # a large delta
+        FineTune("arithmetic-high", "arithmetic", steps=160, lr=8e-4),  # a large delta
         FineTune("extraction-low", "extraction", steps=90, lr=1e-5),  # a tiny delta
     )
 }
