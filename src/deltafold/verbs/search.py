@@ -21,10 +21,11 @@ from deltafold.verbs.sizing import archive_bytes
 from deltafold.verbs.workspace import Workspace
 
 STEPS = [float(f"{step:.4g}") for step in np.geomspace(0.4, 1600, 13)]
-ROUNDS = 5
 RANKS = (8, 4, 2, 1)
 CORRECTION_SHARE = 0.15  # of the bytes of all pieces
-CLOSE = 0.996  # an archive this near below its target is left as it is
+# What each round aims at, and what it is content with, as shares of the bytes allowed. Later rounds
+# ask for less: where weights are coarse against the delta, bytes jump with the step.
+ROUNDS = ((0.998, 0.996), (0.995, 0.985), (0.99, 0.97), (0.97, 0.9), (0.9, 0.0))
 
 
 def encode_to_size(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> None:
@@ -36,8 +37,8 @@ def encode_to_size(job: Job, plan: Plan, workspace: Workspace, resources: Resour
     for _, piece in plan.lossy:
         piece.settings = {"step": 0.0, "n_bytes": 0}
     corrections = _corrections(job, plan, _room(job, plan, target))
-    wrong_by, aim = 1.0, 0.5 * (1 + CLOSE)
-    for _ in range(ROUNDS):
+    wrong_by = 1.0
+    for aim, close in ROUNDS:
         for _, piece in plan.lossy:
             piece.settings |= corrections[piece.stem]
         room = _room(job, plan, target)
@@ -50,7 +51,7 @@ def encode_to_size(job: Job, plan: Plan, workspace: Workspace, resources: Resour
             piece.checksums = {}
         encode_lossy(job, plan, workspace, resources)
         used = _counted_bytes(job, plan)
-        if CLOSE * room <= used <= room or (used < room and step <= STEPS[0]):
+        if close * room <= used <= room or (used < room and step <= STEPS[0]):
             return
         wrong_by = used / max(1.0, _counted_sum(job, plan, estimates))
     if used > room:
