@@ -30,7 +30,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/smollm2.py prepare --fine-tune arithmetic arithmetic-high extraction-low
 	$(BIN)/python benchmarks/codecs.py
-	$(BIN)/python benchmarks/frontier.py smollm2 --calibration task
+	$(BIN)/python benchmarks/frontier.py smollm2
 	$(BIN)/python benchmarks/memory.py
 	$(MAKE) tables
 
@@ -39,7 +39,8 @@ tables: $(VENV)/.bench
 		--into README.md --marker smollm2 --figures docs/figures
 	$(BIN)/python benchmarks/codecs.py --summary README.md
 	$(BIN)/deltafold report benchmarks/records/frontier-smollm2.json --figures docs/figures
-	$(BIN)/python benchmarks/frontier.py smollm2 --into README.md
+	$(BIN)/python benchmarks/frontier.py smollm2 --into README.md --parts kl
+	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/memory.py --into README.md
 
 # One stamp a set of extras: it is made again when the project's requirements change.

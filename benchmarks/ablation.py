@@ -137,7 +137,8 @@ def table(record: Record) -> str:
                 for row in record["rows"]
                 if (row["finetune"], row["variant"]) == (name, variant)
             ]
-            lines.append(f"| {variant} | {' | '.join(cells)} |")
+            if cells:
+                lines.append(f"| {variant} | {' | '.join(cells)} |")
         lines.append("")
     device = record["machine"]
     lines.append(

@@ -138,6 +138,11 @@ def _show(record: dict[str, Any], where: Path) -> None:
         )
         kept = "  <- kept" if tried.get("kept") else ""
         say(f"  {named}: {tried['criterion']} {tried['value']:.4g}{kept}")
+    if trained := record.get("distill"):
+        say(
+            f"  distilled {trained['steps']} steps: KL on samples held out "
+            f"{trained['kl_before']:.4g} -> {trained['kl_after']:.4g}; {trained['kept']} values kept"
+        )
     say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "
         f"record in {where}"
