@@ -39,7 +39,7 @@ tables: $(VENV)/.bench
 		--into README.md --marker smollm2 --figures docs/figures
 	$(BIN)/python benchmarks/codecs.py --summary README.md
 	$(BIN)/deltafold report benchmarks/records/frontier-smollm2.json --figures docs/figures
-	$(BIN)/python benchmarks/frontier.py smollm2 --into README.md --parts kl
+	$(BIN)/python benchmarks/frontier.py smollm2 --into README.md --parts gain kl
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/memory.py --into README.md
 
