@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,19 +22,17 @@ from deltafold.checkpoint.writer import TensorSpec
 VOCABULARY = 512
 
 WORK = """
-import json, resource, sys
+import json, os, resource, sys
 from pathlib import Path
 import torch, transformers
 from transformers.models.llama import modeling_llama
 from deltafold.calibration import Judge, Sample, StreamedModel, backward, calibrate, make_batches
-from deltafold.record import resident_bytes
 
 torch.set_num_threads(1)
 folder, work, room_bytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.ones(64, 64) @ torch.ones(64, 64)
 status = Path("/proc/self/status").read_text()
 data_bytes = 1024 * int(status.partition("VmData:")[2].split()[0])
-before = resident_bytes()
 resource.setrlimit(resource.RLIMIT_DATA, (data_bytes + room_bytes, data_bytes + room_bytes))
 samples = [Sample(tuple(range(3 + n, 67 + n)), 1) for n in range(6)]
 memory_bytes = 16 << 20
@@ -57,8 +56,10 @@ else:
         lambda name, gradient: names.add(name),
     )
     result = len(names)
-peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"result": result, "before": before, "peak": peak}))
+# The limit counts private memory alone: nothing may get around it by mapping files or sharing.
+maps = Path("/proc/self/maps").read_text().splitlines()
+around = [line for line in maps if os.path.dirname(folder) in line or "(deleted)" in line]
+print(json.dumps({"result": result, "around": around}))
 """
 
 
@@ -90,7 +91,7 @@ def write_llama(folder: Path, blocks: int, width: int, middle: int) -> int:
     return 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
-def run(folder: Path, work: str, room_bytes: int) -> dict[str, float]:
+def run(folder: Path, work: str, room_bytes: int) -> dict[str, Any]:
     # Few arenas: each thread's would count towards the limit, used or not.
     settings = {
         "OMP_NUM_THREADS": "1",
@@ -102,7 +103,8 @@ def run(folder: Path, work: str, room_bytes: int) -> dict[str, float]:
         capture_output=True, text=True, timeout=280, env=os.environ | settings,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def check(folder: Path, blocks: int, whole_bytes: int, room_bytes: int) -> None:
@@ -110,7 +112,7 @@ def check(folder: Path, blocks: int, whole_bytes: int, room_bytes: int) -> None:
     assert run(folder, "whole", room_bytes)["result"] == "no room"  # the limit does bind
     for work in ("moments", "kl", "gradients"):
         found = run(folder, work, room_bytes)
-        assert found["peak"] - found["before"] < whole_bytes / 2, work
+        assert not found["around"], work
         if work == "kl":
             assert 0 < found["result"] < 1e-2
         else:
