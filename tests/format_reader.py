@@ -296,30 +296,42 @@ def dithered(code: bytes, shape: Shape, key: int) -> np.ndarray:
     o, i = shape
     if not code:
         return np.zeros(shape, np.float32)
-    groups, top, at = code[0], code[1], 2 + 8 * code[0]
-    units = np.frombuffer(code, "<f4", groups, 2)
-    spans = np.frombuffer(code, "<u4", groups, 2 + 4 * groups).astype(np.int64)
-    group = np.zeros(o, np.int64)
-    if groups > 1:
-        (length,) = struct.unpack_from("<I", code, at)
-        frame = code[at + 4 : at + 4 + length]
-        group = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.uint8)
-        at += 4 + length
-    odds = np.frombuffer(code, np.uint8, 17 * groups * top, at).reshape(-1, top)
-    at += odds.size
+    unit, length = struct.unpack_from("<fI", code)
+    at = 8 + length
+    side = zstandard.ZstdDecompressor().decompress(code[8:at])
+    flags, first, reach = struct.unpack_from("<Bhf", side)
+    rest, found = side[7:], []
+    for flag, size in ((1, o), (2, i), (4, o)):
+        held = np.frombuffer(rest, np.int8, size) if flags & flag else np.zeros(size, np.int8)
+        rest = rest[size:] if flags & flag else rest
+        found.append(held.astype(np.int64))
+    rows, columns, sizes = found
+    if flags & 8:
+        rows = -np.floor(sizes / 2).astype(np.int64)
+    top, low, high = rest[:3]
+    odds = np.frombuffer(rest, np.uint8, offset=3).reshape(17 * (high - low + 1), top)
     t = thresholds(key, o * i).reshape(shape)
-    in_group = np.minimum(group.astype(np.int64), groups - 1)[:, None]
-    context = 17 * in_group + np.where(t < spans[in_group], 16 * t // spans[in_group], 16)
+    m = (half_octaves(rows - sizes) * np.float32(reach))[:, None] * half_octaves(columns)
+    m = np.minimum(np.maximum(m, np.float32(1)), np.float32(4096))
+    place = np.minimum(np.floor(t.astype(np.float32) / np.float32(4096) * m), 16).astype(np.int64)
+    group = np.clip((rows - sizes)[:, None] + columns + first, 0, 10)
+    context = 17 * (group - low) + place
     levels = []
-    for first in range(0, o, max(1, 2**20 // i)):
+    for start in range(0, o, max(1, 2**20 // i)):
         (n_words,) = struct.unpack_from("<I", code, at)
         words = struct.unpack_from(f"<{n_words}I", code, at + 4)
         at += 4 + 4 * n_words
-        of_block = context[first : first + max(1, 2**20 // i)].reshape(-1)
+        of_block = context[start : start + max(1, 2**20 // i)].reshape(-1)
         levels.append(coded_levels(list(words), of_block, odds))
     assert at == len(code)
-    row_units = np.append(units, np.float32(0))[group][:, None]
-    return np.concatenate(levels).reshape(shape).astype(np.float32) * row_units
+    whole = np.concatenate(levels).reshape(shape).astype(np.float32)
+    return whole * (half_octaves(rows) * np.float32(unit))[:, None] * half_octaves(columns)
+
+
+def half_octaves(exponents: np.ndarray) -> np.ndarray:
+    """2^(n/2), fp32: an exact power of two, times the fp32 nearest to the root of 2 for odd n."""
+    odd = np.where(exponents % 2, np.float32(1.41421354), np.float32(1))
+    return (2.0 ** (exponents // 2)).astype(np.float32) * odd
 
 
 def thresholds(key: int, count: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from checkpoints import WIDTH, PairFiles, Tensors, decaying_delta, make_pair
 import deltafold
 from deltafold.cli import app
 from deltafold.codecs import delta_codec, get, names
-from deltafold.linalg import DenseMatrix
+from deltafold.linalg import DenseMatrix, Fisher
 from deltafold.verbs.methods import methods
 
 ROOT = Path(__file__).parents[1]
@@ -140,11 +140,12 @@ def test_vectors_dither():
 def test_vectors_auto():
     for row in vectors("auto"):
         code, key, shape = bytes.fromhex(row["code"]), int(row["key"], 16), tuple(row["shape"])
-        expected = np.array(row["levels"], np.float32) * np.float32(row["unit"])
-        assert np.array_equal(reader.dithered(code, shape, key), expected)
+        rows, columns = (2.0 ** (np.array(row[k]) / 2) for k in ("rows", "columns"))
+        expected = np.array(row["levels"]) * row["unit"] * rows[:, None] * columns
+        assert np.allclose(reader.dithered(code, shape, key), expected, rtol=1e-6)
         part = torch.frombuffer(bytearray(code), dtype=torch.uint8)
         found = auto_delta({"code": part}, {"step": 1.0, "n_bytes": len(code)}, shape, key)
-        assert np.array_equal(found, expected)
+        assert np.array_equal(found, reader.dithered(code, shape, key))
 
 
 def auto_delta(parts: Any, chosen: Any, shape: tuple[int, int], key: int) -> np.ndarray:
@@ -152,26 +153,29 @@ def auto_delta(parts: Any, chosen: Any, shape: tuple[int, int], key: int) -> np.
     return torch.cat([block for _, block in rows]).numpy()
 
 
-@pytest.mark.parametrize("uneven", [False, True], ids=["one group", "rows in groups"])
+@pytest.mark.parametrize("step", [0.3, 1.5, 20])
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "rows of all sizes"])
+@pytest.mark.parametrize("weighed", [False, True], ids=["one step", "steps by cost"])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_the_page_s_reader_decodes_auto(uneven: bool, rank: int):
-    """Rows in groups, rows of zeros, corrections: more than the archives below hold."""
+def test_the_page_s_reader_decodes_auto(rank: int, weighed: bool, uneven: bool, step: float):
+    """Steps by row and column, rows of zeros, corrections: more than the archives below hold."""
     shape, key, generator = (30, 37), 77, torch.Generator().manual_seed(1)
     delta = 0.01 * torch.randn(*shape, generator=generator)
     if uneven:
         delta *= 10 ** torch.linspace(-3, 0, 30)[:, None]
         delta[4] = 0
     codec = delta_codec("auto")
-    chosen, parts = codec.encode(DenseMatrix(delta), {"step": 1.5, "rank": rank}, key)
+    cost = Fisher(10 ** torch.linspace(-2, 1, 30), 10 ** torch.linspace(-1, 1, 37))
+    matrix = DenseMatrix(delta, cost if weighed else None)
+    chosen, parts = codec.encode(matrix, {"step": step, "rank": rank}, key)
     if rank:  # as after training: no longer zero
         fix = parts["fix"].numpy().copy()
         fix[8 * rank :] = torch.randint(256, (len(fix) - 8 * rank,), generator=generator).numpy()
         parts["fix"] = torch.from_numpy(fix)
-    assert int(parts["code"][0]) == (15 if uneven else 1)
     stored = {k: reader.Stored("U8", tuple(v.shape), v.numpy().tobytes()) for k, v in parts.items()}
     found = reader.auto(stored, chosen, shape, key)
     assert np.array_equal(found, auto_delta(parts, chosen, shape, key))
-    assert found.any() and (rank or not uneven or not found[4].any())
+    assert (found.any() or step == 20) and (rank or not uneven or not found[4].any())
 
 
 def everything(base: Tensors, tuned: Tensors) -> None:

@@ -59,8 +59,9 @@ def compress(
         base, finetuned: local Hugging Face folders, safetensors files, or hub ids (`org/name@rev`).
         output: the archive's folder; by convention `NAME.delta`.
         method: a codec's name, see `deltafold methods`.
-        calibration: text that methods may use, and on which KL is measured: a JSONL file of prompts
-            (and answers), plain text, `datasets:NAME`, or `self` (written by the fine-tune).
+        calibration: text that shows what errors cost, and on which KL is measured: a JSONL file of
+            prompts (and answers), plain text, `datasets:NAME`, `self` (written by the fine-tune),
+            `general` (comes with deltafold; what `auto` takes by default) or `none`.
         kl_at_most: instead of a budget: the smallest archive whose KL to the fine-tune, in nats a
             token on the calibration text (default `self`), stays at or below this.
         settings: `file_ratio`, `nominal_ratio` or `n_bytes` (the budget), `samples`, `max_tokens`,
@@ -74,6 +75,8 @@ def compress(
     if not open_names and kl_at_most is None:
         return compress_verb(base, finetuned, output, method, calibration=calibration, **settings)
     _check(method, open_names, kl_at_most, settings)
+    if kl_at_most is not None and str(calibration) == "none":
+        raise UsageError("--kl-at-most measures on text; drop --calibration none.")
     if kl_at_most is not None and calibration is None:
         calibration = "self"
     overwrite = settings.pop("overwrite", False)
@@ -202,7 +205,11 @@ class _Search:
         return archive, json.loads(record_path(archive).read_text())
 
     def _scoring(self) -> AbstractContextManager[Score]:
-        return nullcontext(_delta_error) if self.calibration is None else _Scorer(self)
+        return (
+            nullcontext(_delta_error)
+            if self.calibration is None or str(self.calibration) == "none"
+            else _Scorer(self)
+        )
 
 
 def _bracket(fits: Callable[[float], bool]) -> tuple[float | None, float | None]:

@@ -106,7 +106,7 @@ def run_tasks(
                         name = tasks[index].name
                         progress(Step(stage, name, done_work, total_work, made_bytes))
                 if done and tasks[index].memory_bytes > 64 << 20:
-                    _trim()
+                    trim()
         except KeyboardInterrupt:
             wait(running)
             raise
@@ -138,7 +138,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=workers, initializer=start)
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give freed memory back to the system (glibc keeps it per thread otherwise)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

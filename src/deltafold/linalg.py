@@ -26,11 +26,34 @@ SMALL_SIDE = 1024  # up to here the Gram matrix is decomposed in less time than 
 CHUNK_BYTES = 16 << 20
 
 
+@dataclass(frozen=True)
+class Fisher:
+    """What an error in each entry (r, j) of an o x i matrix costs: rows[r] columns[j] error^2.
+
+    A diagonal of the Fisher information in its Kronecker-factored form (Martens and Grosse 2015,
+    arXiv 1503.05671): for y = W x, `columns` is E[x_j^2] (i) and `rows` is E[(dL/dy_r)^2] (o), with
+    L the log probability that the model gives to its own prediction. fp32, all finite, >= 0.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    @property
+    def mean(self) -> float:
+        """Mean over all entries."""
+        return float(self.rows.double().mean() * self.columns.double().mean())
+
+
 class RowMatrix(Protocol):
     """A matrix (o x i) that gives its rows in fp32 when asked."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def fisher(self) -> Fisher | None:
+        """What errors cost; None where that is not known."""
+        ...
 
     def rows(self, start: int, stop: int) -> torch.Tensor: ...
 
@@ -47,6 +70,7 @@ class DenseMatrix:
     """A `RowMatrix` held in memory."""
 
     values: torch.Tensor
+    fisher: Fisher | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -102,10 +102,64 @@ class Entries:
         return len(self.sums) - 1
 
 
-class Watch(TorchFunctionMode):
-    """While active, adds the inputs of the watched parameters' matrices to `entries`.
+class Products(TorchFunctionMode):
+    """While active, sees every product of the watched parameters' matrices.
 
-    `unused` are parameters whose products nobody reads: they are not computed.
+    `name` says which checkpoint tensors a matrix comes from. Subclasses do something with `seen` and
+    `made`.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], name: Name):
+        super().__init__()
+        self.name = name
+        self._owner = {
+            parameter.untyped_storage().data_ptr(): (path, parameter)
+            for path, parameter in parameters.items()
+            if parameter.dim() > 1 and parameter.numel()
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            inputs, weight, axis = *_arguments(args, kwargs, ("input", "weight")), 1
+        elif func is torch.addmm:  # GPT-2's layers: x W with W stored i x o
+            inputs, weight, axis = *_arguments(args[1:], kwargs, ("mat1", "mat2")), 0
+        else:
+            return func(*args, **kwargs)
+        found = self._owner.get(weight.untyped_storage().data_ptr())
+        if found is None or weight.dim() != 2 or weight.shape[axis] != inputs.shape[-1]:
+            return func(*args, **kwargs)
+        path, parameter = found
+        expert = weight.storage_offset() // weight.numel() if parameter.dim() == 3 else 0
+        names = self.name(path, expert)
+        if names and inputs.numel():
+            self.seen((path, expert), names, inputs, axis)
+        if self.skips(path):
+            return inputs.new_zeros(()).expand(*inputs.shape[:-1], weight.shape[0])
+        output = func(*args, **kwargs)
+        if names and inputs.numel():
+            self.made(names, output, axis)
+        return output
+
+    def skips(self, path: str) -> bool:
+        """True if nobody reads the products of this parameter: they are not computed."""
+        return False
+
+    def seen(
+        self, matrix: tuple[str, int], names: tuple[str, ...], inputs: torch.Tensor, axis: int
+    ) -> None:
+        """Inputs (.., i) of a matrix (parameter, number of the expert), which run along `axis`."""
+
+    def made(self, names: tuple[str, ...], output: torch.Tensor, axis: int) -> None:
+        """Outputs (.., o) of a matrix."""
+
+
+class Watch(Products):
+    """Adds the inputs of the watched parameters' matrices to `entries`.
+
+    `unused` are parameters whose products nobody reads.
     """
 
     def __init__(
@@ -115,42 +169,19 @@ class Watch(TorchFunctionMode):
         name: Name,
         unused: Collection[str] = (),
     ):
-        super().__init__()
-        self.entries, self.name, self.unused = entries, name, unused
-        self._owner = {
-            parameter.untyped_storage().data_ptr(): (path, parameter)
-            for path, parameter in parameters.items()
-            if parameter.dim() > 1 and parameter.numel()
-        }
+        super().__init__(parameters, name)
+        self.entries, self.unused = entries, unused
         self._seen: dict[tuple[Any, ...], int] = {}
         self._held: list[torch.Tensor] = []  # memory of a seen input must not be used again
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.linear:
-            inputs, weight = _arguments(args, kwargs, ("input", "weight"))
-            if (path := self._see(inputs, weight, 1)) in self.unused and path is not None:
-                return inputs.new_zeros(()).expand(*inputs.shape[:-1], weight.shape[0])
-        elif func is torch.addmm:  # GPT-2's layers: x W with W stored i x o
-            self._see(*_arguments(args[1:], kwargs, ("mat1", "mat2")), 0)
-        return func(*args, **kwargs)
+    def skips(self, path: str) -> bool:
+        return path in self.unused
 
-    def _see(self, inputs: torch.Tensor, weight: torch.Tensor, axis: int) -> str | None:
-        """Add the inputs of one product; the parameter's name, None where it is not watched."""
-        found = self._owner.get(weight.untyped_storage().data_ptr())
-        if found is None:
-            return None
-        path, parameter = found
-        if weight.dim() != 2 or weight.shape[axis] != inputs.shape[-1]:
-            return path
-        expert = weight.storage_offset() // weight.numel() if parameter.dim() == 3 else 0
-        names = self.name(path, expert)
-        if names and inputs.numel():
-            self._add(inputs, (path, expert), names)
-            self.entries.axes |= dict.fromkeys(names, axis)
-        return path
+    def seen(
+        self, matrix: tuple[str, int], names: tuple[str, ...], inputs: torch.Tensor, axis: int
+    ) -> None:
+        self._add(inputs, matrix, names)
+        self.entries.axes |= dict.fromkeys(names, axis)
 
     def _add(self, inputs: torch.Tensor, matrix: tuple[str, int], names: tuple[str, ...]) -> None:
         width = inputs.shape[-1]

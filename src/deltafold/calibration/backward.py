@@ -12,6 +12,7 @@ sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from deltafold.calibration.batches import Batch
 from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.store import TensorStore
 from deltafold.calibration.stream import Pass, StreamedModel
+from deltafold.engine import trim
 from deltafold.errors import MismatchError
 
 Loss = Callable[[int, torch.Tensor], torch.Tensor]
@@ -27,6 +29,12 @@ Loss = Callable[[int, torch.Tensor], torch.Tensor]
 
 Hook = Callable[[str, torch.Tensor], None]
 """(checkpoint tensor, its gradient)"""
+
+Watcher = Callable[[dict[str, nn.Parameter]], AbstractContextManager[object]]
+"""Parameters at work -> a context in which their module runs on a batch."""
+
+Entered = Callable[[Batch, torch.Tensor, torch.Tensor], None]
+"""(batch, hidden states (b, t, width) before the first block, the gradient in them)"""
 
 Gradients = dict[str, torch.Tensor]
 
@@ -37,26 +45,33 @@ def backward(
     loss: Loss,
     hook: Hook,
     wanted: Callable[[str], bool] = lambda name: True,
+    watch: Watcher = nullcontext,
+    entered: Entered | None = None,
 ) -> float:
     """Gradients of a sum of losses, of all checkpoint tensors that are `wanted`; returns that sum.
 
     Counted rows are numbered over all batches, as in `StreamedModel.logits`. `hook` is given each
     tensor once, from the head down to the embedding, and one block's gradients are in memory at a
-    time. A tied tensor comes last. Raises MismatchError where a tensor cannot be told apart from
-    others in its parameter, or its gradient would be incomplete.
+    time. A tied tensor comes last. `watch` and `entered` see modules at work. Raises
+    MismatchError where a tensor cannot be told apart from others in its parameter, or its gradient
+    would be incomplete.
     """
     skeleton = model.skeleton
     below = _with_grad(skeleton, skeleton.outside(), wanted)
     waiting: Gradients = {}
     with torch.enable_grad(), model.forward(batches, keep=True) as done:
         with model.store_beside(done) as flowing:
-            total = _through_head(model, done, flowing, loss, wanted, waiting)
+            total = _through_head(model, done, flowing, loss, wanted, watch, waiting)
+            trim()
             shared = {source for name in below for source in skeleton.sources(name)}
             for name in [name for name in waiting if name not in shared]:
                 hook(name, waiting.pop(name))
             for number in reversed(range(model.n_blocks)):
-                for name, gradient in _through_block(model, done, number, flowing, wanted):
+                for name, gradient in _through_block(model, done, number, flowing, wanted, watch):
                     hook(name, gradient)
+                trim()
+            for place, batch in enumerate(done.batches if entered else ()):
+                entered(batch, done.stores[0][place], flowing[place])  # type: ignore[misc]
             if below:
                 _through_embedding(model, done, flowing, below, wanted, waiting)
         for name, gradient in waiting.items():
@@ -76,6 +91,7 @@ def _through_head(
     flowing: TensorStore,
     loss: Loss,
     wanted: Callable[[str], bool],
+    watch: Watcher,
     into: Gradients,
 ) -> float:
     """The total loss; gradients of the last hidden states go to `flowing`, of weights to `into`."""
@@ -85,7 +101,9 @@ def _through_head(
         for place, batch in enumerate(done.batches):
             rows = done.rows(place).requires_grad_()
             for start, part in model.parts(rows):
-                value = loss(row + start, head(part))
+                with watch(parameters):
+                    logits = head(part)
+                value = loss(row + start, logits)
                 value.backward()
                 total += float(value.detach())
             row += len(rows)
@@ -103,6 +121,7 @@ def _through_block(
     number: int,
     flowing: TensorStore,
     wanted: Callable[[str], bool],
+    watch: Watcher,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Turns gradients of a block's outputs into those of its inputs; yields those of its weights."""
     block, names = model.skeleton.blocks[number], model.skeleton.block(number)
@@ -111,7 +130,8 @@ def _through_block(
     with model.skeleton.filled(names, model.weights, with_grad) as parameters:
         for place in range(len(done.batches)):
             hidden = model.moved(done.stores[number][place]).clone().requires_grad_()
-            made = done.calls[place][number].run(block, hidden)
+            with watch(parameters):
+                made = done.calls[place][number].run(block, hidden)
             made.backward(model.moved(flowing[place]))
             if hidden.grad is not None:
                 flowing[place] = hidden.grad

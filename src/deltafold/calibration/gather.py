@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deltafold.calibration.batches import Sample
 from deltafold.calibration.kept import cache_folder, key_of, read_samples_file, write_samples
-from deltafold.calibration.samples import check_limits, read_samples
+from deltafold.calibration.samples import GENERAL, check_limits, general_samples, read_samples
 from deltafold.calibration.selftext import write_texts
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 from deltafold.calibration.tokens import Encoder, load_tokenizer
@@ -27,8 +27,9 @@ def gather_samples(
 ) -> list[Sample]:
     """At most `samples` samples of at most `max_tokens` tokens, by the fine-tune's tokenizer.
 
-    `source` is a file, `datasets:NAME[:SPLIT[:FIELD]]`, or `self` for text that the fine-tune
-    writes; that is kept in `cache` and found again. Raises DeltafoldError.
+    `source` is a file, `datasets:NAME[:SPLIT[:FIELD]]`, `general` for the text that comes with
+    deltafold, or `self` for text that the fine-tune writes; that is kept in `cache` and found
+    again. Raises DeltafoldError.
 
     >>> gather_samples("math/", "math.jsonl", samples=2)                        # doctest: +SKIP
     [Sample(ids=(504, 2365, ...), start=31), Sample(ids=(1780, ...), start=24)]
@@ -37,6 +38,8 @@ def gather_samples(
     model = finetuned if isinstance(finetuned, StreamedModel) else StreamedModel(finetuned)
     tokenizer = load_tokenizer(model.skeleton.folder)
     encoder = Encoder(tokenizer, min(max_tokens, model.context or max_tokens))
+    if str(source) == GENERAL:
+        return general_samples(encoder)
     if str(source) != "self":
         return read_samples(source, encoder, samples, seed)
     key = key_of([VERSION, model.checkpoint.fingerprint(), samples, encoder.max_tokens, seed])

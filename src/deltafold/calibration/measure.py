@@ -47,7 +47,7 @@ class Measurement:
         if self._entries is None and self._is_there(_file(number)):
             return contextlib.nullcontext()
         self._entries = self._entries or Entries(self.full, self.allowance_bytes)
-        return Watch(self._entries, parameters, self._names)
+        return Watch(self._entries, parameters, self.model.skeleton.matrix_names)
 
     def finished(self, number: int) -> None:
         """Write what was seen of a block."""
@@ -63,7 +63,9 @@ class Measurement:
             with self.model.head() as (head, parameters):
                 for place, batch in enumerate(done.batches):
                     for _, rows in self.model.parts(done.last[place][batch.real]):
-                        with Watch(self._entries, parameters, self._names, unused):
+                        with Watch(
+                            self._entries, parameters, self.model.skeleton.matrix_names, unused
+                        ):
                             head(rows)
         self._close(HEAD, "head", self.model.n_blocks + 1)
 
@@ -87,16 +89,6 @@ class Measurement:
         if self.progress:
             total = self.model.n_blocks + 1
             self.progress(Step("calibrate", name, done, total, self._written_bytes))
-
-    def _names(self, path: str, expert: int) -> tuple[str, ...]:
-        """Checkpoint tensors that a matrix of a parameter comes from."""
-        skeleton = self.model.skeleton
-        group = skeleton.groups[path]
-        if skeleton.is_whole:
-            return (path,) if path in self.model.checkpoint.tensors else ()
-        if group.is_experts:
-            return tuple(names[expert] for names in group.sources.values())
-        return group.names if len(group.names) == 1 else ()
 
     def _places_of(self, entries: Entries, file: str) -> dict[str, Place]:
         """Places of the tensors whose stored shape has the inputs along the axis that was seen."""

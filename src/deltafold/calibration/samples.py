@@ -3,6 +3,7 @@
     rows.jsonl              {"prompt", "answer"}, {"question", "answer"}, {"text"} or {"messages"}
     any other file          plain text, cut at blank lines
     datasets:NAME[:SPLIT[:FIELD]]   rows of a data set, through the package `datasets`
+    general                 pages of many kinds that come with the package (`general.jsonl`)
     self                    see `selftext.py`
 
 What is more than asked for is thinned out by the seed, not cut off at the end.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ from deltafold.errors import DeltafoldError, UsageError
 
 CHARACTERS_A_TOKEN = 6
 """Windows of a plain text are cut this long for each token wanted, then to the token."""
+
+GENERAL = "general"
+GENERAL_TOKENS = 128
+"""Tokens of each of the 24 samples of `general`."""
 
 Row = dict[str, Any]
 
@@ -37,6 +43,23 @@ def check_limits(samples: int, max_tokens: int) -> None:
     for name, value, least in (("samples", samples, 1), ("max_tokens", max_tokens, 2)):
         if value < least:
             raise UsageError(f"{value} {name.replace('_', ' ')} is too few; give at least {least}.")
+
+
+def general_samples(encoder: Encoder) -> list[Sample]:
+    """The text that comes with the package. All its tokens count."""
+    rows = resources.files("deltafold.calibration").joinpath("general.jsonl").read_text("utf-8")
+    found = []
+    for line in rows.splitlines():
+        row = json.loads(line)
+        try:
+            made = _sample(row, encoder, GENERAL)
+        except SampleError:  # no chat template, or one that is particular
+            made = encoder.text("\n\n".join(turn["content"] for turn in row["messages"]))
+        if made is not None:
+            found.append(Sample(made.ids[:GENERAL_TOKENS]))
+    if not found:
+        raise SampleError("The tokenizer makes no tokens of text; give --calibration none.")
+    return found
 
 
 def read_samples(source: str | Path, encoder: Encoder, samples: int, seed: int) -> list[Sample]:

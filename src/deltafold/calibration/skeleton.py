@@ -123,6 +123,18 @@ class Skeleton:
         """Checkpoint tensors of a parameter; its own name where the model is loaded whole."""
         return (name,) if self.is_whole else self.groups[name].names
 
+    def matrix_names(self, path: str, expert: int) -> tuple[str, ...]:
+        """Checkpoint tensors that a matrix of a parameter comes from, by rows, where that is known.
+
+        `expert` numbers the matrices of a parameter with three dimensions.
+        """
+        group = self.groups[path]
+        if self.is_whole:
+            return (path,) if path in self.names else ()
+        if group.is_experts:
+            return tuple(names[expert] for names in group.sources.values())
+        return group.names if len(group.names) == 1 else ()
+
     def _must_be_whole(self) -> bool:
         """True if some parameters can only be put together by loading the model with transformers.
 

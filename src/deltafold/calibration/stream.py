@@ -26,10 +26,11 @@ from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.store import TensorStore
 from deltafold.calibration.wiring import Weights
 from deltafold.checkpoint import Checkpoint, open_checkpoint
+from deltafold.engine import trim
 from deltafold.errors import MismatchError, NonFiniteError
 from deltafold.record import total_memory_bytes
 
-LOGITS_BYTES = 1 << 26
+LOGITS_BYTES = 1 << 25
 """Logits made at a time stay below this."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -180,6 +181,7 @@ class StreamedModel:
                 with watched or contextlib.nullcontext(), self.entry.sentence():
                     made = done.calls[place][number].run(block, self.moved(source[place]))
                 done.last[place] = made
+        trim()
         if visitor:
             visitor.finished(number)
 

@@ -28,8 +28,9 @@ def compress(
             "--calibration",
             "--text",
             metavar="TEXT",
-            help="Text that the method may use, and KL is measured on: JSONL of prompts (and "
-            "answers), plain text, datasets:NAME, or self (the fine-tune writes it).",
+            help="Text that shows what errors cost, and KL is measured on: JSONL of prompts (and "
+            "answers), plain text, datasets:NAME, self (the fine-tune writes it), general (comes "
+            "with deltafold; what auto takes by default) or none.",
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples, at most.")] = 128,
@@ -45,6 +46,12 @@ def compress(
         int,
         typer.Option(metavar="STEPS", help="Train what is stored against the fine-tune's outputs."),
     ] = 0,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform", help="auto: the same relative step everywhere, whatever it costs."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of random positions.")] = 0,
     no_fallback: Annotated[
         bool,
@@ -67,6 +74,8 @@ def compress(
     Example: deltafold compress base/ math/ -o math.delta --file-ratio 64
     """
     settings = o.method_options(beta, c, value_dtype, setting)
+    if uniform:
+        settings["uniform"] = True
     budget = {
         "file_ratio": file_ratio,
         "nominal_ratio": nominal_ratio,
@@ -138,10 +147,12 @@ def _show(record: dict[str, Any], where: Path) -> None:
         )
         kept = "  <- kept" if tried.get("kept") else ""
         say(f"  {named}: {tried['criterion']} {tried['value']:.4g}{kept}")
+    if why := record.get("calibration", {}).get("why"):
+        say(f"  all values count alike: {why}")
     if trained := record.get("distill"):
         say(
             f"  distilled {trained['steps']} steps: KL on samples held out "
-            f"{trained['kl_before']:.4g} -> {trained['kl_after']:.4g}; {trained['kept']} values kept"
+            f"{trained['kl_before']:.4g} -> {trained['kl_after']:.4g}; kept: {trained['kept']}"
         )
     say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "

@@ -95,6 +95,7 @@ class Codec(ABC):
     seeded: ClassVar[bool] = False  # another seed gives another archive
     variable: ClassVar[bool] = False  # bytes are known only after encoding; see `VariableCodec`
     uses_moments: ClassVar[bool] = False  # does better when it knows the layer's inputs
+    uses_fisher: ClassVar[bool] = False  # looks at `delta.fisher`: what errors cost
     Config: ClassVar[type[Config]] = Config
 
 

@@ -118,8 +118,9 @@ def encode(symbols: Symbols, contexts: NDArray[np.uint8] | None, tables: Sequenc
     """
     _check_contexts(len(symbols), contexts, tables)
     coder = constriction.stream.stack.AnsCoder()
-    for context in reversed(range(len(tables))):  # a stack: what is decoded first goes on last
-        run = _run(symbols, contexts, context)
+    runs = _runs(len(symbols), contexts, len(tables))
+    for context, at in reversed(runs):  # a stack: what is decoded first goes on last
+        run = symbols[at]
         alphabet = np.flatnonzero(tables[context].counts)  # the library's models know no zeros
         rank = np.full(256, -1, dtype=np.int32)
         rank[alphabet] = np.arange(len(alphabet))
@@ -140,12 +141,9 @@ def decode(
         raise ValueError("entropy-coded words are damaged: the last word is zero")
     coder = constriction.stream.stack.AnsCoder(np.ascontiguousarray(words, dtype=np.uint32))
     out = np.zeros(n, dtype=np.uint8)
-    for context, table in enumerate(tables):
-        if contexts is None:
-            out = _decode_run(coder, table, n)
-        else:
-            at = np.flatnonzero(contexts == context)  # quicker than the mask itself
-            out[at] = _decode_run(coder, table, len(at))
+    for context, at in _runs(n, contexts, len(tables)):
+        count = n if isinstance(at, slice) else len(at)
+        out[at] = _decode_run(coder, tables[context], count)
     if not coder.is_empty():
         raise ValueError("entropy-coded words are damaged: some are left over")
     return out
@@ -194,6 +192,18 @@ def _model(table: Table) -> constriction.stream.model.Categorical:
 def _run(symbols: Symbols, contexts: NDArray[np.uint8] | None, context: int) -> Symbols:
     """The symbols of one context, in order."""
     return symbols if contexts is None else symbols[np.flatnonzero(contexts == context)]
+
+
+def _runs(
+    n: int, contexts: NDArray[np.uint8] | None, n_contexts: int
+) -> list[tuple[int, slice | NDArray[np.int64]]]:
+    """(context, places of its symbols in order) of the contexts that occur, ascending."""
+    if contexts is None:
+        return [(0, slice(0, n))]
+    counts = np.bincount(contexts, minlength=n_contexts)
+    order = np.argsort(contexts, kind="stable")  # of bytes: a radix sort, one pass for all
+    places = np.split(order, np.cumsum(counts)[:-1])
+    return [(int(context), places[context]) for context in np.flatnonzero(counts)]
 
 
 def _check_contexts(n: int, contexts: NDArray[np.uint8] | None, tables: Sequence[Table]) -> None:

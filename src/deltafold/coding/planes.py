@@ -102,6 +102,17 @@ def inflate(part: torch.Tensor, expected_bytes: int) -> bytes:
         raise ValueError(f"a compressed part is damaged ({error})") from None
 
 
+def inflate_any(part: torch.Tensor, most_bytes: int) -> bytes:
+    """One zstd frame of at most `most_bytes`. Raises ValueError for anything else."""
+    try:
+        size = zstandard.frame_content_size(part.numpy().tobytes())
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a compressed part is damaged ({error})") from None
+    if not 0 <= size <= most_bytes:
+        raise ValueError(f"a compressed part holds more than {most_bytes} bytes")
+    return inflate(part, size)
+
+
 def deflate(data: bytes) -> torch.Tensor:
     """One zstd frame as a uint8 tensor."""
     frame = zstandard.ZstdCompressor(level=19, write_content_size=True).compress(data)

@@ -1,12 +1,10 @@
-"""Levels times trained units, and a trained low-rank correction: the trainable side of `auto`."""
+"""Levels times a trained unit, and a trained low-rank correction: the trainable side of `auto`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from deltafold.coding import correction
 from deltafold.coding.correction import Correction
@@ -17,25 +15,24 @@ SPARE, POWER_STEPS = 6, 6  # of the search for a gradient's leading directions
 
 
 class TrainableLevels(Trainable):
-    """Units, in units of their start; and the vectors of the correction, in units of the delta.
+    """The unit, in units of its start; and the vectors of the correction, in units of the delta.
 
-    `levels` (o, i) int8 stay; row k has the unit `units[group[k]]`, or 0 where `group` is as large
-    as there are units; without `group` all rows have the first. `code_with` makes the part `code`
-    of other units.
+    `levels` (o, i) int8 and the entries' steps, `rows` (o, 1) times `columns` (i,), stay as they
+    are but for the common factor. `code_with` makes the part `code` of the steps times a factor.
     """
 
     def __init__(
         self,
         levels: torch.Tensor,
-        units: torch.Tensor,
-        group: torch.Tensor | None,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
         fix: Correction | None,
-        code_with: Callable[[NDArray[np.float32]], torch.Tensor],
+        code_with: Callable[[float], torch.Tensor],
     ):
-        self.levels, self.units, self.group = levels, units, group
+        self.levels, self.rows, self.columns = levels, rows, columns
         self.fix, self.code_with = fix, code_with
-        self.values = {"units": torch.ones_like(self.units)}
-        self.rates = {"units": 0.003}
+        self.values = {"unit": torch.ones(1)}
+        self.rates = {"unit": 0.003}
         if fix is not None:
             self.size = fix.left_scales
             self.values["left"] = fix.left.float()
@@ -58,17 +55,14 @@ class TrainableLevels(Trainable):
         return self.values | {"right": right.contiguous()}
 
     def delta(self, values: Values) -> torch.Tensor:
-        units = self.units * values["units"]
-        if self.group is not None:
-            units = torch.cat([units, units.new_zeros(1)])[self.group][:, None]
-        coded = self.levels.float() * units
+        coded = self.levels * (self.rows * values["unit"]) * self.columns
         if self.fix is None:
             return coded
         left, right = correction.through(values["left"]), correction.through(values["right"])
         return coded.addmm((left * self.size).T, right)
 
     def store(self, values: Values) -> Values:
-        parts = {"code": self.code_with((self.units * values["units"]).numpy())}
+        parts = {"code": self.code_with(float(values["unit"]))}
         if self.fix is not None:
             scales, left = correction.rounded(values["left"])
             right_scales, right = correction.rounded(values["right"])

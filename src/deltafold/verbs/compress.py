@@ -16,9 +16,10 @@ from deltafold.engine import Progress, Resources
 from deltafold.errors import UsageError
 from deltafold.record import Meter, Record, check_record_path, record_path, write_record
 from deltafold.verbs.assemble import assemble
-from deltafold.verbs.distill import Distillation, check_distill, find_distillation
+from deltafold.verbs.distill import check_distill
 from deltafold.verbs.distill import distill as distill_pieces
 from deltafold.verbs.encode import encode_lossy
+from deltafold.verbs.evidence import Text
 from deltafold.verbs.job import Job, budget_of
 from deltafold.verbs.pair import open_pair
 from deltafold.verbs.recording import compress_record
@@ -56,8 +57,10 @@ def compress(
         base, finetuned: local Hugging Face folders, safetensors files, or hub ids (`org/name@rev`).
         method: a codec's name, see `deltafold methods`.
         file_ratio, nominal_ratio, n_bytes: the budget, at most one; default file ratio 32.
-        calibration: text for methods that use it: a JSONL file of prompts (and answers), plain
-            text, `datasets:NAME`, or `self`; at most `samples` samples of `max_tokens` tokens.
+        calibration: text that shows what errors cost, for methods that ask: a JSONL file of
+            prompts (and answers), plain text, `datasets:NAME`, `self`, `general` (comes with
+            deltafold) or `none`; at most `samples` samples of `max_tokens` tokens. By default
+            `auto` takes `general`, and other methods none.
         distill: steps of training what is stored against the fine-tune's outputs on the
             calibration text (default `self`).
         seed: of the random positions.
@@ -76,30 +79,11 @@ def compress(
     check_record_path(record)
     budget = budget_of(method, file_ratio, nominal_ratio, n_bytes)
     check_distill(distill, method)
-    if distill and calibration is None:
-        calibration = "self"
     config = get(method).Config.from_options(method, options)
+    text = Text(calibration, samples, max_tokens, memory_bytes, restart, progress)
     with Meter() as meter, open_pair(base, finetuned) as pair:
-        measured, distillation = None, None
-        if calibration is not None and get(method).uses_moments:
-            from deltafold.calibration.moments import calibrate  # transformers: seconds to import
-
-            measured = calibrate(
-                finetuned,
-                calibration,
-                samples=samples,
-                max_tokens=max_tokens,
-                memory_bytes=memory_bytes,
-                progress=progress,
-                restart=restart,
-            )
-        if distill and measured is not None:
-            distillation = Distillation(distill, measured.samples)
-        elif distill and calibration is not None:
-            distillation = find_distillation(
-                finetuned, calibration, distill, samples, max_tokens, memory_bytes, restart
-            )
-        job = Job(pair, method, config, budget, seed, fallback, measured, distillation)
+        known = text.gather(pair.finetuned, method, distill)
+        job = Job(pair, method, config, budget, seed, fallback, known)
         check_space(out, job.disk_needed_bytes)
         with Workspace(out, job.identity(), restart) as workspace:
             resources = Resources(workers, memory_bytes, progress)
@@ -114,6 +98,7 @@ def compress(
     with Archive(out) as archive:
         result = compress_record(job, plan, archive, out, meter)
     result["settings"]["workers"] = workers
+    result["calibration"] = known.to_record()
     if distilled is not None:
         result["distill"] = distilled
     write_record(result, Path(record) if record else record_path(out))

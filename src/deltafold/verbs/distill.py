@@ -6,11 +6,8 @@ the predictions on held-out samples better.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,29 +21,8 @@ from deltafold.verbs.planned import Plan
 from deltafold.verbs.student import PlanStudent
 from deltafold.verbs.workspace import Workspace, checksum
 
-if TYPE_CHECKING:
-    from deltafold.calibration.batches import Sample
-
 STATE = "distill/state.safetensors"
 FEWEST = 8  # samples: one of them is held out
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Steps of training, and the samples to train on."""
-
-    steps: int
-    samples: list[Sample]
-
-    def identity(self) -> dict[str, Any]:
-        """What unfinished work is bound to."""
-        from deltafold.calibration.kept import key_of
-
-        return {
-            "steps": self.steps,
-            "samples": key_of([(each.ids, each.start) for each in self.samples]),
-            "threads": torch.get_num_threads(),  # the order of sums
-        }
 
 
 def check_distill(steps: int, method: str) -> None:
@@ -67,38 +43,12 @@ def can_train(method: str) -> bool:
     return issubclass(cls, DeltaCodec) and cls.trainable is not DeltaCodec.trainable
 
 
-def find_distillation(
-    finetuned: str | Path,
-    calibration: str | Path,
-    steps: int,
-    samples: int,
-    max_tokens: int,
-    memory_bytes: int | None,
-    restart: bool,
-) -> Distillation:
-    """Samples for a method that takes no moments: those that `calibrate` would take."""
-    from deltafold.calibration.gather import gather_samples
-    from deltafold.calibration.stream import StreamedModel
-
-    model = StreamedModel(finetuned, memory_bytes=memory_bytes)
-    with contextlib.closing(model.checkpoint):
-        found = gather_samples(
-            model,
-            calibration,
-            samples=samples,
-            max_tokens=max_tokens,
-            memory_bytes=memory_bytes,
-            restart=restart,
-        )
-    return Distillation(steps, found)
-
-
 def distill(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> dict[str, Any]:
     """Train the plan's pieces; what a record says of it. Raises DeltafoldError."""
     from deltafold.calibration.stream import StreamedModel, default_memory_bytes
     from deltafold.distill import State, split_samples, train
 
-    asked = job.distillation
+    asked = job.evidence.distillation
     assert asked is not None
     if len(asked.samples) < FEWEST:
         raise UsageError(
@@ -159,7 +109,7 @@ def _store(
         piece.folder = "distilled"
         piece.checksums = {name: checksum(part) for name, part in sorted(parts.items())}
         key = job.key(tensor.pairing.name, piece.start)
-        rows = tensor.delta(job.pair, piece)
+        rows = tensor.delta(job, piece)
         error = relative_error(job.codec(piece.codec), parts, piece.settings, rows, key)
         piece.error = _no_longer(error, piece.error)
 

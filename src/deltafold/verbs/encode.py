@@ -20,7 +20,7 @@ def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resource
     """Encode what is not yet encoded; fills in each piece's settings, checksums and error."""
 
     def encode(tensor: PlannedTensor, piece: PlannedPiece) -> int:
-        rows = tensor.delta(job.pair, piece)
+        rows = tensor.delta(job, piece)
         codec, key = job.codec(piece.codec), job.key(tensor.pairing.name, piece.start)
         asked = piece.settings
         moments = job.moments(tensor.pairing.name) if codec.uses_moments else None

@@ -27,7 +27,7 @@ def factor_all(
 
     def factor(tensor: PlannedTensor, piece: PlannedPiece) -> None:
         codec = job.codec(piece.codec)
-        rows = tensor.delta(job.pair, piece)
+        rows = tensor.delta(job, piece)
         limit = reach(rows.shape, share)
         key = job.key(tensor.pairing.name, piece.start)
         rank = codec.components_for(rows.shape, limit)

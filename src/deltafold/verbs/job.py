@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltafold.archive.writer import encode_side_files
 from deltafold.budget import Budget
@@ -12,13 +13,10 @@ from deltafold.codecs import get
 from deltafold.codecs.base import Config, DeltaCodec
 from deltafold.coding.counter import derive_key
 from deltafold.errors import UsageError
-from deltafold.linalg import Moments
+from deltafold.linalg import Fisher, Moments
+from deltafold.verbs.evidence import Evidence
 from deltafold.verbs.pair import Pair
 from deltafold.version import __version__
-
-if TYPE_CHECKING:
-    from deltafold.calibration.moments import Calibration
-    from deltafold.verbs.distill import Distillation
 
 
 @dataclass
@@ -31,8 +29,8 @@ class Job:
     budget: Budget | None
     seed: int
     fallback: bool
-    calibration: Calibration | None = None
-    distillation: Distillation | None = None
+    evidence: Evidence = field(default_factory=Evidence)
+    fisher_scale: float = 1.0
     _codecs: dict[str, DeltaCodec] = field(default_factory=dict)
 
     @property
@@ -57,10 +55,18 @@ class Job:
 
     def moments(self, tensor: str) -> Moments | None:
         """Moments of the inputs that run along a tensor's columns, where calibration saw them."""
-        if self.calibration is None:
+        known = self.evidence.calibration
+        if known is None:
             return None
-        found = self.calibration.moments(tensor)
-        return None if found is None or self.calibration.input_axis(tensor) != 1 else found
+        found = known.moments(tensor)
+        return None if found is None or known.input_axis(tensor) != 1 else found
+
+    def fisher(self, tensor: str, start: int, stop: int) -> Fisher | None:
+        """What errors in rows [start, stop) of a tensor cost, where that was measured."""
+        found = (self.evidence.information or {}).get(tensor)
+        if found is None or len(found.rows) < stop:
+            return None
+        return Fisher(found.rows[start:stop] * self.fisher_scale, found.columns)
 
     @cached_property
     def side_files(self) -> Any:
@@ -69,6 +75,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What unfinished work is bound to: inputs, settings, versions."""
+        known = self.evidence
         return {
             "command": "compress",
             "base": self.pair.base.fingerprint(),
@@ -79,10 +86,20 @@ class Job:
             "budget": [self.budget.kind, self.budget.asked] if self.budget else None,
             "seed": self.seed,
             "fallback": self.fallback,
-            "calibration": self.calibration.folder.name if self.calibration else None,
-            "distill": self.distillation.identity() if self.distillation else None,
+            "calibration": known.calibration.folder.name if known.calibration else None,
+            "information": self._information_key(),
+            "distill": known.distillation.identity() if known.distillation else None,
             "deltafold version": __version__,
         }
+
+    def _information_key(self) -> str | None:
+        if not self.evidence.information:
+            return None
+        found = hashlib.sha256()
+        for name, each in sorted(self.evidence.information.items()):
+            found.update(name.encode())
+            found.update(each.rows.numpy().tobytes() + each.columns.numpy().tobytes())
+        return found.hexdigest()[:24]
 
     @property
     def disk_needed_bytes(self) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from deltafold.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from deltafold.errors import MismatchError
+from deltafold.linalg import Fisher
 from deltafold.names import is_vocabulary, role_of
 
 MIN_SIDE = 16  # a matrix narrower than this is stored exactly
@@ -154,7 +155,8 @@ class DeltaRows:
 
     KEEP_BYTES = 96 << 20
 
-    def __init__(self, pair: Pair, pairing: Pairing, span: Span):
+    def __init__(self, pair: Pair, pairing: Pairing, span: Span, fisher: Fisher | None = None):
+        self.fisher = fisher
         self._pair = pair
         self._name = pairing.name
         self._span = span

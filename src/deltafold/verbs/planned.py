@@ -7,7 +7,7 @@ from typing import Any
 
 from deltafold.codecs.base import Settings, Shape, Spectrum
 from deltafold.verbs.job import Job
-from deltafold.verbs.pair import DeltaRows, Pair, Pairing, Span
+from deltafold.verbs.pair import DeltaRows, Pairing, Span
 from deltafold.verbs.survey import SpanSurvey, TensorSurvey
 
 
@@ -45,9 +45,10 @@ class PlannedTensor:
         """Rows and columns of one of its pieces."""
         return (piece.stop - piece.start, self.pairing.tuned.matrix_shape[1])
 
-    def delta(self, pair: Pair, piece: PlannedPiece) -> DeltaRows:
+    def delta(self, job: Job, piece: PlannedPiece) -> DeltaRows:
         """The delta of a lossy piece."""
-        return DeltaRows(pair, self.pairing, Span(piece.start, piece.stop, True))
+        fisher = job.fisher(self.pairing.name, piece.start, piece.stop)
+        return DeltaRows(job.pair, self.pairing, Span(piece.start, piece.stop, True), fisher)
 
     def span(self, piece: PlannedPiece) -> SpanSurvey:
         """The survey of the span that a lossy piece covers."""

@@ -1,0 +1,96 @@
+"""Which steps the entries of a delta get: a `Grid` from its sizes, and from what errors cost.
+
+The formula and its reasons: `codecs/auto.py`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deltafold.coding.dither import MAX_LEVEL
+from deltafold.coding.grid import Exponents, Grid
+from deltafold.linalg import RowMatrix, chunks
+
+UNEVEN = 0.35  # standard deviation of log2(row's root mean square) from which rows have sizes
+SMALLEST, LARGEST = -28, 8  # half octaves of a row's size, from the matrix's
+ROW_FLOOR, COLUMN_FLOOR = 0.1, 0.3  # of the mean: entries may matter on text not seen
+LEAST_WEIGHT, MOST_WEIGHT = 1 / 8, 8.0
+
+
+def grid_for(delta: RowMatrix, step: float, uniform: bool = False) -> Grid | None:
+    """Steps for a matrix; None if it is zero. `uniform` does not look at what errors cost."""
+    size = row_sizes(delta)
+    sigma = float(np.sqrt(np.square(size).mean()))
+    if sigma < 1e-30:
+        return None
+    sizes = _uneven(size, sigma)
+    fisher = None if uniform else delta.fisher
+    if fisher is None or not 0 < fisher.mean < np.inf:
+        return Grid.of(step * sigma, sigma, sizes=sizes, follow=sizes is not None)
+    weight = float(np.clip((sigma * fisher.mean**0.5) ** -0.5, LEAST_WEIGHT, MOST_WEIGHT))
+    n_bytes = normal_rate(step * weight) * size.size * delta.shape[1] / 8
+    rows = _worth(*_octaves(fisher.rows, ROW_FLOOR), n_bytes)
+    columns = _worth(*_octaves(fisher.columns, COLUMN_FLOOR), n_bytes)
+    return Grid.of(step * weight * sigma, sigma, rows, columns, sizes)
+
+
+def row_sizes(delta: RowMatrix) -> NDArray[np.float64]:
+    """Root mean square of each row (o,)."""
+    found = [rows.double().square().mean(dim=1).sqrt() for _, rows in chunks(delta)]
+    return np.asarray(torch.cat(found).numpy())
+
+
+def _uneven(size: NDArray[np.float64], sigma: float) -> Exponents | None:
+    """Half octaves of the rows' sizes from sigma; None where rows are alike."""
+    some = size[size > 0]
+    if np.log2(some).std() <= UNEVEN and len(some) == len(size):
+        return None
+    with np.errstate(divide="ignore"):
+        exact = np.rint(2 * np.log2(size / sigma))
+    return np.clip(exact, SMALLEST, LARGEST).astype(np.int8)
+
+
+def _octaves(cost: torch.Tensor, floor: float) -> tuple[Exponents, float]:
+    """(half octaves of steps for these costs, whole octaves only; share of bytes that they save).
+
+    With steps in proportion to c^-1/2, bytes times divergence are (mean c^1/2)^2, else mean c.
+    """
+    mean = float(cost.double().mean())
+    full = cost.double().numpy() / mean + floor
+    exponents = 2 * np.rint(-0.5 * np.log2(full))
+    saved = 1 - np.sqrt(full).mean() ** 2 / full.mean()
+    return np.clip(exponents, -40, 40).astype(np.int8), float(saved)
+
+
+def _worth(exponents: Exponents, saved: float, n_bytes: float) -> Exponents | None:
+    """The vector, if it saves more than it costs when the matrix takes `n_bytes`."""
+    _, counts = np.unique(exponents, return_counts=True)
+    share = counts / len(exponents)
+    cost = -(share * np.log2(share)).sum() * len(exponents) / 8 * 1.15 + 8
+    return exponents if saved * n_bytes > cost else None
+
+
+@cache
+def normal_rates() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(steps, bits a value) of standard normal values, the threshold known; steps ascend."""
+    steps = np.geomspace(0.1, 4096, 140)
+    t = (np.arange(256) + 0.5) / 256
+    rates = []
+    for step in steps:
+        # |x| >= k - 1 + t gives level k: tails of the normal distribution.
+        edges = (np.arange(MAX_LEVEL)[:, None] + t) * step
+        tail = torch.special.erfc(torch.from_numpy(edges / 2**0.5)).numpy()
+        p = np.concatenate([1 - tail[:1], tail[:-1] - tail[1:], tail[-1:]])
+        bits = np.where(p > 0, -p * np.log2(np.maximum(p, 1e-300)), 0).sum(axis=0) + tail[0]
+        rates.append(bits.mean())
+    return steps, np.array(rates)
+
+
+def normal_rate(step: float) -> float:
+    """Bits a value of standard normal values at this step."""
+    steps, rates = normal_rates()
+    return float(np.exp(np.interp(np.log(step), np.log(steps), np.log(rates))))
