@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from smollm2 import default_cache
 
 import deltafold
-from deltafold.codecs import auto
+from deltafold.codecs import auto, steps
 from deltafold.coding import dither
 from deltafold.record import RECORD_VERSION, Meter, Record, machine, write_record
 from deltafold.reporting.markdown import rewrite_block
@@ -38,13 +38,22 @@ def _halfway(key: int, start: int, stop: int) -> NDArray[np.uint16]:
     return np.full(stop - start, dither.THRESHOLDS // 2, dtype=np.uint16)
 
 
-VARIANTS: dict[str, tuple[bool, dict[tuple[Any, str], Any]]] = {
-    "as it is": (False, {}),
-    "rounding to nearest, no seeded thresholds": (False, {(dither, "thresholds"): _halfway}),
-    "one step for all rows of the vocabulary": (False, {(auto, "UNEVEN"): float("inf")}),
-    "as it is, with calibration text": (True, {}),
-    "calibrated, damping 1 at every step": (True, {(auto, "FEED_DAMPING"): 0.0}),
-    "calibrated, damping twice the step": (True, {(auto, "FEED_DAMPING"): 2.0}),
+NO, TASK = "none", "task"  # calibration; None is what compress takes by itself
+FLAT = 1e9  # a floor above which all rows, or columns, count alike
+VARIANTS: dict[str, tuple[str | None, dict[tuple[Any, str], Any]]] = {
+    "as it is": (None, {}),
+    "finer rows and columns, not matrices": (None, {(steps, "TRUST"): 0.0}),
+    "matrices by cost alone, not by their size": (None, {(steps, "TRUST"): 1.0}),
+    "no finer columns": (None, {(steps, "COLUMN_FLOOR"): FLAT}),
+    "no finer rows": (None, {(steps, "ROW_FLOOR"): FLAT}),
+    "the same relative step everywhere": (NO, {}),
+    "the same, and in all rows of the vocabulary": (NO, {(steps, "UNEVEN"): float("inf")}),
+    "the same, rounded to nearest, no seeded thresholds": (
+        NO,
+        {(dither, "thresholds"): _halfway},
+    ),
+    "as it is, with calibration text of the task": (TASK, {}),
+    "so, but errors not fed forward": (TASK, {(auto, "UNSETTLED"): -1.0}),
 }
 
 
@@ -61,10 +70,10 @@ def measure(family: Family, finetune: FineTune, rows: int) -> list[Record]:
     """One row a variant and ratio: true bytes, and KL of the model made from the archive."""
     found: list[Record] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, (calibrated, patches) in VARIANTS.items():
+        for name, (calibration, patches) in VARIANTS.items():
             with changed(patches):  # decoding derives the thresholds too
                 made = [
-                    compress(family, finetune, name, calibrated, ratio, Path(scratch))
+                    compress(family, finetune, name, calibration, ratio, Path(scratch))
                     for ratio in RATIOS
                 ]
                 scored = deltafold.evaluate(
@@ -86,11 +95,12 @@ def measure(family: Family, finetune: FineTune, rows: int) -> list[Record]:
 
 
 def compress(
-    family: Family, finetune: FineTune, variant: str, calibrated: bool, ratio: int, scratch: Path
+    family: Family, finetune: FineTune, variant: str, calibration: str | None, ratio: int,
+    scratch: Path,
 ) -> Record:
     """One archive; its row still names the archive."""
     archive = scratch / f"{len(list(scratch.iterdir()))}.delta"
-    text = finetune.calibration if calibrated else None
+    text = finetune.calibration if calibration == TASK else calibration
     record = deltafold.compress(
         family.base, finetune.folder, archive, "auto", file_ratio=ratio, calibration=text
     )

@@ -11,7 +11,6 @@ What is more than asked for is thinned out by the seed, not cut off at the end.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
@@ -197,10 +196,11 @@ def _data_set(source: str) -> tuple[int, Callable[[int], Row], Callable[[int], s
     """(rows, row by number, place by number) of `datasets:NAME[:SPLIT[:FIELD]]`."""
     name, split, field = (*source.removeprefix("datasets:").split(":"), "", "")[:3]
     try:
-        datasets = importlib.import_module("datasets")  # not a requirement of this package
+        import datasets  # an extra
     except ImportError:
         raise SampleError(
-            f"{source} needs the package datasets; install it, or give a file of texts."
+            f"{source} needs the package datasets (pip install 'deltafold[datasets]'), or give a "
+            "file of texts."
         ) from None
     try:
         rows: Sequence[Row] = datasets.load_dataset(name, split=split or "train")

@@ -18,6 +18,7 @@ from deltafold.linalg import RowMatrix, chunks
 UNEVEN = 0.35  # standard deviation of log2(row's root mean square) from which rows have sizes
 SMALLEST, LARGEST = -28, 8  # half octaves of a row's size, from the matrix's
 ROW_FLOOR, COLUMN_FLOOR = 0.1, 0.3  # of the mean: entries may matter on text not seen
+TRUST = 0.5  # between the same relative step in all matrices (0) and the same loss per byte (1)
 LEAST_WEIGHT, MOST_WEIGHT = 1 / 8, 8.0
 
 
@@ -31,7 +32,7 @@ def grid_for(delta: RowMatrix, step: float, uniform: bool = False) -> Grid | Non
     fisher = None if uniform else delta.fisher
     if fisher is None or not 0 < fisher.mean < np.inf:
         return Grid.of(step * sigma, sigma, sizes=sizes, follow=sizes is not None)
-    weight = float(np.clip((sigma * fisher.mean**0.5) ** -0.5, LEAST_WEIGHT, MOST_WEIGHT))
+    weight = float(np.clip((sigma * fisher.mean**0.5) ** -TRUST, LEAST_WEIGHT, MOST_WEIGHT))
     n_bytes = normal_rate(step * weight) * size.size * delta.shape[1] / 8
     rows = _worth(*_octaves(fisher.rows, ROW_FLOOR), n_bytes)
     columns = _worth(*_octaves(fisher.columns, COLUMN_FLOOR), n_bytes)
