@@ -95,7 +95,11 @@ def measure(family: Family, finetune: FineTune, rows: int) -> list[Record]:
 
 
 def compress(
-    family: Family, finetune: FineTune, variant: str, calibration: str | None, ratio: int,
+    family: Family,
+    finetune: FineTune,
+    variant: str,
+    calibration: str | None,
+    ratio: int,
     scratch: Path,
 ) -> Record:
     """One archive; its row still names the archive."""

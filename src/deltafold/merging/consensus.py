@@ -1,0 +1,87 @@
+"""Consensus: several deltas of one tensor, each with its weight, become one.
+
+One function a row of `CONSENSUS`: deltas (k of one shape, fp32), weights (k), numbers of its own ->
+the merged delta, before the global scale. Entries that a sparsifier set to zero do not vote.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+Deltas = Sequence[torch.Tensor]
+Consensus = Callable[[Deltas, Sequence[float], dict[str, float]], torch.Tensor]
+
+
+def total(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
+    """sum w_i D_i: task arithmetic, Ilharco et al. 2022 (arXiv 2212.04089)."""
+    out = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        out.add_(delta, alpha=weight)
+    return out
+
+
+def mean(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
+    """sum w_i D_i / sum w_i: the weighted average of the models. Zeros if the weights sum to 0."""
+    whole = sum(weights)
+    out = total(deltas, weights, numbers)
+    return out.div_(whole) if whole else out.zero_()
+
+
+def ties(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
+    """Elect a sign for each entry, then average those that agree with it.
+
+    sign = sgn(sum w_i D_i);  sum over agreeing i of w_i D_i / sum over the same i of w_i. Yadav et
+    al. 2023 (arXiv 2306.01708), steps 2 and 3; with weights 1 it is the paper's mean.
+    """
+    sign = total(deltas, weights, numbers).sign_()
+    out, votes = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = (weight * delta * sign) > 0
+        out += torch.where(agrees, delta * weight, 0.0)
+        votes += agrees * abs(weight)
+    return torch.where(votes > 0, out / votes.clamp_min(1e-30), 0.0)
+
+
+def slerp(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
+    """Two tensors along the arc between them, at t = w_2 / (w_1 + w_2).
+
+    sin((1 - t) a) / sin(a) X_1 + sin(t a) / sin(a) X_2, a their angle; a straight line where they
+    are nearly parallel, or one is zero. Shoemake 1985. Given whole weights, not deltas.
+    """
+    first, second = deltas
+    share = weights[1] / (weights[0] + weights[1]) if sum(weights) else 0.0
+    lengths = float(first.double().norm()) * float(second.double().norm())
+    cosine = float((first.double() * second.double()).sum()) / lengths if lengths else 1.0
+    if abs(cosine) > 1 - 1e-4:
+        return first * (1 - share) + second * share
+    angle = math.acos(cosine)
+    one, two = (math.sin(part * angle) / math.sin(angle) for part in (1 - share, share))
+    return first * one + second * two
+
+
+def consensus(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
+    """The sum, where at least `agree` (2) models need it; each says so by its own mask.
+
+    mask_i = |w_i D_i| >= threshold |sum of the others|; sum w_i D_i where at least `agree` masks are
+    set. Wang et al. 2024 (TALL masks and consensus merging, arXiv 2405.07813).
+    """
+    whole = total(deltas, weights, numbers)
+    threshold, needed = numbers.get("threshold", 0.4), min(numbers.get("agree", 2), len(deltas))
+    votes = torch.zeros_like(whole)
+    for delta, weight in zip(deltas, weights, strict=True):
+        own = weight * delta
+        votes += (own.abs() >= threshold * (whole - own).abs()) & (own != 0)
+    return torch.where(votes >= needed, whole, 0.0)
+
+
+CONSENSUS: dict[str, Consensus] = {
+    "sum": total,
+    "mean": mean,
+    "ties": ties,
+    "slerp": slerp,
+    "consensus": consensus,
+}
+WHOLE_WEIGHTS = {"slerp"}  # given base + delta, and give such

@@ -1,0 +1,144 @@
+"""Sparsifiers: a delta with part of its entries set to zero, before deltas are combined.
+
+One function a row of `SPARSIFIERS`; each takes a delta of any shape (fp32), the share of entries to
+keep, a key for its random stream, and numbers of its own. Density 1 keeps all, density 0 gives
+zeros, and anything between keeps at least one entry. Keys are a tensor's and a model's own, so masks
+depend neither on the order of work nor on the other models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from deltafold.codecs import delta_codec
+from deltafold.coding.counter import random_u32
+from deltafold.linalg import DenseMatrix, truncated_svd
+
+Sparsifier = Callable[[torch.Tensor, float, int, dict[str, float]], torch.Tensor]
+CHUNK = 1 << 22
+SMALLEST_SIDE = 16  # of a matrix that is split into singular components
+
+
+def kept_count(density: float, n: int) -> int:
+    """How many of n entries a density keeps: the nearest whole number, but one at least.
+
+    >>> kept_count(0.2, 1000), kept_count(0.001, 32), kept_count(0.0, 32)
+    (200, 1, 0)
+    """
+    return min(n, max(1, round(density * n))) if density > 0 and n else 0
+
+
+def none(delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]) -> torch.Tensor:
+    """The delta as it is."""
+    return delta
+
+
+def magnitude(
+    delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]
+) -> torch.Tensor:
+    """The largest entries by magnitude. Yadav et al. 2023 (TIES, arXiv 2306.01708), step 1."""
+    size = delta.abs().reshape(-1)
+    return delta * _largest(size, kept_count(density, size.numel())).reshape(delta.shape)
+
+
+def dare(delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]) -> torch.Tensor:
+    """Each entry kept with probability `density`, times 1 / density. Yu et al. 2023 (2311.03099)."""
+    if density <= 0:
+        return torch.zeros_like(delta)
+    flat = delta.reshape(-1)
+    out = torch.empty_like(flat)
+    for start in range(0, len(flat), CHUNK):
+        stop = min(len(flat), start + CHUNK)
+        kept = _uniform(key, start, stop) < density
+        out[start:stop] = flat[start:stop] * kept / density
+    return out.reshape(delta.shape)
+
+
+def della(delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]) -> torch.Tensor:
+    """Dropped with a probability that falls with the rank of the entry's magnitude in its row.
+
+    p_i = p - epsilon / 2 + epsilon r_i / (n - 1), r_i = 0 for the largest of the row's n entries,
+    p = 1 - density; survivors times 1 / (1 - p_i). Deep et al. 2024 (DELLA, arXiv 2406.11617), 3.1.
+    `epsilon` is at most 2 min(p, density), so that probabilities stay probabilities.
+    """
+    if density <= 0:
+        return torch.zeros_like(delta)
+    rows = delta.reshape(-1, delta.shape[-1]) if delta.ndim > 1 else delta.reshape(1, -1)
+    n = rows.shape[1]
+    epsilon = min(numbers.get("epsilon", 0.1), 2 * min(1 - density, density))
+    order = rows.abs().argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(1, order, torch.arange(n).expand_as(order))
+    kept = density + epsilon / 2 - epsilon * rank.float() / max(1, n - 1)
+    chosen = _uniform(key, 0, rows.numel()).reshape(rows.shape) < kept
+    return (rows * chosen / kept.clamp_min(1e-6)).reshape(delta.shape)
+
+
+def breadcrumbs(
+    delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]
+) -> torch.Tensor:
+    """Neither the largest `gamma` of the entries nor the smallest; `density` of them are left.
+
+    Davari and Belilovsky 2023 (Model Breadcrumbs, arXiv 2312.06795).
+    """
+    size = delta.abs().reshape(-1)
+    count = kept_count(density, size.numel())
+    outliers = min(int(numbers.get("gamma", 0.01) * size.numel()), size.numel() - count)
+    kept = _largest(size, outliers + count) & ~_largest(size, outliers)
+    return delta * kept.reshape(delta.shape)
+
+
+def impart(
+    delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]
+) -> torch.Tensor:
+    """ImPart's importance-aware sparsity of singular vectors (arXiv 2504.13237, section 7.2).
+
+    `density` is kept values of both factors / entries. What is no matrix, or a small one, stays.
+    """
+    if delta.ndim != 2 or min(delta.shape) < SMALLEST_SIDE or density >= 1:
+        return delta
+    if density <= 0 or not delta.any():
+        return torch.zeros_like(delta)
+    o, i = delta.shape
+    config: dict[str, Any] = {"value_dtype": "bf16"}
+    config |= {name: numbers[name] for name in ("beta", "c") if name in numbers}
+    codec = delta_codec("impart", config)
+    rank = codec.components_for((o, i), density)
+    factors = truncated_svd(DenseMatrix(delta), max(1, rank), key)
+    spectrum = factors.s.double().numpy()
+    settings = codec.settings_for((o, i), density, spectrum)
+    settings, parts = codec.encode(DenseMatrix(delta), settings, key, factors)
+    return torch.cat([rows for _, rows in codec.decode(parts, settings, (o, i), key)])
+
+
+def _largest(size: torch.Tensor, count: int) -> torch.Tensor:
+    """Mask of the `count` largest of `size` (n,); of equal ones the first."""
+    n = size.numel()
+    if count >= n:
+        return torch.ones(n, dtype=torch.bool)
+    if count <= 0:
+        return torch.zeros(n, dtype=torch.bool)
+    edge = size.kthvalue(n - count + 1).values
+    kept = size > edge
+    ties = (size == edge).nonzero()[:, 0]
+    kept[ties[: count - int(kept.sum())]] = True
+    return kept
+
+
+def _uniform(key: int, start: int, stop: int) -> torch.Tensor:
+    """Numbers in [0, 1) of the stream `key`."""
+    return torch.from_numpy(random_u32(key, start, stop).astype(np.float64) * 2.0**-32)
+
+
+SPARSIFIERS: dict[str, Sparsifier] = {
+    "none": none,
+    "magnitude": magnitude,
+    "dare": dare,
+    "della": della,
+    "breadcrumbs": breadcrumbs,
+    "impart": impart,
+}
