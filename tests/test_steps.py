@@ -74,6 +74,23 @@ def test_costs_that_say_nothing(bad: float) -> None:
     assert grid == grid_for(DenseMatrix(delta), 2.0)
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+def test_no_entry_is_beyond_the_largest_level(weighed: bool) -> None:
+    """Fine steps, and one large entry in a row that counts much: it comes back all the same."""
+    delta = normal(128, 96)
+    delta[5, 7], delta[9] = 300.0, 50 * delta[9]
+    cost = Fisher(10 ** torch.linspace(3, -3, 128), 10 ** torch.linspace(3, -3, 96))
+    codec = delta_codec("auto")
+    matrix = DenseMatrix(delta, cost if weighed else None)
+    chosen, parts = codec.encode(matrix, {"step": 0.02}, KEY)
+    rows = torch.cat([each for _, each in codec.decode(parts, chosen, (128, 96), KEY)])
+    units = grid_for(matrix, 0.02)
+    assert units is not None
+    steps = units.row_units(np.arange(128)) * units.column_units(96)
+    assert ((rows - delta).abs() <= 1.0001 * steps).all()
+    assert float((rows - delta)[5, 7]) == pytest.approx(0, abs=300 / 30)
+
+
 def test_a_zero_matrix_has_no_steps() -> None:
     assert grid_for(DenseMatrix(torch.zeros(20, 20)), 1.0) is None
 

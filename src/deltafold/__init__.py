@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deltafold.evaluation import evaluate
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
+    from deltafold.verbs.merge import merge
     from deltafold.verbs.plan import plan
     from deltafold.verbs.restore import restore
     from deltafold.verbs.verify import verify
@@ -31,6 +32,7 @@ _VERBS = {
     "inspect": "deltafold.verbs.inspect",
     "plan": "deltafold.verbs.plan",
     "load": "deltafold.verbs.load",
+    "merge": "deltafold.verbs.merge",
     "evaluate": "deltafold.evaluation",
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
+    "merge",
     "plan",
     "restore",
     "verify",

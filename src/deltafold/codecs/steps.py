@@ -5,6 +5,7 @@ The formula and its reasons: `codecs/auto.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -24,25 +25,48 @@ LEAST_WEIGHT, MOST_WEIGHT = 1 / 8, 8.0
 
 def grid_for(delta: RowMatrix, step: float, uniform: bool = False) -> Grid | None:
     """Steps for a matrix; None if it is zero. `uniform` does not look at what errors cost."""
-    size = row_sizes(delta)
+    size, largest = row_sizes(delta)
     sigma = float(np.sqrt(np.square(size).mean()))
     if sigma < 1e-30:
         return None
     sizes = _uneven(size, sigma)
     fisher = None if uniform else delta.fisher
     if fisher is None or not 0 < fisher.mean < np.inf:
-        return Grid.of(step * sigma, sigma, sizes=sizes, follow=sizes is not None)
+        grid = Grid.of(step * sigma, sigma, sizes=sizes, follow=sizes is not None)
+        return _within_reach(delta, grid, largest)
     weight = float(np.clip((sigma * fisher.mean**0.5) ** -TRUST, LEAST_WEIGHT, MOST_WEIGHT))
     n_bytes = normal_rate(step * weight) * size.size * delta.shape[1] / 8
     rows = _worth(*_octaves(fisher.rows, ROW_FLOOR), n_bytes)
     columns = _worth(*_octaves(fisher.columns, COLUMN_FLOOR), n_bytes)
-    return Grid.of(step * weight * sigma, sigma, rows, columns, sizes)
+    return _within_reach(
+        delta, Grid.of(step * weight * sigma, sigma, rows, columns, sizes), largest
+    )
 
 
-def row_sizes(delta: RowMatrix) -> NDArray[np.float64]:
-    """Root mean square of each row (o,)."""
-    found = [rows.double().square().mean(dim=1).sqrt() for _, rows in chunks(delta)]
-    return np.asarray(torch.cat(found).numpy())
+def row_sizes(delta: RowMatrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Root mean square, and largest magnitude, of each row (o,)."""
+    sizes, largest = [], []
+    for _, rows in chunks(delta):
+        sizes.append(rows.double().square().mean(dim=1).sqrt())
+        largest.append(rows.abs().amax(dim=1).double())
+    return np.asarray(torch.cat(sizes).numpy()), np.asarray(torch.cat(largest).numpy())
+
+
+def _within_reach(delta: RowMatrix, grid: Grid, largest: NDArray[np.float64]) -> Grid:
+    """The grid with coarser rows where an entry would be more than `MAX_LEVEL` units."""
+    o, i = delta.shape
+    columns = grid.column_units(i)
+    units = grid.row_units(np.arange(o))[:, 0].double().numpy()
+    if (largest <= MAX_LEVEL * units * float(columns.min())).all():
+        return grid
+    most = [(rows.abs() / columns).amax(dim=1).double() for _, rows in chunks(delta)]
+    with np.errstate(divide="ignore"):
+        short = np.ceil(np.log2(torch.cat(most).numpy() / (MAX_LEVEL * units)))
+    if not (short > 0).any():
+        return grid
+    rows = np.zeros(o, np.int8) if grid.rows is None else grid.rows
+    rows = np.clip(rows + 2 * np.maximum(short, 0), -80, 80).astype(np.int8)
+    return replace(grid, rows=rows, follow=False)
 
 
 def _uneven(size: NDArray[np.float64], sigma: float) -> Exponents | None:

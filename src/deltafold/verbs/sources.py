@@ -1,0 +1,97 @@
+"""A fine-tune to merge: a checkpoint, or an archive that is decoded tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from deltafold.archive import MANIFEST_FILE, Archive
+from deltafold.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from deltafold.verbs.decode import check_base_headers, check_codecs, checked_rows
+
+Header = tuple[str, tuple[int, ...]]
+"""(dtype as in headers, shape)"""
+
+
+class Source(Protocol):
+    """Tensors of one fine-tune."""
+
+    label: str
+    headers: dict[str, Header]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor in its stored dtype. Raises ArchiveError, MismatchError."""
+        ...
+
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        """Config, tokenizer and the like: (name, content)."""
+        ...
+
+    def fingerprint(self) -> object:
+        """What unfinished work is bound to."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class CheckpointSource:
+    """A folder, a file or a hub id."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint, self.label = checkpoint, checkpoint.label
+        self.headers = {n: (info.dtype, info.shape) for n, info in checkpoint.tensors.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.checkpoint.tensor(name)
+
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        for path in self.checkpoint.side_files:
+            yield path.name, path.read_bytes()
+
+    def fingerprint(self) -> object:
+        return self.checkpoint.fingerprint()
+
+    def close(self) -> None:
+        self.checkpoint.close()
+
+
+class ArchiveSource:
+    """An archive on its base; the base's tensors are hashed before they are used."""
+
+    def __init__(self, folder: Path, base: Checkpoint):
+        self.archive, self.base = Archive(folder), base
+        try:
+            check_codecs(self.archive)
+            check_base_headers(self.archive, base)
+        except BaseException:
+            self.archive.__exit__()
+            raise
+        self.label = str(folder)
+        self.headers = {t.name: (t.dtype, t.shape) for t in self.archive.manifest.tensors}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        entry = self.archive.by_name[name]
+        whole = torch.empty(entry.matrix_shape, dtype=DTYPES[entry.dtype])
+        for start, rows in checked_rows(self.archive, entry, self.base):
+            whole[start : start + len(rows)] = rows
+        return whole.reshape(entry.shape)
+
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        for entry in self.archive.manifest.files:
+            yield entry.name, self.archive.side_file(entry, self.base)
+
+    def fingerprint(self) -> object:
+        return self.archive.identity
+
+    def close(self) -> None:
+        self.archive.__exit__()
+
+
+def open_source(path: str | Path, base: Checkpoint) -> Source:
+    """An archive's folder, or any checkpoint. Raises CheckpointError, ArchiveError, MismatchError."""
+    if (Path(path) / MANIFEST_FILE).is_file():
+        return ArchiveSource(Path(path), base)
+    return CheckpointSource(open_checkpoint(path))
