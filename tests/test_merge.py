@@ -17,6 +17,7 @@ from deltafold import compress, merge
 from deltafold.coding.counter import derive_key
 from deltafold.errors import MismatchError, UsageError
 from deltafold.merging import PRESETS, SPARSIFIERS
+from deltafold.merging.files import read_recipe
 from deltafold.merging.recipe import Model, Recipe, value_at
 from deltafold.verbs.load import load_state
 
@@ -55,7 +56,7 @@ def by_formula(method: str, folders: list[Path], scale: float) -> State:
             ]
         if method == "ties":
             for n, delta in enumerate(deltas):
-                kept = max(1, round(0.2 * delta.numel()))
+                kept = max(1, int(0.2 * delta.numel()))
                 order = delta.abs().reshape(-1).argsort(descending=True, stable=True)
                 mask = torch.zeros(delta.numel()).index_fill(0, order[:kept], 1.0)
                 deltas[n] = delta * mask.reshape(delta.shape)
@@ -183,6 +184,84 @@ def test_weights_reach_their_tensors(folders: list[Path], tmp_path: Path) -> Non
     for name, found in load_file(tmp_path / "out/model.safetensors").items():
         wanted = base if ".mlp." in name else tuned
         assert torch.allclose(found.float(), wanted[name].float(), rtol=2**-8), name
+
+
+OWN = """
+base: {base}
+method: dare-ties
+scale: [0.5, 1]
+numbers: {{normalize: 0}}
+models:
+  - path: {one}
+    weight: 0.7
+    density: {{mlp: 0.4, default: 0.2}}
+  - path: {two}
+"""
+MERGEKITS = """
+merge_method: dare_ties
+base_model: {base}
+models:
+  - model: {base}
+  - model: {one}
+    parameters:
+      weight: 0.7
+      density:
+        - filter: mlp
+          value: 0.4
+        - value: 0.2
+  - model: {two}
+    parameters: {{weight: 1}}
+parameters: {{lambda: [0.5, 1], int8_mask: true}}
+dtype: bfloat16
+"""
+
+
+def test_recipes_from_files(folders: list[Path], tmp_path: Path, deltafold: Any) -> None:
+    """Ours and mergekit's say the same, and give the same bytes."""
+    named = dict(zip(("base", "one", "two"), folders, strict=False))
+    made = []
+    for name, text in (("ours", OWN), ("theirs", MERGEKITS)):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text.format(**named))
+        made.append(read_recipe(path))
+        done = deltafold("merge", "--config", path, "-o", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    assert made[0][0] == made[1][0] == str(folders[0])
+    assert made[0][1].to_json() == made[1][1].to_json() | {"models": made[0][1].to_json()["models"]}
+    assert tree_hashes(tmp_path / "ours") == tree_hashes(tmp_path / "theirs")
+
+
+def test_methods_of_mergekit(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]")
+    base, made = read_recipe(path)
+    assert (base, made.method, [m.path for m in made.models]) == ("a", "average", ["a", "b"])
+    path.write_text(
+        "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {t: [{filter: self_attn, value: [0, 0.25]}, {value: 0.5}]}"
+    )
+    _, made = read_recipe(path)
+    weights = [model.weight for model in made.models]
+    assert weights == [
+        {"attention": [1, 0.75], "default": 0.5}, {"attention": [0, 0.25], "default": 0.5}
+    ]  # fmt: skip
+
+
+def test_all_mistakes_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("method: tie\nscales: 1\nmodels: [{paht: a}]")
+    with pytest.raises(UsageError) as refused:
+        read_recipe(path)
+    for words in ("'scales'", "'paht'", "needs a path", "needs a base", "'tie'"):
+        assert words in str(refused.value)
+    path.write_text("merge_method: model_stock\nmodels: [{model: a, parameters: {wieght: 1}}]")
+    with pytest.raises(UsageError, match=r"'model_stock' is not read here.*'wieght'"):
+        read_recipe(path)
+    path.write_text("a: [")
+    with pytest.raises(UsageError, match="is not YAML"):
+        read_recipe(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_recipe(tmp_path / "none.yaml")
 
 
 def test_all_mistakes_at_once() -> None:

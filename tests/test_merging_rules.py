@@ -96,7 +96,7 @@ def test_edges(name: str, shape: tuple[int, ...]) -> None:
 def test_something_is_kept(n: int, density: float) -> None:
     count = kept_count(density, n)
     assert (count == 0) == (density == 0)
-    assert count == max(1, round(density * n)) or density == 0
+    assert count == max(1, int(density * n)) or density == 0
     found = sparse("magnitude", torch.arange(1.0, n + 1), density)
     assert int((found != 0).sum()) == count
 
@@ -106,6 +106,7 @@ def test_sum_and_mean() -> None:
     assert merged("sum", deltas, weights) == [5.0, -2.0, 6.0]
     assert merged("mean", deltas, weights) == [2.5, -1.0, 3.0]
     assert merged("mean", deltas, [1.0, -1.0]) == [0, 0, 0]  # nothing to divide by
+    assert merged("sum", deltas, weights, normalize=1) == [2.5, -1.0, 3.0]
 
 
 def test_ties_elects_a_sign_and_averages_those_that_agree() -> None:
@@ -113,6 +114,7 @@ def test_ties_elects_a_sign_and_averages_those_that_agree() -> None:
     # Signs of the sums: +, -, +, -; the means of those that agree, zeros not voting.
     assert merged("ties", deltas, [1.0, 1.0, 1.0]) == [1.5, -3.0, 5.0, -1.5]
     assert merged("ties", deltas, [1.0, 0.0, 1.0]) == [2.0, 1.0, 5.0, -1.0]
+    assert merged("ties", deltas, [1.0, 1.0, 1.0], normalize=0) == [3.0, -3.0, 5.0, -3.0]
     assert merged("ties", [[1.0, 0.0]], [0.5]) == [1.0, 0.0]  # one model: itself
 
 

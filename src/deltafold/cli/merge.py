@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deltafold.cli import options as o
 
+if TYPE_CHECKING:
+    from deltafold.merging.recipe import Recipe
+
 
 def merge(
-    base: o.BaseArgument,
-    models: Annotated[list[str], typer.Argument(help="Fine-tunes of the base: archives, folders.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    base: Annotated[str | None, typer.Argument(help="The base: folder or hub id.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Fine-tunes of the base: archives, folders.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file that says all of it; ours or mergekit's.")
+    ] = None,
     method: Annotated[
         str, typer.Option("--method", "-m", help="See docs/commands/merge.md for all.")
     ] = "ties",
@@ -46,19 +54,11 @@ def merge(
     Example: deltafold merge base/ math.delta sql.delta chat/ -o merged/ --method ties
     """
     from deltafold.cli.show import progress
-    from deltafold.merging.recipe import Model, Recipe
     from deltafold.record import record_path
     from deltafold.verbs.merge import merge as merge_verb
 
-    weights = _each("--weight", weight, len(models), 1.0)
-    densities = _each("--density", density, len(models), None)
-    recipe = Recipe(
-        tuple(map(Model, models, weights, densities)),
-        method,
-        sparsify,
-        consensus,
-        None if scale is None else _value("--scale", scale),
-        o.method_options(None, None, None, setting),
+    base, recipe = _recipe(
+        base, models or [], config, method, sparsify, consensus, weight, density, scale, setting
     )
     with progress() as advance:
         result = merge_verb(
@@ -80,6 +80,41 @@ def merge(
         print(json.dumps(result))
     else:
         _show(result, record or record_path(output))
+
+
+def _recipe(
+    base: str | None,
+    models: list[str],
+    config: Path | None,
+    method: str,
+    sparsify: str | None,
+    consensus: str | None,
+    weight: list[str] | None,
+    density: list[str] | None,
+    scale: str | None,
+    setting: list[str] | None,
+) -> tuple[str, Recipe]:
+    """(base, recipe) of a file, or of the command line. Raises UsageError."""
+    from deltafold.errors import UsageError
+    from deltafold.merging.files import read_recipe
+    from deltafold.merging.recipe import Model, Recipe
+
+    if config is not None:
+        if base is not None or models:
+            raise UsageError("--config names base and models; drop them from the command line.")
+        return read_recipe(config)
+    if base is None or not models:
+        raise UsageError("Name the base and at least one fine-tune, or give --config.")
+    weights = _each("--weight", weight, len(models), 1.0)
+    densities = _each("--density", density, len(models), None)
+    return base, Recipe(
+        tuple(map(Model, models, weights, densities)),
+        method,
+        sparsify,
+        consensus,
+        None if scale is None else _value("--scale", scale),
+        o.method_options(None, None, None, setting),
+    )
 
 
 def _each(option: str, given: list[str] | None, count: int, usual: Any) -> list[Any]:

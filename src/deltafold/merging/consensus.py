@@ -16,32 +16,34 @@ Consensus = Callable[[Deltas, Sequence[float], dict[str, float]], torch.Tensor]
 
 
 def total(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
-    """sum w_i D_i: task arithmetic, Ilharco et al. 2022 (arXiv 2212.04089)."""
+    """sum w_i D_i: task arithmetic, Ilharco et al. 2022 (arXiv 2212.04089). `normalize`: the mean."""
     out = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         out.add_(delta, alpha=weight)
-    return out
+    whole = sum(weights) if numbers.get("normalize", 0) else 1.0
+    return out.div_(whole) if whole else out.zero_()
 
 
 def mean(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
     """sum w_i D_i / sum w_i: the weighted average of the models. Zeros if the weights sum to 0."""
-    whole = sum(weights)
-    out = total(deltas, weights, numbers)
-    return out.div_(whole) if whole else out.zero_()
+    return total(deltas, weights, {"normalize": 1.0})
 
 
 def ties(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
     """Elect a sign for each entry, then average those that agree with it.
 
     sign = sgn(sum w_i D_i);  sum over agreeing i of w_i D_i / sum over the same i of w_i. Yadav et
-    al. 2023 (arXiv 2306.01708), steps 2 and 3; with weights 1 it is the paper's mean.
+    al. 2023 (arXiv 2306.01708), steps 2 and 3; with weights 1 it is the paper's mean. Without
+    `normalize` (1) the sum is not divided.
     """
-    sign = total(deltas, weights, numbers).sign_()
+    sign = total(deltas, weights, {}).sign_()
     out, votes = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         agrees = (weight * delta * sign) > 0
         out += torch.where(agrees, delta * weight, 0.0)
         votes += agrees * abs(weight)
+    if not numbers.get("normalize", 1):
+        return out
     return torch.where(votes > 0, out / votes.clamp_min(1e-30), 0.0)
 
 
@@ -68,7 +70,7 @@ def consensus(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float
     mask_i = |w_i D_i| >= threshold |sum of the others|; sum w_i D_i where at least `agree` masks are
     set. Wang et al. 2024 (TALL masks and consensus merging, arXiv 2405.07813).
     """
-    whole = total(deltas, weights, numbers)
+    whole = total(deltas, weights, {})
     threshold, needed = numbers.get("threshold", 0.4), min(numbers.get("agree", 2), len(deltas))
     votes = torch.zeros_like(whole)
     for delta, weight in zip(deltas, weights, strict=True):

@@ -22,7 +22,7 @@ from deltafold.merging.sparsify import SPARSIFIERS
 from deltafold.names import ROLES, block_of, role_of
 
 Value = Any  # float | list[float] | dict[str, Value]
-NUMBERS = ("epsilon", "gamma", "threshold", "agree", "beta", "c")
+NUMBERS = ("epsilon", "gamma", "threshold", "agree", "normalize", "beta", "c")
 _RANGE = re.compile(r"blocks? (\d+)(?:-(\d+))?$")
 
 

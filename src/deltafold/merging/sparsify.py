@@ -24,12 +24,12 @@ SMALLEST_SIDE = 16  # of a matrix that is split into singular components
 
 
 def kept_count(density: float, n: int) -> int:
-    """How many of n entries a density keeps: the nearest whole number, but one at least.
+    """How many of n entries a density keeps: rounded down, but one at least.
 
     >>> kept_count(0.2, 1000), kept_count(0.001, 32), kept_count(0.0, 32)
     (200, 1, 0)
     """
-    return min(n, max(1, round(density * n))) if density > 0 and n else 0
+    return min(n, max(1, int(density * n))) if density > 0 and n else 0
 
 
 def none(delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]) -> torch.Tensor:

@@ -1,0 +1,164 @@
+"""Recipes from YAML files: our own, and mergekit's for the methods that both have.
+
+    base: smollm2/                        merge_method: ties
+    method: ties                          base_model: smollm2/
+    scale: 0.8                            parameters: {lambda: 0.8}
+    models:                               models:
+      - path: math.delta                    - model: math/
+        weight: 0.7                           parameters: {weight: 0.7, density: 0.4}
+        density: {mlp: 0.4, default: 0.2}   - model: sql/
+
+A file is read and checked as a whole: what is wrong is told at once, before any work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltafold.errors import UsageError, nearest
+from deltafold.merging.recipe import NUMBERS, Model, Recipe, Value
+
+# mergekit's name -> ours, and whether it divides by the weights unless told otherwise.
+MERGEKIT = {
+    "linear": ("average", True),
+    "task_arithmetic": ("task-arithmetic", False),
+    "ties": ("ties", True),
+    "dare_linear": ("dare", False),
+    "dare_ties": ("dare-ties", False),
+    "della": ("della", False),
+    "della_linear": ("della-linear", False),
+    "breadcrumbs": ("breadcrumbs", False),
+    "breadcrumbs_ties": ("breadcrumbs-ties", False),
+    "slerp": ("slerp", False),
+}
+OURS = ("base", "method", "sparsify", "consensus", "scale", "numbers", "models")
+THEIRS = ("merge_method", "base_model", "models", "parameters", "dtype", "tokenizer_source")
+_SILENT = ("int8_mask", "rescale")  # change how mergekit computes, not what is meant
+
+
+def read_recipe(path: str | Path) -> tuple[str, Recipe]:
+    """(base, recipe) of a file. Raises UsageError with every mistake."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        found = yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); check the path.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        told = " ".join(str(error).split())
+        raise UsageError(f"{path} is not YAML: {told}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds no recipe; see docs/commands/merge.md for one.")
+    mistakes: list[str] = []
+    base, arguments = (_theirs if "merge_method" in found else _ours)(found, mistakes)
+    try:
+        recipe = Recipe(**arguments)
+    except UsageError as error:
+        mistakes.append(str(error))
+    if mistakes:
+        raise UsageError(f"{path}: " + " ".join(mistakes))
+    return base, recipe
+
+
+def _known(found: dict[str, Any], known: tuple[str, ...], where: str, mistakes: list[str]) -> None:
+    for key in found:
+        if key not in known:
+            mistakes.append(f"{where} has no {key!r}; {nearest(str(key), list(known))}")
+
+
+def _models(found: dict[str, Any], mistakes: list[str]) -> list[dict[str, Any]]:
+    models = found.get("models")
+    if not isinstance(models, list) or not all(isinstance(each, dict) for each in models):
+        mistakes.append("models must be a list of fine-tunes.")
+        return []
+    return models
+
+
+def _ours(found: dict[str, Any], mistakes: list[str]) -> tuple[str, dict[str, Any]]:
+    _known(found, OURS, "A recipe", mistakes)
+    models = []
+    for each in _models(found, mistakes):
+        _known(each, ("path", "weight", "density"), "A model", mistakes)
+        if not isinstance(each.get("path"), str):
+            mistakes.append("Every model needs a path.")
+            continue
+        models.append(Model(each["path"], each.get("weight", 1.0), each.get("density")))
+    if not isinstance(found.get("base"), str):
+        mistakes.append("A recipe needs a base.")
+    numbers = found.get("numbers", {})
+    return str(found.get("base")), {
+        "models": tuple(models),
+        "method": found.get("method", "ties"),
+        "sparsifier": found.get("sparsify"),
+        "consensus": found.get("consensus"),
+        "scale": found.get("scale"),
+        "numbers": numbers if isinstance(numbers, dict) else {"numbers": 0.0},
+    }
+
+
+def _theirs(found: dict[str, Any], mistakes: list[str]) -> tuple[str, dict[str, Any]]:
+    _known(found, THEIRS, "A file of mergekit's, as far as it is read here,", mistakes)
+    method = found["merge_method"]
+    if method not in MERGEKIT:
+        mistakes.append(
+            f"merge_method {method!r} is not read here; {nearest(str(method), list(MERGEKIT))}"
+        )
+        method = "linear"
+    name, divides = MERGEKIT[method]
+    whole = found.get("parameters") or {}
+    _known(whole, ("normalize", "lambda", "t", *NUMBERS, *_SILENT), "parameters", mistakes)
+    models = _models(found, mistakes)
+    base = found.get("base_model") or (models[0].get("model") if models else None)
+    if not isinstance(base, str):
+        mistakes.append("base_model is missing.")
+    made = []
+    for each in models:
+        own = each.get("parameters") or {}
+        _known(own, ("weight", "density", *NUMBERS), f"{each.get('model')}: parameters", mistakes)
+        if each.get("model") == base and method not in ("linear", "slerp"):
+            continue  # the base has no delta
+        usual = whole.get("density")
+        density = own.get("density", usual)
+        made.append(Model(str(each.get("model")), _value(own.get("weight", 1.0)),
+                          None if density is None else _value(density)))  # fmt: skip
+    if method == "slerp":
+        made = _arc(str(base), made, _value(whole.get("t", 0.5)), mistakes)
+    numbers = {key: whole[key] for key in NUMBERS if key in whole}
+    numbers["normalize"] = float(bool(whole.get("normalize", divides)))
+    scale = whole.get("lambda")
+    return str(base), {
+        "models": tuple(made),
+        "method": name,
+        "scale": None if scale is None else _value(scale),
+        "numbers": numbers,
+    }
+
+
+def _arc(base: str, models: list[Model], t: Value, mistakes: list[str]) -> list[Model]:
+    """slerp between the base and the other model, at t; t may be a gradient."""
+    others = [model for model in models if model.path != base]
+    if len(others) != 1:
+        mistakes.append("slerp takes base_model and one other model.")
+        return models
+    return [Model(base, _complement(t)), Model(others[0].path, t)]
+
+
+def _complement(t: Value) -> Value:
+    if isinstance(t, dict):
+        return {key: _complement(each) for key, each in t.items()}
+    return [1 - each for each in t] if isinstance(t, list) else 1 - t
+
+
+def _value(given: Any) -> Value:
+    """mergekit's lists of filters as our table: [{filter: mlp, value: 0.5}, {value: 1}]."""
+    if isinstance(given, list) and given and all(isinstance(each, dict) for each in given):
+        table = {}
+        for each in given:
+            name = {"self_attn": "attention", None: "default"}.get(
+                each.get("filter"), each.get("filter")
+            )
+            table[name] = each.get("value")
+        return table
+    return given
