@@ -139,7 +139,7 @@ def canvas(width: float, height: float, title: str, note: str = "") -> Figure:
 
 
 def plain_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Ticks of a log axis between two values, as plain numbers: decades, or finer."""
+    """Ticks of a log axis between two values: decades, or finer. Plain numbers down to 0.0001."""
     steps: tuple[float, ...] = (1,)
     if high / low < 300:
         steps = (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 8)
@@ -147,4 +147,9 @@ def plain_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     ticks = [step * 10.0**decade for decade in decades for step in steps]
     ticks = [tick for tick in ticks if low <= tick <= high]
     ticks = ticks[:: math.ceil(len(ticks) / 9) or 1]
-    return ticks, [f"{tick:.10f}".rstrip("0").rstrip(".") for tick in ticks]
+    return ticks, [
+        f"{tick:.10f}".rstrip("0").rstrip(".")
+        if tick > 5e-5
+        else f"{tick:.0e}".replace("e-0", "e-")
+        for tick in ticks
+    ]
