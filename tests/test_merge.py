@@ -20,6 +20,7 @@ from deltafold.merging import PRESETS, SPARSIFIERS
 from deltafold.merging.files import read_recipe
 from deltafold.merging.recipe import Model, Recipe, value_at
 from deltafold.verbs.load import load_state
+from deltafold.verbs.merge import agreement
 
 State = dict[str, torch.Tensor]
 
@@ -173,6 +174,17 @@ def test_numbers_by_block_and_role() -> None:
     assert value_at(table, query, 5) == 0.1
     assert value_at(table, up, 5) == 0.5
     assert value_at(table, "model.norm.weight", 5) == 9
+
+
+def test_agreement_by_hand() -> None:
+    """Signs: both +, both -, apart, one alone, none: two of three shared entries agree."""
+    found = agreement([torch.tensor([3.0, -1, 2, 0, 0]), torch.tensor([4.0, -2, -1, 5, 0])])
+    assert found["norms"] == pytest.approx([14**0.5, 46**0.5])
+    assert found["cosines"] == pytest.approx([(12 + 2 - 2) / (14 * 46) ** 0.5])
+    assert found["agreed"] == pytest.approx(2 / 3)
+    zeros = agreement([torch.zeros(3), torch.ones(3)])
+    assert zeros["agreed"] is None and zeros["cosines"] == [0.0]
+    assert agreement([torch.ones(2)])["cosines"] == []
 
 
 def test_weights_reach_their_tensors(folders: list[Path], tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from deltafold.verbs.sources import Source, open_source
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 
 SHARD_BYTES = 5_000_000_000
+CHUNK = 1 << 18  # entries of each model that are compared at a time
 
 
 def merge(
@@ -189,7 +190,7 @@ class _Merge:
             deltas = [self._delta(source, name, ground) for source in self.sources]
             row |= agreement(deltas)
             merged = self._combined(name, ground, deltas)
-            row["norm"] = float(merged.double().norm())
+            row["norm"] = float(torch.linalg.vector_norm(merged, dtype=torch.float64))
             whole = ground.add_(merged).to(whole.dtype)
         self.writer.write(name, whole)
         self.workspace.save_json(_done(number), row)
@@ -215,7 +216,7 @@ class _Merge:
             merged = CONSENSUS[consensus]([d + ground for d in deltas], weights, numbers) - ground
         else:
             merged = CONSENSUS[consensus](deltas, weights, numbers)
-        return merged * recipe.scale_at(name, self.n_blocks)
+        return merged.mul_(recipe.scale_at(name, self.n_blocks))
 
 
 def agreement(deltas: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -223,25 +224,24 @@ def agreement(deltas: Sequence[torch.Tensor]) -> dict[str, Any]:
 
     The share is over entries that at least two models change; None where there are none.
     """
-    flat = [delta.reshape(-1).double() for delta in deltas]
-    norms = [float(each.norm()) for each in flat]
-    cosines = [
-        float(flat[a] @ flat[b]) / (norms[a] * norms[b]) if norms[a] * norms[b] else 0.0
-        for a in range(len(flat))
-        for b in range(a + 1, len(flat))
-    ]
-    positive = torch.zeros_like(flat[0])
-    negative = torch.zeros_like(flat[0])
-    for each in flat:
-        positive += each > 0
-        negative += each < 0
-    both = (positive + negative) >= 2
-    agreed = both & ((positive == 0) | (negative == 0))
-    count = int(both.sum())
+    flat = [delta.reshape(-1) for delta in deltas]
+    gram = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    shared = agreed = 0
+    for start in range(0, len(flat[0]), CHUNK):
+        part = torch.stack([each[start : start + CHUNK] for each in flat])
+        wide = part.double()
+        gram += wide @ wide.T
+        positive, negative = (part > 0).sum(0), (part < 0).sum(0)
+        several = (positive + negative) >= 2
+        shared += int(several.sum())
+        agreed += int((several & ((positive == 0) | (negative == 0))).sum())
+    norms = gram.diagonal().sqrt()
+    scale = (norms[:, None] * norms).clamp_min(1e-300)
+    above = torch.triu_indices(len(flat), len(flat), offset=1)
     return {
-        "norms": norms,
-        "cosines": cosines,
-        "agreed": int(agreed.sum()) / count if count else None,
+        "norms": norms.tolist(),
+        "cosines": (gram / scale)[above[0], above[1]].tolist(),
+        "agreed": agreed / shared if shared else None,
     }
 
 
