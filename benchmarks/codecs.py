@@ -131,7 +131,8 @@ def summary(record: Record) -> str:
     for asked in sorted(sizes, key=lambda ratio: ratio or 0):
         rivals = [row for row in record["rows"] if row["asked_file_ratio"] == asked]
         best = min(rivals, key=lambda row: (row["kl"], row["archive_bytes"]))
-        kl = f"{best['kl']:.4f}" if best["kl"] else "0, every bit back"
+        digits = f"{float(format(best['kl'], '.2g')):.9f}".rstrip("0")
+        kl = digits if best["kl"] else "0, every bit back"
         lines.append(
             f"| {best['archive_bytes'] / 1e6:.1f} MB | {best['file_ratio']:.1f}x "
             f"| `{best['method']}` | {best['exact_match']:.0%} | {kl} |"
