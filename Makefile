@@ -41,6 +41,7 @@ tables: $(VENV)/.bench
 	$(BIN)/deltafold report benchmarks/records/frontier-smollm2.json --figures docs/figures
 	$(BIN)/python benchmarks/frontier.py smollm2 --into README.md --parts gain kl
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
+	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
 	$(BIN)/python benchmarks/memory.py --into README.md
 
 # One stamp a set of extras: it is made again when the project's requirements change.

@@ -21,7 +21,7 @@ from deltafold.record import RECORD_VERSION, Meter, Record, machine, write_recor
 from deltafold.reporting.markdown import rewrite_block
 
 RECORD = Path(__file__).parent / "records" / "distill-demo.json"
-CELLS = (("bitdelta", 32), ("lowrank", 32), ("delta-come", 64), ("auto", 64))
+CELLS = (("bitdelta", 32), ("lowrank", 32), ("delta-come", 64), ("auto", 64), ("auto", 96))
 
 
 def measure(family: Family, finetune: FineTune, steps: int, rows: int) -> list[Record]:
@@ -33,7 +33,7 @@ def measure(family: Family, finetune: FineTune, steps: int, rows: int) -> list[R
             made = [
                 deltafold.compress(
                     family.base, finetune.folder, archive, method, file_ratio=ratio,
-                    calibration=finetune.calibration, distill=n,
+                    calibration=finetune.calibration, max_tokens=32, distill=n,
                 )
                 for archive, n in zip(archives, (0, steps), strict=True)
             ]  # fmt: skip
