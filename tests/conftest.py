@@ -19,6 +19,14 @@ FILE_RATIO = 8  # small files: half of a tighter archive would be its manifest
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests measure of their models is not kept in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DELTAFOLD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny matrices are quicker without threads, and several test runs may share a machine."""
