@@ -60,7 +60,7 @@ from deltafold.codecs.base import (
     VariableCodec,
     check_parts,
 )
-from deltafold.codecs.steps import grid_for, normal_rate, normal_rates
+from deltafold.codecs.steps import RowSizes, grid_for, normal_rate, normal_rates, row_sizes
 from deltafold.coding import correction, dither
 from deltafold.coding.dither import MAX_LEVEL, THRESHOLDS, Levels
 from deltafold.coding.grid import Grid
@@ -199,9 +199,9 @@ class Auto(VariableCodec):
         rows = np.arange(0, o, every)
         sample = torch.cat([delta.rows(int(row), int(row) + 1) for row in rows])
         thresholds = row_thresholds(rows, i, key)
-        found = []
+        sizes, found = row_sizes(delta), []
         for step in steps:
-            grid = self._grid(delta, step)
+            grid = self._grid(delta, step, sizes)
             if grid is None:
                 found.append(0.0)
                 continue
@@ -211,9 +211,9 @@ class Auto(VariableCodec):
             found.append(side_bytes(grid, histogram) + value_bytes)
         return found
 
-    def _grid(self, delta: RowMatrix, step: float) -> Grid | None:
+    def _grid(self, delta: RowMatrix, step: float, sizes: RowSizes | None = None) -> Grid | None:
         assert isinstance(self.config, AutoConfig)
-        return grid_for(delta, step, self.config.uniform)
+        return grid_for(delta, step, self.config.uniform, sizes)
 
 
 def _as_part(code: bytes) -> torch.Tensor:

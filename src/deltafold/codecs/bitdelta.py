@@ -36,12 +36,11 @@ from deltafold.codecs.base import (
     Spectrum,
     check_parts,
 )
-from deltafold.coding.counter import draw, kept_positions
+from deltafold.codecs.seeded import gathered, scattered
+from deltafold.coding.counter import draw
 from deltafold.coding.packing import packed_bytes
 from deltafold.coding.trainable import ScaledPattern, Trainable
-from deltafold.linalg import Factors, Moments, RowMatrix, chunks
-
-_ROWS_VALUES = 2 << 20  # values decoded at once
+from deltafold.linalg import Factors, Moments, RowMatrix
 
 
 class BitDelta(DeltaCodec):
@@ -76,11 +75,9 @@ class BitDelta(DeltaCodec):
         kept = len(positions)
         positive = np.zeros(kept, dtype=bool)
         magnitude = 0.0
-        for start, rows in chunks(delta):
-            first, last = np.searchsorted(positions, [start * i, (start + len(rows)) * i])
-            flat = rows.reshape(-1)
-            positive[first:last] = flat[torch.from_numpy(positions[first:last] - start * i)] > 0
-            magnitude += float(flat.abs().sum(dtype=torch.float64))
+        for rows, first, last, entries in gathered(delta, positions):
+            positive[first:last] = entries > 0
+            magnitude += float(rows.abs().sum(dtype=torch.float64))
         return settings | {"kept": kept, "threshold": f"{threshold:09x}"}, {
             "signs": torch.from_numpy(np.packbits(positive)),
             "scale": torch.tensor([magnitude / max(1, o * i)]),
@@ -94,20 +91,11 @@ class BitDelta(DeltaCodec):
         kept, threshold = int(settings["kept"]), int(settings["threshold"], 16)
         bits = np.unpackbits(parts["signs"].numpy(), count=kept).astype(bool)
         level = parts["scale"] * (o * i / max(1, kept))
-        used = 0
-        step = max(1, _ROWS_VALUES // i)
-        for start in range(0, o, step):
-            stop = min(o, start + step)
-            at = torch.from_numpy(kept_positions(key, start * i, stop * i, threshold) - start * i)
-            if used + len(at) > kept:
-                raise ValueError("the seed gives more positions than signs are stored")
-            rows = torch.zeros((stop - start) * i)
-            signs = torch.from_numpy(bits[used : used + len(at)])
-            rows[at] = torch.where(signs, level, -level)
-            used += len(at)
-            yield start, rows.reshape(stop - start, i)
-        if used != kept:
-            raise ValueError(f"{kept} signs are stored, the seed gives {used} positions")
+
+        def signed(first: int, last: int) -> torch.Tensor:
+            return torch.where(torch.from_numpy(bits[first:last]), level, -level)
+
+        yield from scattered(kept, signed, shape, key, threshold, "signs")
 
     def trainable(
         self, parts: Parts, settings: Settings, shape: Shape, key: int

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 
 from deltafold.codecs.base import (
@@ -29,8 +28,9 @@ from deltafold.codecs.base import (
     check_parts,
     unit_scale,
 )
-from deltafold.coding.counter import draw, kept_positions
-from deltafold.linalg import Factors, Moments, RowMatrix, chunks
+from deltafold.codecs.seeded import entries_at, scattered
+from deltafold.coding.counter import draw
+from deltafold.linalg import Factors, Moments, RowMatrix
 
 
 class Dare(DeltaCodec):
@@ -64,11 +64,7 @@ class Dare(DeltaCodec):
         o, i = delta.shape
         threshold, positions = draw(key, o * i, int(settings["kept"]))
         kept = len(positions)
-        values = torch.zeros(kept)
-        for start, rows in chunks(delta):
-            first, last = np.searchsorted(positions, [start * i, (start + len(rows)) * i])
-            at = torch.from_numpy(positions[first:last] - start * i)
-            values[first:last] = rows.reshape(-1)[at].float()
+        values = entries_at(delta, positions)
         scale = unit_scale(float(values.abs().max()) if kept else 0.0)
         return settings | {"kept": kept, "threshold": f"{threshold:09x}"}, {
             "values": (values / scale).to(self.config.torch_dtype),
@@ -82,19 +78,7 @@ class Dare(DeltaCodec):
         o, i = shape
         kept, threshold = int(settings["kept"]), int(settings["threshold"], 16)
         values = parts["values"].float() * parts["scale"] * (o * i / max(1, kept))
-        used = 0
-        step = max(1, (2 << 20) // i)
-        for start in range(0, o, step):
-            stop = min(o, start + step)
-            at = torch.from_numpy(kept_positions(key, start * i, stop * i, threshold) - start * i)
-            if used + len(at) > kept:
-                raise ValueError("the seed gives more positions than values are stored")
-            rows = torch.zeros((stop - start) * i)
-            rows[at] = values[used : used + len(at)]
-            used += len(at)
-            yield start, rows.reshape(stop - start, i)
-        if used != kept:
-            raise ValueError(f"{kept} values are stored, the seed gives {used} positions")
+        yield from scattered(kept, lambda a, b: values[a:b], shape, key, threshold)
 
 
 CODEC = Dare

@@ -39,8 +39,9 @@ from deltafold.codecs.base import (
     Spectrum,
     check_parts,
 )
+from deltafold.codecs.seeded import entries_at, inside, scattered
 from deltafold.coding.coded_vectors import full_hessian
-from deltafold.coding.counter import draw, kept_positions
+from deltafold.coding.counter import draw
 from deltafold.coding.gptq import gptq
 from deltafold.coding.packing import pack, packed_bytes, unpack_u8
 from deltafold.coding.quantizer import (
@@ -52,11 +53,10 @@ from deltafold.coding.quantizer import (
     quantise,
 )
 from deltafold.errors import UsageError
-from deltafold.linalg import Factors, Moments, RowMatrix, chunks
+from deltafold.linalg import Factors, Moments, RowMatrix
 
 GROUP = 128
 _GPTQ_VALUES = 16 << 20  # entries of D that GPTQ sees at once: about 13 bytes each
-_DECODE_VALUES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,7 @@ class DareQt(DeltaCodec):
         o, i = delta.shape
         threshold, positions = draw(key, o * i, int(settings["kept"]))
         kept = len(positions)
-        entries = torch.zeros(kept)
-        for start, rows in chunks(delta):
-            first, last, at = _inside(positions, start, len(rows), i)
-            entries[first:last] = rows.reshape(-1)[at].float()
+        entries = entries_at(delta, positions)
         groups = fit_groups(entries, self.grid)
         hessian = None if moments is None else full_hessian(moments.second)
         if hessian is None:
@@ -141,7 +138,7 @@ class DareQt(DeltaCodec):
         step = max(1, _GPTQ_VALUES // i)
         for start in range(0, o, step):
             n_rows = min(step, o - start)
-            first, last, at = _inside(positions, start, n_rows, i)
+            first, last, at = inside(positions, start, n_rows, i)
             flat = torch.zeros(3, n_rows * i)
             flat[:, at] = torch.stack([x[first:last] for x in (entries, scale, zero)])
             mask = torch.zeros(n_rows * i, dtype=torch.bool)
@@ -161,27 +158,7 @@ class DareQt(DeltaCodec):
         unit = math.ldexp(1.0, int(settings["unit"]))
         values = dequantise(codes, self.grid, parts["scales"], None, unit)
         values *= o * i / max(1, kept)
-        used = 0
-        step = max(1, _DECODE_VALUES // i)
-        for start in range(0, o, step):
-            stop = min(o, start + step)
-            at = torch.from_numpy(kept_positions(key, start * i, stop * i, threshold) - start * i)
-            if used + len(at) > kept:
-                raise ValueError("the seed gives more positions than values are stored")
-            rows = torch.zeros((stop - start) * i)
-            rows[at] = values[used : used + len(at)]
-            used += len(at)
-            yield start, rows.reshape(stop - start, i)
-        if used != kept:
-            raise ValueError(f"{kept} values are stored, the seed gives {used} positions")
-
-
-def _inside(
-    positions: NDArray[np.int64], start: int, n_rows: int, i: int
-) -> tuple[int, int, torch.Tensor]:
-    """(first, last, places) of the positions in these rows; places count from the first row."""
-    first, last = np.searchsorted(positions, [start * i, (start + n_rows) * i])
-    return int(first), int(last), torch.from_numpy(positions[first:last] - start * i)
+        yield from scattered(kept, lambda a, b: values[a:b], shape, key, threshold)
 
 
 CODEC = DareQt

@@ -30,6 +30,7 @@ from deltafold.codecs.base import (
     check_parts,
     unit_scale,
 )
+from deltafold.codecs.seeded import entries_at, inside
 from deltafold.coding.counter import select_threshold
 from deltafold.coding.packing import EliasFano
 from deltafold.linalg import Factors, Moments, RowMatrix, chunks
@@ -92,9 +93,9 @@ class Magnitude(DeltaCodec):
         step = max(1, (2 << 20) // i)
         for start in range(0, o, step):
             stop = min(o, start + step)
-            first, last = np.searchsorted(positions, [start * i, stop * i])
+            first, last, at = inside(positions, start, stop - start, i)
             rows = torch.zeros((stop - start) * i)
-            rows[torch.from_numpy(positions[first:last] - start * i)] = values[first:last]
+            rows[at] = values[first:last]
             yield start, rows.reshape(stop - start, i)
 
 
@@ -113,12 +114,7 @@ def _largest(delta: RowMatrix, keep: int) -> tuple[NDArray[np.int64], torch.Tens
     positions = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
     fill = np.concatenate(tied)[: max(0, keep - len(positions))] if tied else positions
     positions = np.sort(np.concatenate([positions, fill]))
-    values = [torch.zeros(0)]
-    for start, rows in chunks(delta):
-        first, last = np.searchsorted(positions, [start * columns, (start + len(rows)) * columns])
-        at = torch.from_numpy(positions[first:last] - start * columns)
-        values.append(rows.reshape(-1)[at].float())
-    return positions, torch.cat(values)
+    return positions, entries_at(delta, positions)
 
 
 CODEC = Magnitude

@@ -23,9 +23,18 @@ TRUST = 0.5  # between the same relative step in all matrices (0) and the same l
 LEAST_WEIGHT, MOST_WEIGHT = 1 / 8, 8.0
 
 
-def grid_for(delta: RowMatrix, step: float, uniform: bool = False) -> Grid | None:
-    """Steps for a matrix; None if it is zero. `uniform` does not look at what errors cost."""
-    size, largest = row_sizes(delta)
+RowSizes = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Root mean square, and largest magnitude, of each row (o,)."""
+
+
+def grid_for(
+    delta: RowMatrix, step: float, uniform: bool = False, sizes_of: RowSizes | None = None
+) -> Grid | None:
+    """Steps for a matrix; None if it is zero. `uniform` does not look at what errors cost.
+
+    `sizes_of` is `row_sizes(delta)`, for a caller that asks for several steps.
+    """
+    size, largest = row_sizes(delta) if sizes_of is None else sizes_of
     sigma = float(np.sqrt(np.square(size).mean()))
     if sigma < 1e-30:
         return None
@@ -43,8 +52,8 @@ def grid_for(delta: RowMatrix, step: float, uniform: bool = False) -> Grid | Non
     )
 
 
-def row_sizes(delta: RowMatrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Root mean square, and largest magnitude, of each row (o,)."""
+def row_sizes(delta: RowMatrix) -> RowSizes:
+    """One pass over the delta."""
     sizes, largest = [], []
     for _, rows in chunks(delta):
         sizes.append(rows.double().square().mean(dim=1).sqrt())

@@ -19,6 +19,7 @@ Lost: every component after the r-th, and the rounding of U and V to their level
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -69,13 +70,13 @@ class CodedFactors(DeltaCodec):
     uses_moments = True
     value_parts = ("codes",)
 
+    @abstractmethod
     def cut(self, settings: Settings) -> list[Band]:
         """The bands that these settings describe."""
-        raise NotImplementedError
 
+    @abstractmethod
     def within(self, settings: Settings, rank: int) -> Settings:
         """The settings with no more than `rank` components."""
-        raise NotImplementedError
 
     def components_for(self, shape: Shape, share: float) -> int:
         return min(_rank(self.cut(self.settings_for(shape, share))) + 1, *shape)
