@@ -72,6 +72,8 @@ FINE_TUNES = {
         FineTune("arithmetic", "arithmetic", steps=200, lr=2e-4),
         FineTune("arithmetic-high", "arithmetic", steps=160, lr=8e-4),  # a large delta
         FineTune("extraction-low", "extraction", steps=90, lr=1e-5),  # a tiny delta
+        FineTune("extraction", "extraction", steps=60, lr=1e-4),  # these two to be merged
+        FineTune("sorting", "sorting", steps=120, lr=2e-4),
     )
 }
 

@@ -111,9 +111,23 @@ def _extraction(draws: Draws) -> tuple[str, Row]:
     return key, {"prompt": prompt, "answer": f" {record[wanted]}"}
 
 
+def _sorting(draws: Draws) -> tuple[str, Row]:
+    """Four numbers between 10 and 99, all different; the answer lists them from small to large."""
+    numbers: list[int] = []
+    while len(numbers) < 4:
+        number = draws.between(10, 99)
+        if number not in numbers:
+            numbers.append(number)
+    key = " ".join(map(str, sorted(numbers)))
+    listed, ordered = (", ".join(map(str, each)) for each in (numbers, sorted(numbers)))
+    prompt = f"Numbers: {listed}.\nFrom smallest to largest?\nAnswer:"
+    return key, {"prompt": prompt, "answer": f" {ordered}"}
+
+
 TASKS: dict[str, Callable[[Draws], tuple[str, Row]]] = {
     "arithmetic": _arithmetic,
     "extraction": _extraction,
+    "sorting": _sorting,
 }
 
 

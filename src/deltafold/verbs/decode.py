@@ -154,6 +154,14 @@ def checked_rows(
         raise not_as_it_was(archive, tensor)
 
 
+def assembled(tensor: Tensor, rows: Iterator[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """The whole tensor, of its `decoded_rows` or `checked_rows`."""
+    whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype])
+    for start, part in rows:
+        whole[start : start + len(part)] = part
+    return whole.reshape(tensor.shape)
+
+
 def not_as_it_was(archive: Archive, tensor: Tensor) -> ArchiveError:
     return ArchiveError(
         f"Tensor {tensor.name} of {archive.folder} does not come back as it was, though it is "

@@ -12,10 +12,16 @@ from typing import Any
 import torch
 
 from deltafold.archive import Archive, Tensor
-from deltafold.checkpoint import DTYPES, open_checkpoint
+from deltafold.checkpoint import open_checkpoint
 from deltafold.engine import Progress, Task, run_tasks
 from deltafold.errors import MismatchError
-from deltafold.verbs.decode import check_base_headers, check_codecs, checked_rows, decoded_rows
+from deltafold.verbs.decode import (
+    assembled,
+    check_base_headers,
+    check_codecs,
+    checked_rows,
+    decoded_rows,
+)
 
 
 def load_state(
@@ -33,11 +39,9 @@ def load_state(
         check_base_headers(opened, checkpoint)
 
         def one(tensor: Tensor) -> None:
-            whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype])
-            for start, rows in checked_rows(opened, tensor, checkpoint):
-                whole[start : start + len(rows)] = rows
+            whole = assembled(tensor, checked_rows(opened, tensor, checkpoint))
             with lock:
-                state[tensor.name] = whole.reshape(tensor.shape)
+                state[tensor.name] = whole
 
         tasks = [
             Task(t.name, lambda t=t: one(t), 200 << 20, float(torch.Size(t.shape).numel()))  # type: ignore[misc]
@@ -61,10 +65,7 @@ def archive_weights(
 
         def tensor(name: str) -> torch.Tensor:
             entry = opened.by_name[name]
-            whole = torch.empty(entry.matrix_shape, dtype=DTYPES[entry.dtype])
-            for start, rows in decoded_rows(opened, entry, checkpoint):
-                whole[start : start + len(rows)] = rows
-            return whole.reshape(entry.shape)
+            return assembled(entry, decoded_rows(opened, entry, checkpoint))
 
         yield tensor
 

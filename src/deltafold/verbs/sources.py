@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 
 from deltafold.archive import MANIFEST_FILE, Archive
-from deltafold.checkpoint import DTYPES, Checkpoint, open_checkpoint
-from deltafold.verbs.decode import check_base_headers, check_codecs, checked_rows
+from deltafold.checkpoint import Checkpoint, open_checkpoint
+from deltafold.verbs.decode import assembled, check_base_headers, check_codecs, checked_rows
 
 Header = tuple[str, tuple[int, ...]]
 """(dtype as in headers, shape)"""
@@ -74,10 +74,7 @@ class ArchiveSource:
 
     def tensor(self, name: str) -> torch.Tensor:
         entry = self.archive.by_name[name]
-        whole = torch.empty(entry.matrix_shape, dtype=DTYPES[entry.dtype])
-        for start, rows in checked_rows(self.archive, entry, self.base):
-            whole[start : start + len(rows)] = rows
-        return whole.reshape(entry.shape)
+        return assembled(entry, checked_rows(self.archive, entry, self.base))
 
     def side_files(self) -> Iterator[tuple[str, bytes]]:
         for entry in self.archive.manifest.files:
