@@ -34,8 +34,10 @@ MERGEKIT = {
     "breadcrumbs_ties": ("breadcrumbs-ties", False),
     "slerp": ("slerp", False),
 }
-OURS = ("base", "method", "sparsify", "consensus", "scale", "numbers", "models")
-THEIRS = ("merge_method", "base_model", "models", "parameters", "dtype", "tokenizer_source")
+OURS = ("base", "method", "sparsify", "consensus", "scale", "numbers", "tokenizer", "models")
+THEIRS = (
+    "merge_method", "base_model", "models", "parameters", "dtype", "tokenizer_source", "tokenizer",
+)  # fmt: skip
 _SILENT = ("int8_mask", "rescale")  # change how mergekit computes, not what is meant
 
 
@@ -95,6 +97,7 @@ def _ours(found: dict[str, Any], mistakes: list[str]) -> tuple[str, dict[str, An
         "consensus": found.get("consensus"),
         "scale": found.get("scale"),
         "numbers": numbers if isinstance(numbers, dict) else {"numbers": 0.0},
+        "tokenizer": found.get("tokenizer"),
     }
 
 
@@ -133,7 +136,18 @@ def _theirs(found: dict[str, Any], mistakes: list[str]) -> tuple[str, dict[str, 
         "method": name,
         "scale": None if scale is None else _value(scale),
         "numbers": numbers,
+        "tokenizer": _tokenizer(found, mistakes),
     }
+
+
+def _tokenizer(found: dict[str, Any], mistakes: list[str]) -> str | None:
+    """mergekit's `tokenizer_source: union`, or `tokenizer: {source: union}`."""
+    given = found.get("tokenizer")
+    if isinstance(given, dict):
+        _known(given, ("source",), "tokenizer, as far as it is read here,", mistakes)
+        given = given.get("source")
+    given = found.get("tokenizer_source", given)
+    return None if given is None else str(given).removeprefix("model:")
 
 
 def _arc(base: str, models: list[Model], t: Value, mistakes: list[str]) -> list[Model]:
