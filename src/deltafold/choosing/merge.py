@@ -16,7 +16,7 @@ from deltafold.errors import NonFiniteError, UsageError, nearest
 from deltafold.evaluation.loading import DTYPES, choose_device
 from deltafold.evaluation.plan import Request
 from deltafold.merging.recipe import Model, Recipe
-from deltafold.record import Record, check_record_path, record_path, write_record
+from deltafold.record import Meter, Record, check_record_path, record_path, write_record
 from deltafold.verbs.compress import compress
 from deltafold.verbs.job import budget_of
 from deltafold.verbs.merge import merge as merge_verb
@@ -75,7 +75,9 @@ def merge(
     else:
         record = merge_verb(base, recipe, output, **settings)
     if scoring is not None and not settings.get("dry_run"):
-        record["scores"] = _scores(base, recipe, output, record, scoring, settings.get("progress"))
+        with Meter() as meter:
+            scores = _scores(base, recipe, output, record, scoring, settings.get("progress"))
+        record["scores"], record["score_seconds"] = scores, meter.seconds
         write_record(record, Path(settings.get("record") or record_path(Path(output))))
     return record
 
