@@ -96,6 +96,19 @@ def test_densities_and_scales(folders: list[Path], text: Path, tmp_path: Path) -
     assert merged["metrics"]["perplexity"] == best["metrics"]["perplexity"]
 
 
+def test_chosen_by_other_rows(folders: list[Path], task: Path, text: Path, tmp_path: Path) -> None:
+    """The search sees only what it is given; tasks are scored afterwards."""
+    record = merge(
+        folders[0], recipe(folders), tmp_path / "a",
+        search={"scale": [0.5, 1.0]}, search_on=[text], tasks=[task],
+    )  # fmt: skip
+    assert record["search"]["on"] == [str(text)]
+    assert all("tasks" not in row["metrics"] for row in record["search"]["tried"])
+    assert all("perplexity" not in row["metrics"] for row in record["scores"])
+    with pytest.raises(UsageError, match="say what to try with --search"):
+        merge(folders[0], recipe(folders), tmp_path / "b", search_on=[text])
+
+
 def test_models_are_read_once(
     folders: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

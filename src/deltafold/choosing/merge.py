@@ -37,6 +37,7 @@ def merge(
     output: str | Path,
     *,
     search: Mapping[str, Sequence[float]] | None = None,
+    search_on: Sequence[str | Path] = (),
     tasks: Sequence[str | Path] = (),
     texts: Sequence[str | Path] = (),
     limit: int | None = None,
@@ -50,8 +51,10 @@ def merge(
 
     Args:
         base: a local Hugging Face folder or a hub id; the recipe's models are such, or archives.
-        search: values of `scale` and `density` to try, each with each; what does best on `tasks`
-            and `texts` is kept. An empty sequence stands for the usual values.
+        search: values of `scale` and `density` to try, each with each. An empty sequence stands for
+            the usual values.
+        search_on: what the search chooses by: tasks (`.jsonl`) and texts. By default `tasks` and
+            `texts`, whose figures then flatter what was chosen by them.
         tasks, texts: files to score base, models and result on, as `evaluate` takes them; at most
             `limit` rows of each.
         as_archive: write the result as an archive on `base` in place of a checkpoint: what
@@ -64,11 +67,17 @@ def merge(
     >>> made = Recipe((Model("math.delta"), Model("chat/")), "ties")            # doctest: +SKIP
     >>> merge("base/", made, "merged/", search={"scale": []}, tasks=["sums.jsonl"])  # doctest: +SKIP
     """
-    scoring = None
+    scoring = guide = None
     if tasks or texts:
-        scoring = _scoring(tasks, texts, limit, batch_size, dtype, device)
+        scoring = guide = _scoring(tasks, texts, limit, batch_size, dtype, device)
+    if search_on:
+        rows = [path for path in search_on if str(path).endswith(".jsonl")]
+        rest = [path for path in search_on if path not in rows]
+        guide = _scoring(rows, rest, limit, batch_size, dtype, device)
     if search is not None:
-        settings |= _searching(recipe, search, scoring, settings.get("progress"))
+        settings |= _searching(recipe, search, guide, settings.get("progress"))
+    elif search_on:
+        raise UsageError("--search-on is for a search; say what to try with --search.")
     if as_archive is not None:
         budget_of(as_archive.get("method", "auto"), *map(as_archive.get, BUDGETS))
         record = _to_archive(base, recipe, Path(output), dict(as_archive), settings)
@@ -139,7 +148,9 @@ def _searching(
 ) -> dict[str, Any]:
     """What the verb is given so that it searches."""
     if scoring is None:
-        raise UsageError("--search needs something to choose by; give --task or --text.")
+        raise UsageError(
+            "--search needs something to choose by; give --search-on, --task or --text."
+        )
     recipes = candidates_of(recipe, search)
 
     def choose(formed: Formed) -> tuple[int, dict[str, Any]]:
@@ -164,7 +175,8 @@ def _searching(
         best = best_of(tried)
         rows[best]["kept"] = True
         criterion = "share right, mean of tasks" if scoring.request.tasks else "loss"
-        return best, {"criterion": criterion, "tried": rows}
+        on = [*scoring.request.tasks, *scoring.request.texts]
+        return best, {"criterion": criterion, "on": on, "tried": rows}
 
     return {"candidates": recipes, "choose": choose}
 
