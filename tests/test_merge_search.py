@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from deltafold import compress, evaluate, merge, restore
 from deltafold.choosing.merge import candidates_of
 from deltafold.choosing.scores import best_of, mean_loss, share_right
-from deltafold.errors import NonFiniteError, UsageError
+from deltafold.errors import CheckpointError, NonFiniteError, UsageError
 from deltafold.merging.recipe import Model, Recipe
 from deltafold.verbs import merge_search as search_module
 from deltafold.verbs.sources import CheckpointSource
@@ -198,7 +197,8 @@ def test_as_archive_goes_on_after_the_merge(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A budget that cannot be met is told after the merge, which is not done again."""
-    module = import_module("deltafold.choosing.merge")  # its name is the verb's in the package
+    from deltafold.choosing import merge_archive as module
+
     merges: list[int] = []
     true = module.merge_verb
     monkeypatch.setattr(module, "merge_verb", lambda *a, **k: (merges.append(1), true(*a, **k))[1])
@@ -247,6 +247,15 @@ def test_what_cannot_be(folders: list[Path], text: Path, tmp_path: Path, deltafo
         done = deltafold("merge", *folders, "-o", tmp_path / "a", *arguments)
         assert done.returncode != 0 and words in done.stderr, (arguments, done.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_a_tokenizer_is_told_of_first(
+    folders: list[Path], text: Path, tmp_path: Path
+) -> None:
+    bare = save(make_llama(4).bfloat16(), tmp_path / "bare")
+    with pytest.raises(CheckpointError, match="bare holds no tokenizer"):
+        merge(folders[0], recipe([folders[0], bare]), tmp_path / "a", texts=[text])
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
 
 
 def test_the_command(folders: list[Path], task: Path, tmp_path: Path, deltafold: Any) -> None:
