@@ -28,9 +28,13 @@ check: $(VENV)/.dev
 	$(BIN)/codespell src tests docs demo benchmarks README.md CONTRIBUTING.md
 
 bench: $(VENV)/.model
-	$(BIN)/python benchmarks/smollm2.py prepare --fine-tune arithmetic arithmetic-high extraction-low
+	$(BIN)/python benchmarks/smollm2.py prepare \
+		--fine-tune arithmetic arithmetic-high extraction-low extraction sorting
 	$(BIN)/python benchmarks/codecs.py
-	$(BIN)/python benchmarks/frontier.py smollm2
+	$(BIN)/python benchmarks/frontier.py smollm2 --rows 60
+	$(BIN)/python benchmarks/frontier.py demo --rows 60
+	$(BIN)/python benchmarks/merging.py smollm2
+	$(BIN)/python benchmarks/merging.py demo
 	$(BIN)/python benchmarks/memory.py
 	$(MAKE) tables
 
@@ -38,8 +42,13 @@ tables: $(VENV)/.bench
 	$(BIN)/deltafold report benchmarks/records/smollm2-arithmetic.json \
 		--into README.md --marker smollm2 --figures docs/figures
 	$(BIN)/python benchmarks/codecs.py --summary README.md
-	$(BIN)/deltafold report benchmarks/records/frontier-smollm2.json --figures docs/figures
+	$(BIN)/deltafold report benchmarks/records/frontier-smollm2.json \
+		benchmarks/records/frontier-demo.json --figures docs/figures
 	$(BIN)/python benchmarks/frontier.py smollm2 --into README.md --parts gain kl
+	$(BIN)/python benchmarks/frontier.py smollm2 --into docs/frontier.md
+	$(BIN)/python benchmarks/frontier.py demo --into docs/frontier.md
+	$(BIN)/python benchmarks/merging.py smollm2 --into README.md
+	$(BIN)/python benchmarks/merging.py demo --into docs/commands/merge.md
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
 	$(BIN)/python benchmarks/memory.py --into README.md
