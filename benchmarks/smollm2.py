@@ -193,10 +193,11 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int
 
 def exact_match(model: Any, tokenizer: Any, rows: list[Row], batch_rows: int = 50) -> float:
     """Share of rows whose greedy answer, cut at the first line break and stripped, is right."""
+    longest = max(len(tokenizer(row["answer"]).input_ids) for row in rows)
     right = 0
     for start in range(0, len(rows), batch_rows):
         batch = rows[start : start + batch_rows]
-        texts = generate(model, tokenizer, [row["prompt"] for row in batch], max_new_tokens=12)
+        texts = generate(model, tokenizer, [row["prompt"] for row in batch], longest + 4)
         for row, text in zip(batch, texts, strict=True):
             right += text.strip().split("\n")[0].strip() == row["answer"].strip()
     return right / len(rows)
