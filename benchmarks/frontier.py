@@ -63,9 +63,9 @@ def calibration_of(given: str, finetune: FineTune) -> Path | None:
     return path
 
 
-def make(cell: Cell, base: Path, finetuned: Path, archive: Path) -> Record:
+def make(cell: Cell, base: Path, finetuned: Path, archive: Path, timed: bool) -> Record:
     """The archive of a cell, and what a row says of it. Raises BudgetError."""
-    if cell.seed:
+    if not timed:
         return cells.compress_here(cell, base, finetuned, archive)
     try:
         return cells.compress(cell, base, finetuned, archive, quiet=True)
@@ -75,14 +75,20 @@ def make(cell: Cell, base: Path, finetuned: Path, archive: Path) -> Record:
 
 
 def measure(
-    cell: Cell, base: Path, finetune: FineTune, model: Resident, restored: bool, scratch: Path
+    cell: Cell,
+    base: Path,
+    finetune: FineTune,
+    model: Resident,
+    timed: bool,
+    restored: bool,
+    scratch: Path,
 ) -> Record:
     """One row. A size that the method cannot meet is told in `unmet`."""
     row = named(cell, finetune.name)
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         archive = Path(name) / f"{cell.name}.delta"
         try:
-            row |= make(cell, base, finetune.folder, archive)
+            row |= make(cell, base, finetune.folder, archive, timed)
             start = time.perf_counter()
             row |= columns(model.figures(load_state(archive, base), cell.name))
             row["score_seconds"] = time.perf_counter() - start
@@ -110,9 +116,10 @@ def run(ledger: Ledger, these: Family, names: list[str], options: argparse.Names
             for cell in missing:
                 if not ledger.lacks(cell, name):  # seed 0 has just shown that it cannot be met
                     continue
-                timed = cell.seed == 0 and not options.no_restore and not ledger.has_restored(cell)
+                timed = cell.seed == 0 and not options.untimed
+                restored = timed and not ledger.has_restored(cell)
                 start = time.perf_counter()
-                row = measure(cell, these.base, finetune, model, timed, options.scratch)
+                row = measure(cell, these.base, finetune, model, timed, restored, options.scratch)
                 row["cell_seconds"] = time.perf_counter() - start
                 ledger.add(row)
                 print(line_of(row), flush=True)
@@ -156,7 +163,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="folder of the SmolLM2 pairs and of texts")
     parser.add_argument("--scratch", type=Path, help="folder for archives, while they are needed")
     parser.add_argument("--record", type=Path, help="default: records/frontier-FAMILY.json")
-    parser.add_argument("--no-restore", action="store_true", help="do not time restoring")
+    parser.add_argument("--untimed", action="store_true",
+                        help="compress in this process: quicker, no seconds, no peak of memory")  # fmt: skip
     parser.add_argument("--join", nargs="+", type=Path, help="take in rows of these records")
     parser.add_argument("--into", type=Path, help="Markdown file: write tables, measure nothing")
     parser.add_argument("--marker", help="where in that file; default: frontier-FAMILY")
@@ -184,7 +192,6 @@ def main(arguments: list[str] | None = None) -> int:
                 f"there are: {', '.join(these.finetunes)}."
             )
         settings = {"rows": options.rows, "batch_rows": BATCH_ROWS, "dtype": "fp32"}
-        settings["threads"] = torch.get_num_threads()
         ledger = Ledger.open(out, these.title, these.model, settings)
         if options.join:
             ledger.join(options.join)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from cells import Cell
 
 from deltafold.codecs import get
@@ -56,7 +57,7 @@ class Ledger:
         }
         if path.is_file():
             record = json.loads(path.read_text(encoding="utf-8"))
-        return cls(path, record | {"machine": machine()})
+        return cls(path, record | {"machine": machine() | {"threads": torch.get_num_threads()}})
 
     def join(self, paths: Iterable[Path]) -> None:
         """Take in the rows of other records of the same benchmark, scored alike; write the record.

@@ -264,6 +264,28 @@ def test_fresh_forgets_only_what_is_asked_for(tmp_path: Path) -> None:
     assert list(book.record["reference"]) == ["sort"]
 
 
+def test_records_of_parts_become_one(tmp_path: Path) -> None:
+    """Rows of all; a row that both have is the later one's; another fine-tune is refused."""
+    parts = []
+    for number, (cell, name) in enumerate(((Cell("dare", 8), "sort"), (Cell("dare", 16), "add"))):
+        part = new_ledger(tmp_path / f"{number}.json")
+        part.record["reference"][name] = {"base": {}}
+        part.record["relative_delta_norm"][name] = 0.1
+        part.add(row(cell, name, kl=float(number), peak_memory_bytes=number))
+        parts.append(part.path)
+    whole = new_ledger(tmp_path / "whole.json")
+    whole.add(row(Cell("dare", 8), "sort", kl=9.0))
+    whole.join(parts)
+    again = new_ledger(tmp_path / "whole.json")
+    assert [(r["finetune"], r["kl"]) for r in again.rows] == [("sort", 0.0), ("add", 1.0)]
+    assert again.record["seconds"] == 3.0 and again.record["peak_memory_bytes"] == 1
+    assert again.record["reference"] == {"sort": {"base": {}}, "add": {"base": {}}}
+    other = new_ledger(tmp_path / "other.json")
+    other.record["relative_delta_norm"]["sort"] = 0.2
+    with pytest.raises(ledgers.StaleRecordError, match="another sort"):
+        other.join(parts)
+
+
 class KilledError(Exception):
     """Stands for a run that is stopped."""
 
@@ -277,14 +299,17 @@ def test_a_stopped_run_goes_on_where_it_was(
     restored: list[str] = []
     last = 4
 
-    def measure(cell: Cell, base: Path, finetune: Any, model: Any, timed: bool, at: Any) -> Any:
+    def measure(
+        cell: Cell, base: Path, finetune: Any, model: Any, timed: bool, again: bool, at: Any
+    ) -> Any:
         if len(measured) == last:
             raise KilledError
         measured.append(f"{finetune.name}/{cell.name}")
         made = row(cell, finetune.name)
         if cell.method == "lowrank" and cell.file_ratio == 16:
             return made | {"unmet": "File ratio 16 cannot be met."}
-        if timed:
+        assert timed == (cell.seed == 0)
+        if again:
             restored.append(cell.name)
             made["restore_seconds"] = 1.0
         return made | {"archive_bytes": 1000, "kl": 0.1, "exact_match": 0.5}
@@ -336,7 +361,9 @@ def test_one_cell_that_is_met_and_one_that_is_not(tmp_path: Path) -> None:
     torch.manual_seed(0)
     with answers.resident(finetune.folder, finetune.task, 8) as model:
         rows = [
-            frontier.measure(cell, demo.base, finetune, model, cell.seed == 0, tmp_path)
+            frontier.measure(
+                cell, demo.base, finetune, model, cell.seed == 0, cell.seed == 0, tmp_path
+            )
             for cell in (Cell("dare", 16, 0), Cell("dare", 16, 1), Cell("magnitude", 2000, 0))
         ]
     assert "unmet" not in rows[0]

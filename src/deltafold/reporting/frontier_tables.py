@@ -173,7 +173,7 @@ def cost_tables(record: FrontierRecord) -> list[Table]:
         "Each command in a process of its own, its start included. Seconds of compress: mean over "
         "the fine-tunes. Peaks: the largest. Restore: timed on one fine-tune."
     )
-    if threads := record.settings.get("threads"):
+    if threads := record.machine.get("threads"):
         note += f" On {threads} core{'s' * (threads > 1)}."
     title = f"{record.title}: seconds and memory at {ratio_words(COMMON_RATIO)}"
     return [Table(title, columns, shown, [note])]

@@ -191,7 +191,6 @@ class FrontierRecord(_Run):
     relative_delta_norm: dict[str, Number] = {}
     rows: list[FrontierRow]
     reference: dict[str, dict[str, Scores]] = {}
-    settings: dict[str, Any] = {}
 
 
 # --- merge --------------------------------------------------------------------------------------
