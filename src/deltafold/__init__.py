@@ -16,11 +16,10 @@ from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
 
 if TYPE_CHECKING:
-    from deltafold.choosing import compress
+    from deltafold.choosing import compress, merge
     from deltafold.evaluation import evaluate
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
-    from deltafold.verbs.merge import merge
     from deltafold.verbs.plan import plan
     from deltafold.verbs.restore import restore
     from deltafold.verbs.verify import verify
@@ -32,7 +31,7 @@ _VERBS = {
     "inspect": "deltafold.verbs.inspect",
     "plan": "deltafold.verbs.plan",
     "load": "deltafold.verbs.load",
-    "merge": "deltafold.verbs.merge",
+    "merge": "deltafold.choosing",
     "evaluate": "deltafold.evaluation",
 }
 

@@ -39,9 +39,54 @@ def merge(
         list[str] | None, typer.Option(help="Share of each delta to keep; as --weight.")
     ] = None,
     scale: Annotated[str | None, typer.Option(help="Factor of the merged delta.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="base|union|MODEL",
+            help="Whose vocabulary: the base's, all tokens of all, or that of one of the models.",
+        ),
+    ] = None,
     setting: o.SetOption = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=V,V,...]",
+            help="Try values of scale or density; keep what does best on --task and --text.",
+        ),
+    ] = None,
+    task: Annotated[
+        list[Path] | None,
+        typer.Option(help="Rows to score base, models and result on; as evaluate takes them."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text to measure perplexity on; as evaluate does.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first rows of a task, and windows of a text.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows scored at a time, at most.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="To score in: auto (the model's own), fp32, bf16 or fp16.")
+    ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(help="To score on: cpu or cuda. Default: cuda if there is one."),
+    ] = None,
+    as_archive: Annotated[
+        bool, typer.Option("--as-archive", help="Write an archive on the base, no checkpoint.")
+    ] = False,
+    archive_method: Annotated[str, typer.Option(help="Codec of that archive.")] = "auto",
+    file_ratio: o.FileRatioOption = None,
+    nominal_ratio: o.NominalRatioOption = None,
+    n_bytes: o.BytesOption = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="For that archive; as compress takes it.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random positions.")] = 0,
     shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read headers only and show what would be done.")
+    ] = False,
     workers: o.WorkersOption = None,
     memory: o.MemoryOption = None,
     overwrite: o.OverwriteOption = False,
@@ -49,37 +94,88 @@ def merge(
     record: o.RecordOption = None,
     json_output: o.JsonOption = False,
 ) -> None:
-    """Merge several fine-tunes of one base into one ordinary checkpoint.
+    """Merge several fine-tunes of one base into one ordinary checkpoint, or into an archive.
 
     Example: deltafold merge base/ math.delta sql.delta chat/ -o merged/ --method ties
     """
     from deltafold.cli.show import progress
     from deltafold.record import record_path
-    from deltafold.verbs.merge import merge as merge_verb
 
     base, recipe = _recipe(
-        base, models or [], config, method, sparsify, consensus, weight, density, scale, setting
-    )
+        base, models or [], config, method, sparsify, consensus, weight, density, scale, setting,
+        tokenizer,
+    )  # fmt: skip
+    budget = {
+        "file_ratio": file_ratio,
+        "nominal_ratio": nominal_ratio,
+        "n_bytes": o.parse_bytes(n_bytes, "--bytes"),
+    }
+    wanted = _archive_options(as_archive, archive_method, budget, calibration)
+    searched = _searched(search)
+    arguments: dict[str, Any] = {
+        "seed": seed,
+        "shard_bytes": int(o.parse_bytes(shard_size, "--shard-size") or 0),
+        "dry_run": dry_run,
+        "overwrite": overwrite,
+        "restart": restart,
+        "workers": workers,
+        "memory_bytes": o.parse_bytes(memory, "--memory"),
+        "record": record,
+    }
     with progress() as advance:
-        result = merge_verb(
-            base,
-            recipe,
-            output,
-            seed=seed,
-            shard_bytes=int(o.parse_bytes(shard_size, "--shard-size") or 0),
-            overwrite=overwrite,
-            restart=restart,
-            workers=workers,
-            memory_bytes=o.parse_bytes(memory, "--memory"),
-            progress=advance,
-            record=record,
-        )
+        arguments["progress"] = advance
+        if task or text or searched is not None or wanted is not None:
+            from deltafold.choosing.merge import merge as scored_merge
+
+            arguments |= {
+                "search": searched, "tasks": task or (), "texts": text or (), "limit": limit,
+                "batch_size": batch_size, "dtype": dtype, "device": device, "as_archive": wanted,
+            }  # fmt: skip
+            result = scored_merge(base, recipe, output, **arguments)
+        else:  # nothing is run: no need to import what runs models
+            from deltafold.verbs.merge import merge as merge_verb
+
+            result = merge_verb(base, recipe, output, **arguments)
     if json_output:
         import json
 
         print(json.dumps(result))
     else:
-        _show(result, record or record_path(output))
+        from deltafold.cli.merge_summary import show
+
+        show(result, None if dry_run else record or record_path(output))
+
+
+def _archive_options(
+    asked: bool, method: str, budget: dict[str, Any], calibration: str | None
+) -> dict[str, Any] | None:
+    """What `compress` is given, None for a checkpoint. Raises UsageError."""
+    from deltafold.errors import UsageError
+
+    given = {name: value for name, value in budget.items() if value is not None}
+    if calibration is not None:
+        given["calibration"] = calibration
+    if not asked:
+        if given or method != "auto":
+            raise UsageError("A size, a codec or calibration is for an archive: add --as-archive.")
+        return None
+    return {"method": method} | given
+
+
+def _searched(given: list[str] | None) -> dict[str, list[float]] | None:
+    """`scale=0.4,0.8` and `density` as a table of values. Raises UsageError."""
+    from deltafold.errors import UsageError
+
+    if not given:
+        return None
+    found: dict[str, list[float]] = {}
+    for item in given:
+        name, _, values = item.partition("=")
+        try:
+            found[name] = [float(each) for each in values.split(",") if each.strip()]
+        except ValueError:
+            raise UsageError(f"--search {item!r} is not like scale=0.4,0.8,1.") from None
+    return found
 
 
 def _recipe(
@@ -93,8 +189,11 @@ def _recipe(
     density: list[str] | None,
     scale: str | None,
     setting: list[str] | None,
+    tokenizer: str | None,
 ) -> tuple[str, Recipe]:
     """(base, recipe) of a file, or of the command line. Raises UsageError."""
+    from dataclasses import replace
+
     from deltafold.errors import UsageError
     from deltafold.merging.files import read_recipe
     from deltafold.merging.recipe import Model, Recipe
@@ -102,7 +201,8 @@ def _recipe(
     if config is not None:
         if base is not None or models:
             raise UsageError("--config names base and models; drop them from the command line.")
-        return read_recipe(config)
+        found, recipe = read_recipe(config)
+        return found, replace(recipe, tokenizer=tokenizer) if tokenizer else recipe
     if base is None or not models:
         raise UsageError("Name the base and at least one fine-tune, or give --config.")
     weights = _each("--weight", weight, len(models), 1.0)
@@ -114,6 +214,7 @@ def _recipe(
         consensus,
         None if scale is None else _value("--scale", scale),
         o.method_options(None, None, None, setting),
+        tokenizer,
     )
 
 
@@ -144,27 +245,3 @@ def _value(option: str, text: str) -> Any:
             f'{option} {text!r} is not a number, nor JSON such as [0.2, 0.8] or {{"mlp": 0.5, '
             '"default": 1}.'
         ) from None
-
-
-def _show(record: dict[str, Any], where: Path) -> None:
-    import math
-
-    from deltafold.cli.show import duration, say, size
-
-    recipe, rows = record["recipe"], [row for row in record["tensors"] if "norms" in row]
-    say(
-        f"[bold]{record['output']}[/bold]  {len(record['models'])} models by {recipe['method']} "
-        f"({recipe['sparsifier']}, {recipe['consensus']})"
-    )
-    for n, label in enumerate(record["models"]):
-        norm = math.sqrt(sum(row["norms"][n] ** 2 for row in rows))
-        say(f"  {label}: norm of its delta {norm:.4g}")
-    merged = math.sqrt(sum(row["norm"] ** 2 for row in rows))
-    agreed = [row["agreed"] for row in rows if row["agreed"] is not None]
-    say(f"  merged delta: norm {merged:.4g}")
-    if agreed:
-        say(f"  entries that several change, agreed in sign: {sum(agreed) / len(agreed):.0%}")
-    say(
-        f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "
-        f"record in {where}"
-    )

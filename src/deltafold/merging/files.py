@@ -22,9 +22,10 @@ from deltafold.errors import UsageError, nearest
 from deltafold.merging import mergekit
 from deltafold.merging.recipe import Model, Recipe, Value
 
-OURS = ("base", "method", "sparsify", "consensus", "scale", "numbers", "models")
+OURS = ("base", "method", "sparsify", "consensus", "scale", "numbers", "tokenizer", "models")
 THEIRS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer",
 )  # fmt: skip
 
 
@@ -84,6 +85,7 @@ def _ours(found: dict[str, Any], mistakes: list[str]) -> tuple[str, dict[str, An
         "consensus": found.get("consensus"),
         "scale": found.get("scale"),
         "numbers": numbers if isinstance(numbers, dict) else {"numbers": 0.0},
+        "tokenizer": found.get("tokenizer"),
     }
 
 
@@ -114,6 +116,7 @@ def _theirs(found: dict[str, Any], mistakes: list[str]) -> tuple[str, dict[str, 
         "method": mergekit.METHODS[method].name,
         "scale": mergekit.setting("lambda", 1.0, whole),
         "numbers": mergekit.numbers(method, whole, owns, mistakes),
+        "tokenizer": _tokenizer(found, mistakes),
     }
 
 
@@ -126,6 +129,16 @@ def _parameters(
         return {}
     _known(given, known, where, mistakes)
     return given
+
+
+def _tokenizer(found: dict[str, Any], mistakes: list[str]) -> str | None:
+    """mergekit's `tokenizer_source: union`, or `tokenizer: {source: union}`."""
+    given = found.get("tokenizer")
+    if isinstance(given, dict):
+        _known(given, ("source",), "tokenizer, as far as it is read here,", mistakes)
+        given = given.get("source")
+    given = found.get("tokenizer_source", given)
+    return None if given is None else str(given).removeprefix("model:")
 
 
 def _arc(base: str, models: list[Model], t: Value, mistakes: list[str]) -> list[Model]:

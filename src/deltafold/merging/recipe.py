@@ -48,6 +48,7 @@ class Recipe:
     consensus: str | None = None
     scale: Value | None = None
     numbers: dict[str, float] = field(default_factory=dict)
+    tokenizer: str | None = None  # base (None), union, or the path of a model
 
     def __post_init__(self) -> None:
         if mistakes := list(self._mistakes()):
@@ -117,6 +118,7 @@ class Recipe:
             "consensus": consensus,
             "scale": PRESETS[self.method].scale if self.scale is None else self.scale,
             "numbers": self.all_numbers(),
+            "tokenizer": self.tokenizer,
             "models": [
                 {"path": m.path, "weight": m.weight, "density": m.density} for m in self.models
             ],

@@ -91,8 +91,6 @@ def load(
     attn_implementation, ...). The dtype defaults to that of the checkpoint. Raises ArchiveError,
     MismatchError.
     """
-    from transformers import AutoConfig
-
     state = load_state(archive, base, workers=workers, progress=progress)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -101,14 +99,19 @@ def load(
             raise MismatchError(
                 f"{archive} carries no config.json, so no model can be built; use restore."
             )
-        config = AutoConfig.from_pretrained(folder)
-        model = _model_class(config).from_pretrained(
-            None, config=config, state_dict=state, **({"dtype": "auto"} | from_pretrained)
-        )
-        if (folder / "generation_config.json").is_file():
-            from transformers import GenerationConfig
+        return model_of(folder, state, **from_pretrained)
 
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+
+def model_of(folder: Path, state: dict[str, torch.Tensor], **from_pretrained: Any) -> Any:
+    """A ready `transformers` model of a folder's config and of tensors in memory."""
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    model = _model_class(config).from_pretrained(
+        None, config=config, state_dict=state, **({"dtype": "auto"} | from_pretrained)
+    )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     return model
 

@@ -1,15 +1,17 @@
-"""A fine-tune to merge: a checkpoint, or an archive that is decoded tensor by tensor."""
+"""A model to merge: a checkpoint, or an archive that is decoded tensor by tensor."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from deltafold.archive import MANIFEST_FILE, Archive
 from deltafold.checkpoint import Checkpoint, open_checkpoint
+from deltafold.errors import CheckpointError
 from deltafold.verbs.decode import assembled, check_base_headers, check_codecs, checked_rows
 
 Header = tuple[str, tuple[int, ...]]
@@ -17,7 +19,7 @@ Header = tuple[str, tuple[int, ...]]
 
 
 class Source(Protocol):
-    """Tensors of one fine-tune."""
+    """Tensors of one model."""
 
     label: str
     headers: dict[str, Header]
@@ -87,8 +89,42 @@ class ArchiveSource:
         self.archive.__exit__()
 
 
+class Renamed:
+    """A source under other headers: a tensor hidden, or one that goes by two names."""
+
+    def __init__(
+        self, source: Source, hidden: str | None = None, twin: tuple[str, str] | None = None
+    ):
+        self._source, self.label = source, source.label
+        self._twins = dict([twin] if twin else [])
+        self.headers = {name: each for name, each in source.headers.items() if name != hidden}
+        self.headers |= {new: source.headers[old] for new, old in self._twins.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._source.tensor(self._twins.get(name, name))
+
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        return self._source.side_files()
+
+    def fingerprint(self) -> object:
+        return self._source.fingerprint()
+
+    def close(self) -> None:
+        self._source.close()
+
+
 def open_source(path: str | Path, base: Checkpoint) -> Source:
     """An archive's folder, or any checkpoint. Raises CheckpointError, ArchiveError, MismatchError."""
     if (Path(path) / MANIFEST_FILE).is_file():
         return ArchiveSource(Path(path), base)
     return CheckpointSource(open_checkpoint(path))
+
+
+def config_of(label: str, files: dict[str, bytes]) -> dict[str, Any]:
+    """`config.json` of a model's side files; empty if there is none. Raises CheckpointError."""
+    try:
+        return dict(json.loads(files.get("config.json", b"{}")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"config.json of {label} is not valid JSON ({error}); copy it again."
+        ) from None

@@ -1,0 +1,6 @@
+"""Verbs that measure models to choose by, or to say what came of it."""
+
+from deltafold.choosing.compress import compress
+from deltafold.choosing.merge import merge
+
+__all__ = ["compress", "merge"]

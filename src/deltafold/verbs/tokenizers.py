@@ -1,0 +1,126 @@
+"""The tokenizers of models to merge: what their rows mean, and the files of the merged one.
+
+`tokenizer.json` is read, the format of the `tokenizers` library. A folder that has only the files
+of older kinds is as good as one without: its rows are known by number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+from deltafold.errors import CheckpointError
+from deltafold.merging.vocabulary import Settled, Vocabulary
+
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "*.model", "chat_template*",
+)  # fmt: skip
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+Files = dict[str, bytes]
+
+
+def vocabulary_of(label: str, rows: int, files: Mapping[str, bytes]) -> Vocabulary:
+    """The vocabulary of a model with so many rows. Raises CheckpointError for a broken file."""
+    if "tokenizer.json" not in files:
+        return Vocabulary(label, rows, known=False)
+    found = _json(files["tokenizer.json"], label, "tokenizer.json")
+    try:
+        proper = found["model"]["vocab"]
+        if isinstance(proper, dict):
+            tokens = {int(row): str(text) for text, row in proper.items()}
+        else:  # Unigram: [[text, score], ...]
+            tokens = {row: str(entry[0]) for row, entry in enumerate(proper)}
+        added = {int(each["id"]): str(each["content"]) for each in found.get("added_tokens") or []}
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"tokenizer.json of {label} cannot be read ({error!r}); copy it again."
+        ) from None
+    return Vocabulary(label, rows, tokens | added, frozenset(added.values()))
+
+
+def merged_files(
+    base: Mapping[str, bytes],
+    models: Sequence[Mapping[str, bytes]],
+    settled: Settled,
+    owner: int | None,
+) -> Files:
+    """Config, tokenizer and the like of the merged model. `owner`: whose tokenizer, None the base's."""
+    files = dict(base)
+    if owner is not None:
+        files = {name: data for name, data in files.items() if not is_tokenizer_file(name)}
+        theirs = models[owner]
+        files |= {name: data for name, data in theirs.items() if is_tokenizer_file(name)}
+        if "generation_config.json" in theirs:
+            files["generation_config.json"] = theirs["generation_config.json"]
+    elif settled.new:
+        _add_tokens(files, models, settled)
+    if "config.json" in files:
+        files["config.json"] = _config(files["config.json"], models, settled, owner)
+    return files
+
+
+def is_tokenizer_file(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)
+
+
+def _config(
+    data: bytes, models: Sequence[Mapping[str, bytes]], settled: Settled, owner: int | None
+) -> bytes:
+    """The base's config with the rows of the merged vocabulary; unchanged bytes where they agree."""
+    config = json.loads(data)
+    inner = config["text_config"] if "vocab_size" in config.get("text_config", {}) else config
+    wanted: dict[str, Any] = {"vocab_size": settled.rows}
+    if owner is not None and "config.json" in models[owner]:
+        theirs = json.loads(models[owner]["config.json"])
+        wanted |= {key: theirs[key] for key in SPECIAL_IDS if key in theirs}
+    if all(inner.get(key) == value for key, value in wanted.items()):
+        return data
+    inner.update(wanted)
+    return _dumped(config)
+
+
+def untied(data: bytes) -> bytes:
+    """A config that says that head and embedding are two."""
+    config = json.loads(data)
+    config["tie_word_embeddings"] = False
+    if "tie_word_embeddings" in config.get("text_config", {}):
+        config["text_config"]["tie_word_embeddings"] = False
+    return _dumped(config)
+
+
+def _add_tokens(files: Files, models: Sequence[Mapping[str, bytes]], settled: Settled) -> None:
+    """Put the new tokens into the base's tokenizer files, under their new numbers."""
+    tokenizer = json.loads(files["tokenizer.json"])
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    plain = json.loads(files["added_tokens.json"]) if "added_tokens.json" in files else None
+    tokenizer.setdefault("added_tokens", [])
+    for text, number, row, place in settled.new:
+        entries = json.loads(models[number]["tokenizer.json"])["added_tokens"]
+        entry = next(each for each in entries if each["id"] == row and each["content"] == text)
+        tokenizer["added_tokens"].append(entry | {"id": place})
+        if "added_tokens_decoder" in settings:
+            shown = {key: value for key, value in entry.items() if key != "id"}
+            settings["added_tokens_decoder"][str(place)] = shown
+        if plain is not None:
+            plain[text] = place
+    files["tokenizer.json"] = _dumped(tokenizer)
+    if "added_tokens_decoder" in settings:
+        files["tokenizer_config.json"] = _dumped(settings)
+    if plain is not None:
+        files["added_tokens.json"] = _dumped(plain)
+
+
+def _json(data: bytes, label: str, name: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{name} of {label} is not valid JSON ({error}); copy it again."
+        ) from None
+
+
+def _dumped(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
