@@ -140,19 +140,22 @@ def table(record: Record) -> str:
                 f"{row[key] / 1e6:,.0f} MB" for key in ("checkpoint_bytes", "peak_memory_bytes")
             ]
             lines.append(f"| {row['method']} | {row['models']} | {' | '.join(cells)} |")
-    machine_ = record["machine"]
-    note = (
-        f"{machine_['cores']} cores, {machine_['memory_bytes'] / 2**30:.0f} GiB, {machine_['cpu']}"
+    where = [row.get("machine", record["machine"]) for row in record["rows"] + (merges or [])]
+    machines = dict.fromkeys(
+        f"{each['cores']} cores, {each['memory_bytes'] / 2**30:.0f} GiB, {each['cpu']}"
+        for each in where
     )
-    return "\n".join([*lines, "", f"Synthetic sharded checkpoint, bf16; Python included; {note}."])
+    note = f"Synthetic sharded checkpoint, bf16; Python included; {'; '.join(machines)}."
+    return "\n".join([*lines, "", note])
 
 
 def add(row: Record, key: str, path: Path) -> None:
     """Put a row into the record, in place of the one of the same method."""
     record = json.loads(path.read_text()) if path.is_file() else {}
+    row["machine"] = machine()
     rows = {each["method"]: each for each in record.get(key, [])} | {row["method"]: row}
-    fixed = {"record_version": RECORD_VERSION, "kind": "memory", "rows": [], "merges": []}
-    write_record(fixed | record | {key: list(rows.values()), "machine": machine()}, path)
+    fixed: Record = {"record_version": RECORD_VERSION, "kind": "memory", "rows": [], "merges": []}
+    write_record(fixed | {"machine": row["machine"]} | record | {key: list(rows.values())}, path)
     print(json.dumps(row), flush=True)
 
 

@@ -61,13 +61,18 @@ def slerp(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -
     """
     first, second = deltas
     share = weights[1] / (weights[0] + weights[1]) if sum(weights) else 0.0
-    lengths = float(first.double().norm()) * float(second.double().norm())
-    cosine = float((first.double() * second.double()).sum()) / lengths if lengths else 1.0
-    if abs(cosine) > NEARLY_PARALLEL:
-        return first * (1 - share) + second * share
-    angle = math.acos(cosine)
-    one, two = (math.sin(part * angle) / math.sin(angle) for part in (1 - share, share))
-    return first * one + second * two
+    lengths = math.sqrt(_dot(first, first) * _dot(second, second))
+    cosine = _dot(first, second) / lengths if lengths else 1.0
+    one, two = 1 - share, share
+    if abs(cosine) <= NEARLY_PARALLEL:
+        angle = math.acos(cosine)
+        one, two = (math.sin(part * angle) / math.sin(angle) for part in (one, two))
+    return (first * one).add_(second, alpha=two)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    pieces = zip(a.reshape(-1).split(PIECE), b.reshape(-1).split(PIECE), strict=True)
+    return sum(float((one.double() * two.double()).sum()) for one, two in pieces)
 
 
 def consensus(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:

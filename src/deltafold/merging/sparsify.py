@@ -42,7 +42,8 @@ def magnitude(
     delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]
 ) -> torch.Tensor:
     """The largest entries by magnitude. Yadav et al. 2023 (TIES, arXiv 2306.01708), step 1."""
-    return delta * _largest(delta, kept_count(density, delta.numel())).reshape(delta.shape)
+    kept = _largest(delta, kept_count(density, delta.numel()))
+    return torch.where(kept.reshape(delta.shape), delta, 0.0)
 
 
 def dare(delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]) -> torch.Tensor:
@@ -94,7 +95,7 @@ def breadcrumbs(
     count = kept_count(density, n)
     outliers = min(int(numbers.get("gamma", 0.01) * n), n - count)
     kept = _largest(delta, outliers + count) & ~_largest(delta, outliers)
-    return delta * kept.reshape(delta.shape)
+    return torch.where(kept.reshape(delta.shape), delta, 0.0)
 
 
 def impart(
