@@ -28,7 +28,7 @@ from cells import run
 from smollm2 import default_cache
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deltafold.checkpoint import Checkpoint, open_checkpoint
+from deltafold.checkpoint import open_checkpoint
 from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import rewrite_block
 
@@ -98,7 +98,7 @@ def versions(programs: Path) -> dict[str, str]:
 
 
 def write_models(folder: Path, stored: str) -> list[Path]:
-    """A tiny Llama base and two fine-tunes that moved every weight by some percent."""
+    """A tiny Llama base and two fine-tunes: matrices moved by a tenth of their size, norms less."""
     config = LlamaConfig(
         vocab_size=256, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=BLOCKS,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
@@ -110,8 +110,9 @@ def write_models(folder: Path, stored: str) -> list[Path]:
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
             for parameter in model.parameters():
+                size = (0.1 if parameter.dim() > 1 else 0.01) * parameter.square().mean().sqrt()
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter += 0.1 * bool(number) * parameter.square().mean().sqrt() * noise
+                parameter += bool(number) * size * noise
         model.to(STORED[stored]).save_pretrained(folder / name)
         found.append(folder / name)
     return found
@@ -147,23 +148,24 @@ def measure(
                 quiet = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
                 subprocess.run([*program, *options], check=True, env=quiet)
                 run(["merge", "--config", str(config), "-o", str(ours)], quiet=True)
-                found = compare(models[0], theirs, ours, file.method in RANDOM)
+                found = compare(models, theirs, ours, file.method in RANDOM)
             yield {"models": label, "file": file.name, "method": file.method,
                    "stored": stored, "computed": computed, **found}  # fmt: skip
 
 
-def compare(base: Path, theirs: Path, ours: Path, random: bool) -> Record:
+def compare(models: list[Path], theirs: Path, ours: Path, random: bool) -> Record:
     """What differs between two merged folders, over the tensors that both have.
 
-    Without chance: share of entries equal in every bit and within one rounding step of the stored
-    type; the largest difference; the norm of all differences over that of mergekit's merged delta.
+    Without chance: share of entries equal in every bit, and within one rounding step of the largest
+    of the entries that are merged; the largest difference; the norm of all differences over that of
+    mergekit's merged delta.
     With chance: norm of the merged deltas, and share of entries that they change.
     """
-    ground, left, right = (open_checkpoint(path) for path in (base, theirs, ours))
+    left, right, *merged = (open_checkpoint(path) for path in (theirs, ours, *models))
     sums = _Sums()
     for name in left.tensors:
         if name in right.tensors:
-            sums.add(*(_tensor(where, name) for where in (ground, left, right)))
+            sums.add(left.tensor(name), right.tensor(name), [each.tensor(name) for each in merged])
     lacking = sorted(left.tensors.keys() ^ right.tensors.keys())
     shared: Record = {"entries": sums.entries, "only_one_has": lacking}
     if random:
@@ -188,11 +190,12 @@ class _Sums:
         self.entries = self.equal = self.near = self.theirs_moved = self.ours_moved = 0
         self.theirs = self.ours = self.apart = self.largest = 0.0
 
-    def add(self, base: torch.Tensor, theirs: torch.Tensor, ours: torch.Tensor) -> None:
-        self.entries += base.numel()
+    def add(self, theirs: torch.Tensor, ours: torch.Tensor, merged: list[torch.Tensor]) -> None:
+        self.entries += ours.numel()
         self.equal += int((theirs == ours).sum())
-        step = torch.finfo(ours.dtype).eps * torch.maximum(theirs.abs(), ours.abs()).double()
-        a, b = theirs.double() - base.double(), ours.double() - base.double()
+        largest = torch.stack([each.abs().double() for each in (theirs, ours, *merged)]).amax(0)
+        step, base = torch.finfo(ours.dtype).eps * largest, merged[0].double()
+        a, b = theirs.double() - base, ours.double() - base
         self.near += int(((a - b).abs() <= step).sum())
         self.theirs_moved, self.ours_moved = (
             moved + int((delta != 0).sum())
@@ -204,16 +207,12 @@ class _Sums:
         self.largest = max(self.largest, float((a - b).abs().max()))
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    return checkpoint.tensor(name)
-
-
 def table(record: Record) -> str:
     """The record as two Markdown tables."""
     lines = [
         "| file | models | stored, computed in | equal in every bit | within one rounding step "
-        "| differences / merged delta |",
-        "|:--|:--|:--|--:|--:|--:|",
+        "| largest difference | differences / merged delta |",
+        "|:--|:--|:--|--:|--:|--:|--:|",
     ]
     chance = [
         "| file | models | stored, computed in | norm of merged delta | entries changed |",
@@ -227,7 +226,8 @@ def table(record: Record) -> str:
             moved = f"{row['mergekit_density']:.1%}, {row['deltafold_density']:.1%}"
             chance.append(f"{start} {norms} | {moved} |")
         else:
-            shares = f"{row['equal']:.2%} | {row['within_rounding']:.4%}"
+            shares = f"{row['equal']:.2%} | {row['within_rounding']:.3%}"
+            shares += f" | {row['max_difference']:.1e}"
             lines.append(f"{start} {shares} | {row['relative_difference']:.1e} |")
     found = record["versions"]
     note = (
@@ -248,8 +248,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
             rows += measure("tiny Llama", write_models(Path(name), stored), kinds, programs)
     if arguments.models:
         models = [arguments.base, *arguments.models]
-        kinds = [kind for kind in DTYPES if kind[0] == "bf16"]
-        rows += measure(arguments.label, models, kinds, programs)
+        rows += measure(arguments.label, models, [("bf16", "fp32")], programs)
     record: Record = {
         "record_version": RECORD_VERSION,
         "kind": "mergekit",
