@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smollm2 import CALIBRATION_ROWS, FINE_TUNES, default_cache
+from smollm2 import CALIBRATION_ROWS, FRONTIER, default_cache
 
 from deltafold.errors import UsageError
 
@@ -80,7 +80,7 @@ def demo_calibration(name: str, seed: int, cache: Path) -> Path:
 def smollm2(cache: Path) -> Family:
     """SmolLM2-135M-Instruct and those of its fine-tunes that have been prepared."""
     found = {}
-    for name in FINE_TUNES:
+    for name in FRONTIER:
         folder = cache / f"smollm2-{name}"
         if not (folder / "training.json").is_file():
             continue
@@ -98,7 +98,7 @@ def smollm2(cache: Path) -> Family:
     if not found:
         raise UsageError(
             f"{cache} holds no fine-tune; run: python benchmarks/smollm2.py prepare "
-            f"--fine-tune {' '.join(FINE_TUNES)}"
+            f"--fine-tune {' '.join(FRONTIER)}"
         )
     parameters = read(cache / "smollm2-base" / "conversion.json")["parameters"]
     title = "SmolLM2-135M-Instruct"

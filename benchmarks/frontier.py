@@ -3,6 +3,7 @@
     python benchmarks/frontier.py smollm2                       # goes on where it stopped
     python benchmarks/frontier.py demo --methods dare --ratios 16 32
     python benchmarks/frontier.py smollm2 --into README.md      # the tables, from the record
+    python benchmarks/frontier.py smollm2 --join a.json b.json  # records of parts become one
 
 The first seed of a cell is compressed, and once for each method and ratio restored, by the command
 line in a process of its own: seconds and memory as a user has them. Other seeds are compressed here.
@@ -109,7 +110,7 @@ def run(ledger: Ledger, these: Family, names: list[str], options: argparse.Names
             for cell in missing:
                 if not ledger.lacks(cell, name):  # seed 0 has just shown that it cannot be met
                     continue
-                timed = cell.seed == 0 and not ledger.has_restored(cell)
+                timed = cell.seed == 0 and not options.no_restore and not ledger.has_restored(cell)
                 start = time.perf_counter()
                 row = measure(cell, these.base, finetune, model, timed, options.scratch)
                 row["cell_seconds"] = time.perf_counter() - start
@@ -155,6 +156,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="folder of the SmolLM2 pairs and of texts")
     parser.add_argument("--scratch", type=Path, help="folder for archives, while they are needed")
     parser.add_argument("--record", type=Path, help="default: records/frontier-FAMILY.json")
+    parser.add_argument("--no-restore", action="store_true", help="do not time restoring")
+    parser.add_argument("--join", nargs="+", type=Path, help="take in rows of these records")
     parser.add_argument("--into", type=Path, help="Markdown file: write tables, measure nothing")
     parser.add_argument("--marker", help="where in that file; default: frontier-FAMILY")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=[], metavar="PART",
@@ -181,7 +184,11 @@ def main(arguments: list[str] | None = None) -> int:
                 f"there are: {', '.join(these.finetunes)}."
             )
         settings = {"rows": options.rows, "batch_rows": BATCH_ROWS, "dtype": "fp32"}
+        settings["threads"] = torch.get_num_threads()
         ledger = Ledger.open(out, these.title, these.model, settings)
+        if options.join:
+            ledger.join(options.join)
+            return 0
         if options.fresh:
             ledger.forget(names, options.methods, options.ratios)
         ledger.check(settings)

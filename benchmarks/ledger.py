@@ -58,6 +58,31 @@ class Ledger:
             record = json.loads(path.read_text(encoding="utf-8"))
         return cls(path, record | {"machine": machine()})
 
+    def join(self, paths: Iterable[Path]) -> None:
+        """Take in the rows of other records of the same benchmark, scored alike; write the record.
+
+        A row that is here already is replaced. Raises StaleRecordError.
+        """
+        for path in paths:
+            other: Record = json.loads(path.read_text(encoding="utf-8"))
+            self.check(other["settings"])
+            for name in other["reference"]:
+                ours, theirs = (
+                    each["relative_delta_norm"].get(name) for each in (self.record, other)
+                )
+                if ours not in (None, theirs):
+                    raise StaleRecordError(
+                        f"{path} was measured on another {name} than {self.path}; measure again."
+                    )
+            held = {_key(row): row for row in self.rows} | {_key(r): r for r in other["rows"]}
+            self.record["rows"] = list(held.values())
+            for key in ("data", "relative_delta_norm", "reference"):
+                self.record[key] |= other[key]
+            self.record["seconds"] += other["seconds"]
+            peaks = (each["peak_memory_bytes"] for each in (self.record, other))
+            self.record["peak_memory_bytes"] = max(peaks)
+        write_record(self.record, self.path)
+
     @property
     def rows(self) -> list[Record]:
         return list(self.record["rows"])
@@ -121,3 +146,7 @@ class Ledger:
         peak_bytes = max(self.record["peak_memory_bytes"], row.get("peak_memory_bytes", 0))
         self.record["peak_memory_bytes"] = peak_bytes
         write_record(self.record, self.path)
+
+
+def _key(row: Record) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("finetune", "method", "asked_file_ratio", "seed"))

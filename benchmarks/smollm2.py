@@ -76,6 +76,7 @@ FINE_TUNES = {
         FineTune("sorting", "sorting", steps=120, lr=2e-4),
     )
 }
+FRONTIER = ("arithmetic", "arithmetic-high", "extraction-low")  # what codecs are compared on
 
 
 def default_cache() -> Path:

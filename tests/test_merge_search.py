@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from deltafold import compress, evaluate, merge, restore
 from deltafold.choosing.merge import candidates_of
 from deltafold.choosing.scores import best_of, mean_loss, share_right
-from deltafold.errors import NonFiniteError, UsageError
+from deltafold.errors import CheckpointError, NonFiniteError, UsageError
 from deltafold.merging.recipe import Model, Recipe
 from deltafold.verbs import merge_search as search_module
 from deltafold.verbs.sources import CheckpointSource
@@ -94,6 +93,19 @@ def test_densities_and_scales(folders: list[Path], text: Path, tmp_path: Path) -
     assert found["perplexity"]["value"] == pytest.approx(best["metrics"]["perplexity"]["value"])
     (merged,) = [row for row in record["scores"] if row["role"] == "merged"]
     assert merged["metrics"]["perplexity"] == best["metrics"]["perplexity"]
+
+
+def test_chosen_by_other_rows(folders: list[Path], task: Path, text: Path, tmp_path: Path) -> None:
+    """The search sees only what it is given; tasks are scored afterwards."""
+    record = merge(
+        folders[0], recipe(folders), tmp_path / "a",
+        search={"scale": [0.5, 1.0]}, search_on=[text], tasks=[task],
+    )  # fmt: skip
+    assert record["search"]["on"] == [str(text)]
+    assert all("tasks" not in row["metrics"] for row in record["search"]["tried"])
+    assert all("perplexity" not in row["metrics"] for row in record["scores"])
+    with pytest.raises(UsageError, match="say what to try with --search"):
+        merge(folders[0], recipe(folders), tmp_path / "b", search_on=[text])
 
 
 def test_models_are_read_once(
@@ -185,7 +197,8 @@ def test_as_archive_goes_on_after_the_merge(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A budget that cannot be met is told after the merge, which is not done again."""
-    module = import_module("deltafold.choosing.merge")  # its name is the verb's in the package
+    from deltafold.choosing import merge_archive as module
+
     merges: list[int] = []
     true = module.merge_verb
     monkeypatch.setattr(module, "merge_verb", lambda *a, **k: (merges.append(1), true(*a, **k))[1])
@@ -236,12 +249,21 @@ def test_what_cannot_be(folders: list[Path], text: Path, tmp_path: Path, deltafo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_without_a_tokenizer_is_told_of_first(
+    folders: list[Path], text: Path, tmp_path: Path
+) -> None:
+    bare = save(make_llama(4).bfloat16(), tmp_path / "bare")
+    with pytest.raises(CheckpointError, match="bare holds no tokenizer"):
+        merge(folders[0], recipe([folders[0], bare]), tmp_path / "a", texts=[text])
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
+
+
 def test_the_command(folders: list[Path], task: Path, tmp_path: Path, deltafold: Any) -> None:
     done = deltafold(
         "merge", *folders, "-o", tmp_path / "m.delta", "-m", "task-arithmetic", "--task", task,
         "--search", "scale=0.5,1", "--as-archive", "--bytes", "40kB", "--calibration", "none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for words in ("in the merged", "tried, by share right", "kept", "archive: ", "own", "base"):
+    for words in ("in the merged", "Tried", "kept", "archive: ", "own", "base"):
         assert words in done.stdout
     assert (tmp_path / "m.delta/delta.json").is_file()

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deltafold.choosing.merge_archive import merge_to_archive
 from deltafold.choosing.scores import Metrics, Scoring, best_of, mean_loss, share_right
 from deltafold.engine import Progress, Step
 from deltafold.errors import NonFiniteError, UsageError, nearest
-from deltafold.evaluation.loading import DTYPES, choose_device
+from deltafold.evaluation.loading import DTYPES, choose_device, is_archive, load_tokenizer
 from deltafold.evaluation.plan import Request
 from deltafold.merging.recipe import Model, Recipe
-from deltafold.record import Record, check_record_path, record_path, write_record
-from deltafold.verbs.compress import compress
-from deltafold.verbs.job import budget_of
+from deltafold.record import Meter, Record, record_path, write_record
 from deltafold.verbs.merge import merge as merge_verb
 from deltafold.verbs.merge_search import Formed
-from deltafold.verbs.workspace import check_output
 
 # The papers' values: Yadav et al. 2023 and Yang et al. 2025 (ImPart, table 8).
 USUAL: dict[str, tuple[float, ...]] = {
     "scale": (0.4, 0.6, 0.8, 1.0, 1.2),
     "density": (0.2, 0.4, 0.6, 0.8),
 }
-QUIET = ("progress", "workers", "memory_bytes")
 
 
 def merge(
@@ -37,6 +32,7 @@ def merge(
     output: str | Path,
     *,
     search: Mapping[str, Sequence[float]] | None = None,
+    search_on: Sequence[str | Path] = (),
     tasks: Sequence[str | Path] = (),
     texts: Sequence[str | Path] = (),
     limit: int | None = None,
@@ -50,8 +46,10 @@ def merge(
 
     Args:
         base: a local Hugging Face folder or a hub id; the recipe's models are such, or archives.
-        search: values of `scale` and `density` to try, each with each; what does best on `tasks`
-            and `texts` is kept. An empty sequence stands for the usual values.
+        search: values of `scale` and `density` to try, each with each. An empty sequence stands for
+            the usual values.
+        search_on: what the search chooses by: tasks (`.jsonl`) and texts. By default `tasks` and
+            `texts`, whose figures then flatter what was chosen by them.
         tasks, texts: files to score base, models and result on, as `evaluate` takes them; at most
             `limit` rows of each.
         as_archive: write the result as an archive on `base` in place of a checkpoint: what
@@ -64,23 +62,29 @@ def merge(
     >>> made = Recipe((Model("math.delta"), Model("chat/")), "ties")            # doctest: +SKIP
     >>> merge("base/", made, "merged/", search={"scale": []}, tasks=["sums.jsonl"])  # doctest: +SKIP
     """
-    scoring = None
+    scoring = guide = None
     if tasks or texts:
-        scoring = _scoring(tasks, texts, limit, batch_size, dtype, device)
+        scoring = guide = _scoring(tasks, texts, limit, batch_size, dtype, device)
+    if search_on:
+        rows = [path for path in search_on if str(path).endswith(".jsonl")]
+        rest = [path for path in search_on if path not in rows]
+        guide = _scoring(rows, rest, limit, batch_size, dtype, device)
+    if guide is not None:
+        _check_tokenizers(base, recipe)
     if search is not None:
-        settings |= _searching(recipe, search, scoring, settings.get("progress"))
+        settings |= _searching(recipe, search, guide, settings.get("progress"))
+    elif search_on:
+        raise UsageError("--search-on is for a search; say what to try with --search.")
     if as_archive is not None:
-        budget_of(as_archive.get("method", "auto"), *map(as_archive.get, BUDGETS))
-        record = _to_archive(base, recipe, Path(output), dict(as_archive), settings)
+        record = merge_to_archive(base, recipe, Path(output), dict(as_archive), settings)
     else:
         record = merge_verb(base, recipe, output, **settings)
     if scoring is not None and not settings.get("dry_run"):
-        record["scores"] = _scores(base, recipe, output, record, scoring, settings.get("progress"))
+        with Meter() as meter:
+            scores = _scores(base, recipe, output, record, scoring, settings.get("progress"))
+        record["scores"], record["score_seconds"] = scores, meter.seconds
         write_record(record, Path(settings.get("record") or record_path(Path(output))))
     return record
-
-
-BUDGETS = ("file_ratio", "nominal_ratio", "n_bytes")
 
 
 def _scoring(
@@ -101,6 +105,13 @@ def _scoring(
     read_tasks(request.tasks, limit)  # a broken file is told of before any work
     read_texts(request.texts)
     return Scoring(request, dtype, choose_device(device))
+
+
+def _check_tokenizers(base: str | Path, recipe: Recipe) -> None:
+    """A folder without one is told of before any work. Raises CheckpointError."""
+    for source in (base, *(model.path for model in recipe.models)):
+        if not is_archive(source):
+            load_tokenizer(source)
 
 
 # --- the search -------------------------------------------------------------------------------
@@ -137,7 +148,9 @@ def _searching(
 ) -> dict[str, Any]:
     """What the verb is given so that it searches."""
     if scoring is None:
-        raise UsageError("--search needs something to choose by; give --task or --text.")
+        raise UsageError(
+            "--search needs something to choose by; give --search-on, --task or --text."
+        )
     recipes = candidates_of(recipe, search)
 
     def choose(formed: Formed) -> tuple[int, dict[str, Any]]:
@@ -162,7 +175,8 @@ def _searching(
         best = best_of(tried)
         rows[best]["kept"] = True
         criterion = "share right, mean of tasks" if scoring.request.tasks else "loss"
-        return best, {"criterion": criterion, "tried": rows}
+        on = [*scoring.request.tasks, *scoring.request.texts]
+        return best, {"criterion": criterion, "on": on, "tried": rows}
 
     return {"candidates": recipes, "choose": choose}
 
@@ -206,74 +220,3 @@ def _scores(
     if progress:
         progress(Step("score", "", len(sources), len(sources), 0))
     return rows
-
-
-# --- the result as an archive -----------------------------------------------------------------
-
-
-def _to_archive(
-    base: str | Path,
-    recipe: Recipe,
-    output: Path,
-    options: dict[str, Any],
-    settings: dict[str, Any],
-) -> Record:
-    """Merge into a folder beside the output, compress it, and drop it."""
-    overwrite, record = settings.pop("overwrite", False), settings.pop("record", None)
-    check_output(output, overwrite, [base, *(model.path for model in recipe.models)])
-    check_record_path(record)
-    if settings.get("dry_run"):
-        return merge_verb(base, recipe, output, overwrite=overwrite, **settings)
-    folder = output.with_name(f"{output.name}.merged")
-    made = _merged_before(base, recipe, folder, settings)
-    if made is None:
-        for path in (folder, record_path(folder)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        made = merge_verb(base, recipe, folder, **settings)
-        made["asked"] = _asked(base, recipe, settings)
-        write_record(made, record_path(folder))
-    quiet = {name: settings[name] for name in QUIET if name in settings}
-    restart = settings.get("restart", False)
-    archived = compress(
-        base, folder, output, overwrite=overwrite, restart=restart, **options, **quiet
-    )
-    made.pop("asked")
-    made |= {
-        "output": str(output),
-        "archive": archived["totals"] | {"settings": archived["settings"]},
-    }
-    made["seconds"] += archived["seconds"]
-    made["peak_memory_bytes"] = max(made["peak_memory_bytes"], archived["peak_memory_bytes"])
-    write_record(made, Path(record) if record else record_path(output))
-    shutil.rmtree(folder)
-    record_path(folder).unlink()
-    return made
-
-
-def _asked(base: str | Path, recipe: Recipe, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a merged folder is bound to."""
-    candidates = [each.to_json() for each in settings.get("candidates", ())]
-    inputs = [_identity(Path(each)) for each in (base, *(model.path for model in recipe.models))]
-    asked = {"recipe": recipe.to_json(), "candidates": candidates, "inputs": inputs,
-             "seed": settings.get("seed", 0)}  # fmt: skip
-    return dict(json.loads(json.dumps(asked)))
-
-
-def _identity(path: Path) -> list[Any]:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [
-        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files
-        if file.is_file()
-    ]
-
-
-def _merged_before(
-    base: str | Path, recipe: Recipe, folder: Path, settings: dict[str, Any]
-) -> Record | None:
-    """The record of a merge that an earlier run finished, if it is of the same inputs."""
-    path = record_path(folder)
-    if settings.get("restart") or not (folder.is_dir() and path.is_file()):
-        return None
-    found = json.loads(path.read_text())
-    return found if found.get("asked") == _asked(base, recipe, settings) else None

@@ -51,8 +51,12 @@ def merge(
         list[str] | None,
         typer.Option(
             metavar="NAME[=V,V,...]",
-            help="Try values of scale or density; keep what does best on --task and --text.",
+            help="Try values of scale or density, and keep what does best.",
         ),
+    ] = None,
+    search_on: Annotated[
+        list[Path] | None,
+        typer.Option(help="What the search chooses by: .jsonl or text. Default: --task, --text."),
     ] = None,
     task: Annotated[
         list[Path] | None,
@@ -124,13 +128,20 @@ def merge(
     }
     with progress() as advance:
         arguments["progress"] = advance
-        if task or text or searched is not None or wanted is not None:
+        if task or text or search_on or searched is not None or wanted is not None:
             from deltafold.choosing.merge import merge as scored_merge
 
             arguments |= {
-                "search": searched, "tasks": task or (), "texts": text or (), "limit": limit,
-                "batch_size": batch_size, "dtype": dtype, "device": device, "as_archive": wanted,
-            }  # fmt: skip
+                "search": searched,
+                "search_on": search_on or (),
+                "tasks": task or (),
+                "texts": text or (),
+                "limit": limit,
+                "batch_size": batch_size,
+                "dtype": dtype,
+                "device": device,
+                "as_archive": wanted,
+            }
             result = scored_merge(base, recipe, output, **arguments)
         else:  # nothing is run: no need to import what runs models
             from deltafold.verbs.merge import merge as merge_verb

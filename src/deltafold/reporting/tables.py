@@ -10,6 +10,7 @@ from deltafold.names import ROLES
 from deltafold.record import Record
 from deltafold.reporting.benchmark_tables import benchmark_tables
 from deltafold.reporting.frontier_tables import frontier_tables
+from deltafold.reporting.merge_tables import merge_tables
 from deltafold.reporting.records import (
     CompressRecord,
     EvaluateRecord,
@@ -236,6 +237,7 @@ MAKERS: dict[str, Callable[[Any], list[Table]]] = {
     "evaluate": evaluate_tables,
     "benchmark": benchmark_tables,
     "frontier": frontier_tables,
+    "merge": merge_tables,
     "restore": plain_tables,
     "verify": plain_tables,
     "plan": plain_tables,
