@@ -32,6 +32,7 @@ bench: $(VENV)/.model
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/frontier.py smollm2
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/mergekit.py --base demo/models/base --models demo/models/add demo/models/sort
 	$(MAKE) tables
 
 tables: $(VENV)/.bench
@@ -43,6 +44,7 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
 	$(BIN)/python benchmarks/memory.py --into README.md
+	$(BIN)/python benchmarks/mergekit.py --into docs/commands/merge.md
 
 # One stamp a set of extras: it is made again when the project's requirements change.
 $(VENV)/.%: pyproject.toml constraints.txt

@@ -119,7 +119,8 @@ class Tensors:
         kept = [_norm(each) for each in sparse]
         if consensus in WHOLE_WEIGHTS:
             ground = reading.ground
-            merged = CONSENSUS[consensus]([d + ground for d in sparse], weights, numbers) - ground
+            merged = CONSENSUS[consensus]([d + ground for d in sparse], weights, numbers)
+            merged.sub_(ground)
         else:
             merged = CONSENSUS[consensus](sparse, weights, numbers)
         if reading.new is not None:
