@@ -73,6 +73,7 @@ FILES = (
                                         {"weight": 0.6, "density": 0.3})),
 )  # fmt: skip
 RANDOM = ("dare_ties",)
+COLUMNS = ("models", "file", "stored", "computed")  # that tell rows apart
 
 
 def environment(cache: Path) -> Path:
@@ -81,8 +82,13 @@ def environment(cache: Path) -> Path:
     programs = folder / "bin"
     if not (programs / "mergekit-yaml").is_file():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [programs / "python", "-m", "pip", "install", "--quiet"]
-        pinned = ["-c", HERE.parent / "constraints.txt", "torch", f"mergekit=={VERSION}"]
+        pip: list[str | Path] = [programs / "python", "-m", "pip", "install", "--quiet"]
+        pinned: list[str | Path] = [
+            "-c",
+            HERE.parent / "constraints.txt",
+            "torch",
+            f"mergekit=={VERSION}",
+        ]
         subprocess.run([*pip, *pinned], check=True)
     return programs
 
@@ -134,11 +140,17 @@ def text(file: File, models: list[Path], dtypes: dict[str, str]) -> str:
 
 
 def measure(
-    label: str, models: list[Path], kinds: list[tuple[str, str]], programs: Path
+    label: str,
+    models: list[Path],
+    kinds: list[tuple[str, str]],
+    programs: Path,
+    done: list[tuple[str, ...]],
 ) -> Iterator[Record]:
-    """One row a file and a pair of types."""
+    """One row a file and a pair of types, for those that are not done."""
     for stored, computed in kinds:
         for file in FILES:
+            if (label, file.name, stored, computed) in done:
+                continue
             with tempfile.TemporaryDirectory() as name:
                 config = Path(name) / "merge.yaml"
                 config.write_text(text(file, models, DTYPES[stored, computed]), encoding="utf-8")
@@ -185,25 +197,32 @@ def table(record: Record) -> str:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    """Run everything and write the record."""
+    """Run what is not in the record yet; the record is written after each merge."""
     programs = environment(arguments.cache)
-    rows: list[Record] = []
-    for stored in STORED:
-        kinds = [kind for kind in DTYPES if kind[0] == stored]
-        with tempfile.TemporaryDirectory() as name:
-            rows += measure("tiny Llama", write_models(Path(name), stored), kinds, programs)
-    if arguments.models:
-        models = [arguments.base, *arguments.models]
-        rows += measure(arguments.label, models, [("bf16", "fp32")], programs)
     record: Record = {
         "record_version": RECORD_VERSION,
         "kind": "mergekit",
         "versions": versions(programs),
-        "rows": rows,
+        "rows": [],
         "machine": machine(),
     }
-    write_record(record, arguments.out)
-    print(table(record))
+    if arguments.out.is_file() and not arguments.fresh:
+        record = json.loads(arguments.out.read_text(encoding="utf-8"))
+    done = [tuple(row[key] for key in COLUMNS) for row in record["rows"]]
+    with tempfile.TemporaryDirectory() as name:
+        wanted = [
+            ("tiny Llama", write_models(Path(name) / stored, stored),
+             [kind for kind in DTYPES if kind[0] == stored])
+            for stored in STORED
+        ]  # fmt: skip
+        if arguments.models:
+            models = [arguments.base, *arguments.models]
+            wanted.append((arguments.label, models, [("bf16", "fp32")]))
+        for label, models, kinds in wanted:
+            for row in measure(label, models, kinds, programs, done):
+                record["rows"].append(row)
+                write_record(record, arguments.out)
+                print(json.dumps(row), flush=True)
 
 
 def main() -> None:
@@ -215,6 +234,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs=2, help="two fine-tunes of it")
     parser.add_argument("--label", default="demo family", help="what the table calls them")
     parser.add_argument("--out", type=Path, default=HERE / "records" / "mergekit.json")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     arguments = parser.parse_args()
     if arguments.into:
         record = json.loads(arguments.out.read_text(encoding="utf-8"))
