@@ -36,6 +36,7 @@ bench: $(VENV)/.model
 	$(BIN)/python benchmarks/merging.py smollm2
 	$(BIN)/python benchmarks/merging.py demo
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/mergekit.py --base demo/models/base --models demo/models/add demo/models/sort
 	$(MAKE) tables
 
 tables: $(VENV)/.bench
@@ -52,6 +53,7 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
 	$(BIN)/python benchmarks/memory.py --into README.md
+	$(BIN)/python benchmarks/mergekit.py --into docs/commands/merge.md
 
 # One stamp a set of extras: it is made again when the project's requirements change.
 $(VENV)/.%: pyproject.toml constraints.txt

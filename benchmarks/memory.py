@@ -1,11 +1,15 @@
-"""Peak memory of compress and restore on a synthetic sharded checkpoint, whatever its size.
+"""Peak memory of compress, restore and merge on synthetic sharded checkpoints, whatever their size.
 
     python benchmarks/memory.py [--gigabytes 4] [--methods lossless dare magnitude impart]
+    python benchmarks/memory.py --methods --merges ties task-arithmetic       # merging alone
     python benchmarks/memory.py --into README.md        # the table, from the record
 
-Writes a base and a fine-tune (Llama-like names and shapes, bf16, shards of 1 GB) a tensor at a time,
+Writes a base and fine-tunes (Llama-like names and shapes, bf16, shards of 1 GB) a tensor at a time,
 runs each command in a process of its own, and reads the process's peak resident memory from the
-operating system. The record goes to `benchmarks/records/memory.json`.
+operating system. Rows replace those of the same method in `benchmarks/records/memory.json`.
+
+Merging takes three fine-tunes. The third is the first once more, by links: files are read, not
+mapped, so that it costs the merge as much as any, and the disk nothing.
 """
 
 from __future__ import annotations
@@ -50,12 +54,12 @@ def specs(gigabytes: float) -> list[TensorSpec]:
     return [*found, ("lm_head.weight", "BF16", (VOCABULARY, WIDTH))]
 
 
-def values(number: int, shape: tuple[int, ...], tuned: bool) -> torch.Tensor:
-    """Weights of one tensor; the fine-tune's move by a matrix of falling spectrum.
+def values(number: int, shape: tuple[int, ...], tuned: int) -> torch.Tensor:
+    """Weights of one tensor; a fine-tune's (1, 2, ...) move by a matrix of falling spectrum.
 
     The base's are one block of noise, turned and repeated: quick, and no two rows alike.
     """
-    generator = torch.Generator().manual_seed(number)
+    generator = torch.Generator().manual_seed(number + 1_000_000 * (tuned - 1))
     n = math.prod(shape)
     block = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     weight = block.roll(7919 * number).repeat(-(-n // len(block)))[:n].reshape(shape)
@@ -67,7 +71,7 @@ def values(number: int, shape: tuple[int, ...], tuned: bool) -> torch.Tensor:
     return weight.bfloat16()
 
 
-def write(folder: Path, layout: dict[str, list[TensorSpec]], tuned: bool) -> None:
+def write(folder: Path, layout: dict[str, list[TensorSpec]], tuned: int) -> None:
     """Write one checkpoint, a tensor in memory at a time."""
     folder.mkdir()
     writer = CheckpointWriter(folder, layout, {"format": "pt"})
@@ -105,8 +109,18 @@ def measure(folder: Path, methods: list[str], total_bytes: int) -> Iterator[Reco
         }
 
 
+def measure_merges(folder: Path, methods: list[str], total_bytes: int) -> Iterator[Record]:
+    """One row a method of merging, with the workers and memory that it takes by itself."""
+    models = [str(folder / name) for name in ("tuned", "other", "third")]
+    merged = folder / "merged"
+    for method in methods:
+        found = peak(["merge", str(folder / "base"), *models, "-o", str(merged), "-m", method])
+        shutil.rmtree(merged)
+        yield {"method": method, "models": len(models), "checkpoint_bytes": total_bytes, **found}
+
+
 def table(record: Record) -> str:
-    """The record as a Markdown table."""
+    """The record as Markdown tables: archives, then merging."""
     lines = [
         "| method | checkpoint | peak of `compress` | peak of `restore` |",
         "|---|--:|--:|--:|",
@@ -115,21 +129,49 @@ def table(record: Record) -> str:
         sizes = [row[key] for key in ("compress_peak_memory_bytes", "restore_peak_memory_bytes")]
         cells = [f"{size / 1e6:,.0f} MB" for size in (row["checkpoint_bytes"], *sizes)]
         lines.append(f"| {row['method']} | {' | '.join(cells)} |")
-    machine_ = record["machine"]
-    note = (
-        f"{machine_['cores']} cores, {machine_['memory_bytes'] / 2**30:.0f} GiB, {machine_['cpu']}"
+    if merges := record.get("merges"):
+        lines += [
+            "",
+            "| `merge --method` | fine-tunes | each | peak |",
+            "|---|--:|--:|--:|",
+        ]
+        for row in merges:
+            cells = [
+                f"{row[key] / 1e6:,.0f} MB" for key in ("checkpoint_bytes", "peak_memory_bytes")
+            ]
+            lines.append(f"| {row['method']} | {row['models']} | {' | '.join(cells)} |")
+    where = [row.get("machine", record["machine"]) for row in record["rows"] + (merges or [])]
+    machines = dict.fromkeys(
+        f"{each['cores']} cores, {each['memory_bytes'] / 2**30:.0f} GiB, {each['cpu']}"
+        for each in where
     )
-    return "\n".join([*lines, "", f"Synthetic sharded checkpoint, bf16; Python included; {note}."])
+    note = f"Synthetic sharded checkpoint, bf16; Python included; {'; '.join(machines)}."
+    return "\n".join([*lines, "", note])
 
 
-def record_of(rows: list[Record]) -> Record:
-    """The record of the rows measured so far."""
-    return {
-        "record_version": RECORD_VERSION,
-        "kind": "memory",
-        "rows": rows,
-        "machine": machine(),
-    }
+def add(row: Record, key: str, path: Path) -> None:
+    """Put a row into the record, in place of the one of the same method."""
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    row["machine"] = machine()
+    rows = {each["method"]: each for each in record.get(key, [])} | {row["method"]: row}
+    fixed: Record = {"record_version": RECORD_VERSION, "kind": "memory", "rows": [], "merges": []}
+    write_record(fixed | {"machine": row["machine"]} | record | {key: list(rows.values())}, path)
+    print(json.dumps(row), flush=True)
+
+
+def prepare(folder: Path, gigabytes: float, merges: bool) -> int:
+    """Write the checkpoints; returns the bytes of a fine-tune."""
+    layout = plan_shards(specs(gigabytes), 10**9)
+    for tuned, name in enumerate(("base", "tuned", "other")[: 3 if merges else 2]):
+        # In a process of its own: a child's peak would otherwise count this one's memory.
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write, args=(folder / name, layout, tuned)
+        )
+        writer.start()
+        writer.join()
+    if merges:
+        shutil.copytree(folder / "tuned", folder / "third", copy_function=os.link)
+    return sum(f.stat().st_size for f in (folder / "tuned").iterdir())
 
 
 def main() -> None:
@@ -137,29 +179,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--into", type=Path, help="Markdown file: write the table, measure nothing")
     parser.add_argument("--gigabytes", type=float, default=4.0)
-    parser.add_argument("--methods", nargs="+", default=["lossless", "dare", "magnitude", "impart"])
+    usual = ["lossless", "dare", "magnitude", "impart"]
+    parser.add_argument("--methods", nargs="*", default=usual, help="of compress")
+    parser.add_argument("--merges", nargs="*", default=["ties", "task-arithmetic"])
+    parser.add_argument("--scratch", type=Path, help="folder with room for four checkpoints")
     parser.add_argument("--out", type=Path, default=HERE / "records" / "memory.json")
     arguments = parser.parse_args()
     if arguments.into:
         record = json.loads(arguments.out.read_text())
         rewrite_block(arguments.into, "memory", table(record))
         return
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
         folder = Path(name)
-        layout = plan_shards(specs(arguments.gigabytes), 10**9)
-        for kind in ("base", "tuned"):
-            # In a process of its own: a child's peak would otherwise count this one's memory.
-            writer = multiprocessing.get_context("spawn").Process(
-                target=write, args=(folder / kind, layout, kind == "tuned")
-            )
-            writer.start()
-            writer.join()
-        total_bytes = sum(f.stat().st_size for f in (folder / "tuned").iterdir())
-        rows = []
+        total_bytes = prepare(folder, arguments.gigabytes, bool(arguments.merges))
         for row in measure(folder, arguments.methods, total_bytes):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            write_record(record_of(rows), arguments.out)
+            add(row, "rows", arguments.out)
+        for row in measure_merges(folder, arguments.merges, total_bytes):
+            add(row, "merges", arguments.out)
 
 
 if __name__ == "__main__":

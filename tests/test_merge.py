@@ -201,13 +201,14 @@ def test_weights_reach_their_tensors(folders: list[Path], tmp_path: Path) -> Non
 OWN = """
 base: {base}
 method: dare-ties
-scale: [0.5, 1]
-numbers: {{normalize: 0}}
+scale: {{blocks 0-999999: [0.5, 1], default: 0.5}}
+numbers: {{normalize: 0, sign_of_zero: 1}}
 models:
   - path: {one}
     weight: 0.7
     density: {{mlp: 0.4, default: 0.2}}
   - path: {two}
+    density: 1
 """
 MERGEKITS = """
 merge_method: dare_ties
@@ -241,22 +242,6 @@ def test_recipes_from_files(folders: list[Path], tmp_path: Path, deltafold: Any)
     assert made[0][0] == made[1][0] == str(folders[0])
     assert made[0][1].to_json() == made[1][1].to_json() | {"models": made[0][1].to_json()["models"]}
     assert tree_hashes(tmp_path / "ours") == tree_hashes(tmp_path / "theirs")
-
-
-def test_methods_of_mergekit(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]")
-    base, made = read_recipe(path)
-    assert (base, made.method, [m.path for m in made.models]) == ("a", "average", ["a", "b"])
-    path.write_text(
-        "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n"
-        "parameters: {t: [{filter: self_attn, value: [0, 0.25]}, {value: 0.5}]}"
-    )
-    _, made = read_recipe(path)
-    weights = [model.weight for model in made.models]
-    assert weights == [
-        {"attention": [1, 0.75], "default": 0.5}, {"attention": [0, 0.25], "default": 0.5}
-    ]  # fmt: skip
 
 
 def test_all_mistakes_of_a_file(tmp_path: Path) -> None:

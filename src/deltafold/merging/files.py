@@ -19,26 +19,14 @@ from typing import Any
 import yaml
 
 from deltafold.errors import UsageError, nearest
-from deltafold.merging.recipe import NUMBERS, Model, Recipe, Value
+from deltafold.merging import mergekit
+from deltafold.merging.recipe import Model, Recipe, Value
 
-# mergekit's name -> ours, and whether it divides by the weights unless told otherwise.
-MERGEKIT = {
-    "linear": ("average", True),
-    "task_arithmetic": ("task-arithmetic", False),
-    "ties": ("ties", True),
-    "dare_linear": ("dare", False),
-    "dare_ties": ("dare-ties", False),
-    "della": ("della", False),
-    "della_linear": ("della-linear", False),
-    "breadcrumbs": ("breadcrumbs", False),
-    "breadcrumbs_ties": ("breadcrumbs-ties", False),
-    "slerp": ("slerp", False),
-}
 OURS = ("base", "method", "sparsify", "consensus", "scale", "numbers", "tokenizer", "models")
 THEIRS = (
-    "merge_method", "base_model", "models", "parameters", "dtype", "tokenizer_source", "tokenizer",
+    "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer",
 )  # fmt: skip
-_SILENT = ("int8_mask", "rescale")  # change how mergekit computes, not what is meant
 
 
 def read_recipe(path: str | Path) -> tuple[str, Recipe]:
@@ -103,41 +91,44 @@ def _ours(found: dict[str, Any], mistakes: list[str]) -> tuple[str, dict[str, An
 
 def _theirs(found: dict[str, Any], mistakes: list[str]) -> tuple[str, dict[str, Any]]:
     _known(found, THEIRS, "A file of mergekit's, as far as it is read here,", mistakes)
-    method = found["merge_method"]
-    if method not in MERGEKIT:
-        mistakes.append(
-            f"merge_method {method!r} is not read here; {nearest(str(method), list(MERGEKIT))}"
-        )
+    method = str(found["merge_method"])
+    if method not in mergekit.METHODS:
+        near = nearest(method, list(mergekit.METHODS))
+        mistakes.append(f"merge_method {method!r} is not read here; {near}")
         method = "linear"
-    name, divides = MERGEKIT[method]
-    whole = found.get("parameters") or {}
-    _known(whole, ("normalize", "lambda", "t", *NUMBERS, *_SILENT), "parameters", mistakes)
+    whole = _parameters(found, (*mergekit.SHARED, *mergekit.EACH), "parameters", mistakes)
     models = _models(found, mistakes)
     base = found.get("base_model") or (models[0].get("model") if models else None)
     if not isinstance(base, str):
         mistakes.append("base_model is missing.")
-    made = []
+    made, owns = [], []
     for each in models:
-        own = each.get("parameters") or {}
-        _known(own, ("weight", "density", *NUMBERS), f"{each.get('model')}: parameters", mistakes)
+        own = _parameters(each, mergekit.EACH, f"{each.get('model')}: parameters", mistakes)
         if each.get("model") == base and method not in ("linear", "slerp"):
             continue  # the base has no delta
-        usual = whole.get("density")
-        density = own.get("density", usual)
-        made.append(Model(str(each.get("model")), _value(own.get("weight", 1.0)),
-                          None if density is None else _value(density)))  # fmt: skip
+        weight, density = (mergekit.setting(n, 1.0, own, whole) for n in ("weight", "density"))
+        made.append(Model(str(each.get("model")), weight, density))
+        owns.append(own)
     if method == "slerp":
-        made = _arc(str(base), made, _value(whole.get("t", 0.5)), mistakes)
-    numbers = {key: whole[key] for key in NUMBERS if key in whole}
-    numbers["normalize"] = float(bool(whole.get("normalize", divides)))
-    scale = whole.get("lambda")
+        made = _arc(str(base), made, mergekit.setting("t", 0.5, whole), mistakes)
     return str(base), {
         "models": tuple(made),
-        "method": name,
-        "scale": None if scale is None else _value(scale),
-        "numbers": numbers,
+        "method": mergekit.METHODS[method].name,
+        "scale": mergekit.setting("lambda", 1.0, whole),
+        "numbers": mergekit.numbers(method, whole, owns, mistakes),
         "tokenizer": _tokenizer(found, mistakes),
     }
+
+
+def _parameters(
+    found: dict[str, Any], known: tuple[str, ...], where: str, mistakes: list[str]
+) -> dict[str, Any]:
+    given = found.get("parameters") or {}
+    if not isinstance(given, dict):
+        mistakes.append(f"{where} must be a table.")
+        return {}
+    _known(given, known, where, mistakes)
+    return given
 
 
 def _tokenizer(found: dict[str, Any], mistakes: list[str]) -> str | None:
@@ -156,23 +147,4 @@ def _arc(base: str, models: list[Model], t: Value, mistakes: list[str]) -> list[
     if len(others) != 1:
         mistakes.append("slerp takes base_model and one other model.")
         return models
-    return [Model(base, _complement(t)), Model(others[0].path, t)]
-
-
-def _complement(t: Value) -> Value:
-    if isinstance(t, dict):
-        return {key: _complement(each) for key, each in t.items()}
-    return [1 - each for each in t] if isinstance(t, list) else 1 - t
-
-
-def _value(given: Any) -> Value:
-    """mergekit's lists of filters as our table: [{filter: mlp, value: 0.5}, {value: 1}]."""
-    if isinstance(given, list) and given and all(isinstance(each, dict) for each in given):
-        table = {}
-        for each in given:
-            name = {"self_attn": "attention", None: "default"}.get(
-                each.get("filter"), each.get("filter")
-            )
-            table[name] = each.get("value")
-        return table
-    return given
+    return [Model(base, mergekit.complement(t)), Model(others[0].path, t)]

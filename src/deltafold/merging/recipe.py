@@ -5,7 +5,10 @@ equal distances from the first block to the last, straight lines between them), 
 
     0.7      [0.2, 0.8]      {"attention": 0.4, "mlp": [0, 1], "blocks 0-5": 0.1, "default": 0.5}
 
-In a table ranges of blocks come first, then roles (`names.py`), then `default`.
+In a table ranges of blocks come first, then roles (`names.py`), then `default`. A list of conditions
+goes by names instead: the first counts whose filter is part of the tensor's name, or that has none.
+
+    [{"filter": "q_proj", "value": 0.4}, {"value": 0.5}]
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from deltafold.merging.sparsify import SPARSIFIERS
 from deltafold.names import ROLES, block_of, role_of
 
 Value = Any  # float | list[float] | dict[str, Value]
-NUMBERS = ("epsilon", "gamma", "threshold", "agree", "normalize", "beta", "c")
+NUMBERS = ("epsilon", "gamma", "threshold", "agree", "normalize", "sign_of_zero", "beta", "c")
 _RANGE = re.compile(r"blocks? (\d+)(?:-(\d+))?$")
 
 
@@ -67,11 +70,13 @@ class Recipe:
             found.append("Name at least one fine-tune to merge.")
         if self.rules[1] == "slerp" and len(self.models) != 2:
             found.append(f"slerp takes two models, not {len(self.models)}.")
-        for name in self.numbers:
+        for name, value in self.numbers.items():
             if name not in NUMBERS:
                 found.append(
                     f"No merge method has a number {name!r}; {nearest(name, list(NUMBERS))}"
                 )
+            elif not isinstance(value, int | float):
+                found.append(f"{name} must be a number, not {value!r}.")
         for model in self.models:
             found += _wrong(f"weight of {model.path}", model.weight, -math.inf, math.inf)
             if model.density is not None:
@@ -137,9 +142,16 @@ def value_at(value: Value, name: str, n_blocks: int) -> float:
                 if first <= block <= int(found[2] or first):
                     return value_at(each, name, n_blocks)
         return value_at(value.get(role_of(name), value.get("default")), name, n_blocks)
+    if _is_conditions(value):
+        condition = next(each for each in value if each.get("filter", "") in name)
+        return value_at(condition["value"], name, n_blocks)
     if isinstance(value, list):
         return _gradient(value, name, n_blocks)
     return float(value)
+
+
+def _is_conditions(value: Value) -> bool:
+    return isinstance(value, list) and any(isinstance(each, dict) for each in value)
 
 
 def _gradient(values: list[float], name: str, n_blocks: int) -> float:
@@ -167,6 +179,10 @@ def _wrong(what: str, value: Value, low: float, high: float) -> list[str]:
             for key, each in value.items()
             for line in _wrong(f"{what} ({key})", each, low, high)
         ]
+    if _is_conditions(value):
+        if not all(_is_condition(each) for each in value) or "filter" in value[-1]:
+            return [f"{what}: conditions have a filter and a value each, the last only a value."]
+        return [line for each in value for line in _wrong(what, each["value"], low, high)]
     if isinstance(value, list):
         if not value:
             return [f"{what}: a gradient needs numbers."]
@@ -174,3 +190,8 @@ def _wrong(what: str, value: Value, low: float, high: float) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         return [f"{what} must be a number between {low:g} and {high:g}, not {value!r}."]
     return [] if math.isfinite(value) else [f"{what} must be a finite number."]
+
+
+def _is_condition(each: Any) -> bool:
+    filters = [each.get("filter", "")] if isinstance(each, dict) else [None]
+    return isinstance(filters[0], str) and "value" in each and each.keys() <= {"filter", "value"}

@@ -20,6 +20,7 @@ from deltafold.linalg import DenseMatrix, truncated_svd
 
 Sparsifier = Callable[[torch.Tensor, float, int, dict[str, float]], torch.Tensor]
 CHUNK = 1 << 22
+PIECE = 1 << 20  # entries at a time, where several copies of them are needed
 SMALLEST_SIDE = 16  # of a matrix that is split into singular components
 
 
@@ -41,8 +42,8 @@ def magnitude(
     delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]
 ) -> torch.Tensor:
     """The largest entries by magnitude. Yadav et al. 2023 (TIES, arXiv 2306.01708), step 1."""
-    size = delta.abs().reshape(-1)
-    return delta * _largest(size, kept_count(density, size.numel())).reshape(delta.shape)
+    kept = _largest(delta, kept_count(density, delta.numel()))
+    return torch.where(kept.reshape(delta.shape), delta, 0.0)
 
 
 def dare(delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]) -> torch.Tensor:
@@ -70,12 +71,17 @@ def della(delta: torch.Tensor, density: float, key: int, numbers: dict[str, floa
     rows = delta.reshape(-1, delta.shape[-1]) if delta.ndim > 1 else delta.reshape(1, -1)
     n = rows.shape[1]
     epsilon = min(numbers.get("epsilon", 0.1), 2 * min(1 - density, density))
-    order = rows.abs().argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(n).expand_as(order))
-    kept = density + epsilon / 2 - epsilon * rank.float() / max(1, n - 1)
-    chosen = _uniform(key, 0, rows.numel()).reshape(rows.shape) < kept
-    return (rows * chosen / kept.clamp_min(1e-6)).reshape(delta.shape)
+    places = torch.arange(n)
+    out = torch.empty_like(rows)
+    step = max(1, PIECE // max(1, n))  # rows at a time
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        order = part.abs().argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
+        kept = density + epsilon / 2 - epsilon * rank.float() / max(1, n - 1)
+        drawn = _uniform(key, start * n, start * n + part.numel()).reshape(part.shape)
+        out[start : start + step] = part * (drawn < kept) / kept.clamp_min(1e-6)
+    return out.reshape(delta.shape)
 
 
 def breadcrumbs(
@@ -85,11 +91,11 @@ def breadcrumbs(
 
     Davari and Belilovsky 2023 (Model Breadcrumbs, arXiv 2312.06795).
     """
-    size = delta.abs().reshape(-1)
-    count = kept_count(density, size.numel())
-    outliers = min(int(numbers.get("gamma", 0.01) * size.numel()), size.numel() - count)
-    kept = _largest(size, outliers + count) & ~_largest(size, outliers)
-    return delta * kept.reshape(delta.shape)
+    n = delta.numel()
+    count = kept_count(density, n)
+    outliers = min(int(numbers.get("gamma", 0.01) * n), n - count)
+    kept = _largest(delta, outliers + count) & ~_largest(delta, outliers)
+    return torch.where(kept.reshape(delta.shape), delta, 0.0)
 
 
 def impart(
@@ -115,18 +121,51 @@ def impart(
     return torch.cat([rows for _, rows in codec.decode(parts, settings, (o, i), key)])
 
 
-def _largest(size: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask of the `count` largest of `size` (n,); of equal ones the first."""
-    n = size.numel()
-    if count >= n:
-        return torch.ones(n, dtype=torch.bool)
-    if count <= 0:
-        return torch.zeros(n, dtype=torch.bool)
-    edge = size.kthvalue(n - count + 1).values
-    kept = size > edge
-    ties = (size == edge).nonzero()[:, 0]
-    kept[ties[: count - int(kept.sum())]] = True
+def _largest(delta: torch.Tensor, count: int) -> torch.Tensor:
+    """Mask (n,) of the `count` largest of n entries by magnitude; of equal ones the first."""
+    flat = delta.reshape(-1)
+    n = flat.numel()
+    if count >= n or count <= 0:
+        return torch.full((n,), count > 0)
+    edge, above = _edge(flat, count)
+    left = count - above
+    kept = torch.empty(n, dtype=torch.bool)
+    for start in range(0, n, PIECE):
+        size = _order(flat[start : start + PIECE])
+        kept[start : start + PIECE] = size > edge
+        equal = (size == edge).nonzero()[:left, 0]
+        kept[start + equal] = True
+        left -= len(equal)
     return kept
+
+
+def _edge(flat: torch.Tensor, count: int) -> tuple[int, int]:
+    """The place in order of the `count`-th largest magnitude, and how many are larger.
+
+    Counted by the upper half of the bits, then by the lower half among those that share the upper:
+    two passes that hold a piece each, where sorting or selecting holds several copies of all.
+    """
+    upper, above = _bin(flat, count, lambda size: size >> 16)
+    lower, more = _bin(flat, count - above, lambda size: size[size >> 16 == upper] & 0xFFFF)
+    return upper << 16 | lower, above + more
+
+
+def _bin(
+    flat: torch.Tensor, count: int, digits: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[int, int]:
+    """The digit of the `count`-th largest, and how many have a larger digit."""
+    histogram = torch.zeros(1 << 16, dtype=torch.int64)
+    for start in range(0, flat.numel(), PIECE):
+        found = digits(_order(flat[start : start + PIECE]))
+        histogram += torch.bincount(found, minlength=1 << 16)
+    reached = histogram.flip(0).cumsum(0)  # how many have this digit or a larger one
+    place = int(torch.searchsorted(reached, count))
+    return (1 << 16) - 1 - place, int(reached[place - 1]) if place else 0
+
+
+def _order(values: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of magnitudes: the bits of an fp32 number without its sign."""
+    return values.float().abs().view(torch.int32)
 
 
 def _uniform(key: int, start: int, stop: int) -> torch.Tensor:

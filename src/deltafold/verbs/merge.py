@@ -185,7 +185,7 @@ class _Merge:
         else:
             reading = self.tensors.read(name, self.recipe)
             row |= agreement(reading.deltas)
-            merged, figures = self.tensors.merged(name, reading, self.recipe)
+            merged, figures = self.tensors.merged(name, reading, self.recipe, last=True)
             scale = self.recipe.scale_at(name, self.inputs.n_blocks)
             row |= scaled_figures(figures, scale)
             writer.write(name, self.tensors.added(name, reading.ground, merged, scale))

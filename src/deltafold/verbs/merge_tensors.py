@@ -7,7 +7,7 @@ model rows, put where their tokens go --> delta --> sparsified --> merged --> * 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from deltafold.verbs.merge_inputs import Inputs
 from deltafold.verbs.sources import Source
 
 CHUNK = 1 << 18  # entries of each model that are compared at a time
+LARGE_BYTES = 1 << 28  # of a tensor's deltas in fp32
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Tensors:
         twice where a sparsifier makes another."""
         k, dense = len(self.inputs.models), recipe.rules[0] == "none"
         return 4 * self.elements(name) * (4 + (k if dense else 2 * k))
+
+    def is_large(self, name: str) -> bool:
+        """Whether to read deltas twice rather than to hold them twice."""
+        by_rows = name in self.inputs.by_row and not self.inputs.settled.is_plain
+        return not by_rows and 4 * self.elements(name) * len(self.inputs.models) > LARGE_BYTES
 
     def elements(self, name: str) -> int:
         return math.prod(self.inputs.layout[name][1])
@@ -92,26 +98,39 @@ class Tensors:
         return Reading(ground, deltas, ~kept)
 
     def merged(
-        self, name: str, reading: Reading, recipe: Recipe
+        self, name: str, reading: Reading, recipe: Recipe, last: bool = False
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The merged delta before its scale, and figures of it (see `figures_of`)."""
+        """The merged delta before its scale, and figures of it (see `figures_of`).
+
+        `last`: nothing else is made of the reading. A large tensor's deltas then give way to their
+        sparse copies, and are read once more for the figures, one at a time.
+        """
         sparsifier, consensus = recipe.rules
         numbers, n_blocks = recipe.all_numbers(), self.inputs.n_blocks
         weights = [recipe.weight_at(model, name, n_blocks) for model in recipe.models]
+        again = last and sparsifier != "none" and self.is_large(name)
         sparse = []
-        for n, (model, delta) in enumerate(zip(recipe.models, reading.deltas, strict=True)):
+        for n, model in enumerate(recipe.models):
             density = recipe.density_at(model, name, n_blocks)
             key = derive_key(self.seed, name, f"merge {n}")
-            sparse.append(SPARSIFIERS[sparsifier](delta, density, key, numbers))
+            sparse.append(SPARSIFIERS[sparsifier](reading.deltas[n], density, key, numbers))
+            if again:
+                reading.deltas[n] = sparse[n]
         kept = [_norm(each) for each in sparse]
         if consensus in WHOLE_WEIGHTS:
             ground = reading.ground
-            merged = CONSENSUS[consensus]([d + ground for d in sparse], weights, numbers) - ground
+            merged = CONSENSUS[consensus]([d + ground for d in sparse], weights, numbers)
+            merged.sub_(ground)
         else:
             merged = CONSENSUS[consensus](sparse, weights, numbers)
         if reading.new is not None:
             merged[reading.new] = 0
-        return merged, figures_of(merged, reading.deltas, kept)
+        if not again:
+            return merged, figures_of(merged, reading.deltas, kept)
+        sparse.clear()
+        reading.deltas.clear()
+        deltas = (self._delta(source, name, reading.ground) for source in self.inputs.models)
+        return merged, figures_of(merged, deltas, kept)
 
     def added(
         self, name: str, ground: torch.Tensor, merged: torch.Tensor, scale: float
@@ -129,17 +148,18 @@ def _put(into: torch.Tensor, rows: torch.Tensor, places: Sequence[int]) -> torch
 
 
 def _finite(tensor: torch.Tensor, source: Source, name: str) -> torch.Tensor:
-    if not tensor.isfinite().all():
+    if not all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(CHUNK)):
         raise NonFiniteError(f"{name} of {source.label} holds NaN or infinite values.")
     return tensor
 
 
 def _norm(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    parts = tensor.reshape(-1).split(CHUNK)  # all of it in fp64 would be the largest thing held
+    return math.hypot(*(float(torch.linalg.vector_norm(p, dtype=torch.float64)) for p in parts))
 
 
 def figures_of(
-    merged: torch.Tensor, deltas: Sequence[torch.Tensor], kept: Sequence[float]
+    merged: torch.Tensor, deltas: Iterable[torch.Tensor], kept: Sequence[float]
 ) -> dict[str, Any]:
     """Of a merged delta, at scale 1.
 
