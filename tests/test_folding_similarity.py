@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from deltafold.folding.similarity import SIMILARITIES, cosine, mahalanobis
+from deltafold.folding.similarity import ABSENCES, SIMILARITIES, cosine, mahalanobis
 from deltafold.folding.similarity import angular as angular_of
 
-MATRICES = [name for name in SIMILARITIES if name != "perplexity"]
+MATRICES = [name for name in SIMILARITIES if name not in ABSENCES]
 
 
 def random_states(s: int = 4, n: int = 40, w: int = 6) -> torch.Tensor:

@@ -18,6 +18,7 @@ from deltafold.version import __version__
 if TYPE_CHECKING:
     from deltafold.choosing import compress
     from deltafold.evaluation import evaluate
+    from deltafold.verbs.fold import fold
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
     from deltafold.verbs.merge import merge
@@ -33,6 +34,7 @@ _VERBS = {
     "plan": "deltafold.verbs.plan",
     "load": "deltafold.verbs.load",
     "merge": "deltafold.verbs.merge",
+    "fold": "deltafold.verbs.fold",
     "evaluate": "deltafold.evaluation",
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "fold",
     "inspect",
     "load",
     "merge",

@@ -69,6 +69,11 @@ def is_output(local: str) -> bool:
     return bool(_MLP_OUT.search(local) or _ATTENTION_OUT.search(local))
 
 
+def is_transposed(shape: Shape, width: int) -> bool:
+    """True where the matrix of a down projection lies as (in, out), as GPT-2's do."""
+    return len(shape) > 1 and shape[-1] == width and shape[-2] != width
+
+
 def part_of(local: str) -> str:
     """`attention`, `mlp` or `other` of a block's tensor; biases go with their matrices."""
     role = role_of(local)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from deltafold.errors import UsageError, nearest
 from deltafold.folding.rules import RULES, Rule
 from deltafold.folding.selection import SELECTIONS, Chooser
-from deltafold.folding.similarity import ABSENCE, SIMILARITIES
+from deltafold.folding.similarity import ABSENCES, SIMILARITIES
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,29 @@ class Method:
     def uses_matrix(self) -> bool:
         """True where a similarity matrix is asked for."""
         by_matrix = self.chooser.needs == "matrix" or (
-            self.chooser.needs == "absence" and self.preset.similarity != ABSENCE
+            self.chooser.needs == "absence" and self.preset.similarity not in ABSENCES
         )
         return by_matrix or (self.preset.ratio == "reference" and self.rule.merges)
+
+    def to_json(self) -> dict[str, str]:
+        """Name, rows, and where ratios come from; for the record."""
+        preset = self.preset
+        if self.name == AUTO:
+            return {"name": self.name}
+        return {
+            "name": self.name,
+            "similarity": preset.similarity,
+            "selection": preset.selection,
+            "rule": preset.rule,
+            "ratio": preset.ratio,
+        }
 
     def check(self) -> None:
         """Raises UsageError for rows that do not go together."""
         preset = self.preset
-        if self.chooser.needs == "matrix" and preset.similarity == ABSENCE:
+        if self.chooser.needs == "matrix" and preset.similarity in ABSENCES:
             raise UsageError(
-                f"The selection {preset.selection} compares states, and perplexity does not; "
+                f"The selection {preset.selection} compares states, and {preset.similarity} does not; "
                 "take the selection greedy, or another similarity."
             )
         if preset.selection == "joint" and preset.rule != "drop":

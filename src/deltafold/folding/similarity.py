@@ -109,8 +109,8 @@ def mahalanobis(states: torch.Tensor) -> torch.Tensor:
 
 
 def absence(states: torch.Tensor) -> torch.Tensor:
-    """No matrix: the blocks themselves are left out, one at a time, and perplexity is measured."""
-    raise ValueError("the rise of perplexity is measured on the model, not on its states")
+    """No matrix: blocks are left out, one at a time, and what the model then predicts is measured."""
+    raise ValueError("what an absence costs is measured on the model, not on its states")
 
 
 def _correlations(gram: torch.Tensor) -> torch.Tensor:
@@ -131,5 +131,7 @@ SIMILARITIES: dict[str, Similarity] = {
     "euclidean": Similarity(euclidean),
     "mahalanobis": Similarity(mahalanobis),
     "perplexity": Similarity(absence, ratio=False, paper="2402.09025"),
+    "kl": Similarity(absence, ratio=False),
 }
-ABSENCE = "perplexity"
+ABSENCES = {"perplexity": "nll", "kl": "kl"}
+"""Rows that measure absences, and what they measure: against the text, or the model's own words."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from deltafold.folding.draft import Read
-from deltafold.folding.layout import Layout, Shape
+from deltafold.folding.layout import Layout, is_transposed
 
 _IN = re.compile(
     r"(?:^|[._])(?:gate_proj|up_proj|gate_up_proj|w1|w3|c_fc|fc1|fc_in|dense_h_to_4h|input_linear)"
@@ -104,7 +104,7 @@ def _neurons(layout: Layout, width: int) -> list[Units]:
         matrices = [local for local in out if len(layout.shapes[local]) == 2]
         if not matrices or not into:
             continue
-        axis = _other_axis(layout.shapes[matrices[0]], width)
+        axis = 0 if is_transposed(layout.shapes[matrices[0]], width) else 1
         count = layout.shapes[matrices[0]][axis]
         slices = [each for local in into for each in _neuron_slices(layout, local, count, axis)]
         made.append(Units(name, count, tuple(slices), (Slice(matrices[0], axis, 0, 1),)))
@@ -123,7 +123,7 @@ def _head_groups(layout: Layout, heads: Heads) -> Units | None:
     if not outs or not heads.groups or heads.queries % heads.groups:
         return None
     queries, fused = _matching(layout, _QUERY), _matching(layout, _FUSED)
-    out_axis = 0 if fused and _is_transposed(layout, fused, heads.width) else 1
+    out_axis = 0 if fused and _reads_by_column(layout, fused, heads.width) else 1
     each = layout.shapes[outs[0]][out_axis] // heads.groups
     head = each * heads.groups // heads.queries
     slices: list[Slice] = []
@@ -147,15 +147,10 @@ def _matching(layout: Layout, pattern: re.Pattern[str]) -> list[str]:
     return [local for local in layout.shapes if pattern.search(local)]
 
 
-def _is_transposed(layout: Layout, locals_: Sequence[str], width: int) -> bool:
+def _reads_by_column(layout: Layout, locals_: Sequence[str], width: int) -> bool:
     """True where matrices lie as (in, out), as those of GPT-2 do."""
     shapes = [layout.shapes[local] for local in locals_ if len(layout.shapes[local]) == 2]
     return bool(shapes) and shapes[0][0] == width and shapes[0][1] != width
-
-
-def _other_axis(shape: Shape, width: int) -> int:
-    """The axis of a down projection along which its neurons lie: 1, as (out, in), or 0."""
-    return 0 if shape[1] == width and shape[0] != width else 1
 
 
 def rearranged(
