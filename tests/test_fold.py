@@ -272,3 +272,31 @@ def test_presets_are_not_all_alike(llama: Path, text: Path, tmp_path: Path) -> N
         hashes.add(tree_hashes(tmp_path / rule)["model.safetensors"])
     assert len(hashes) == 6
     assert len(PRESETS) == 12
+
+
+def test_sleb_removes_what_costs_least_perplexity(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Against models in memory, each without one block."""
+    from transformers import AutoModelForCausalLM
+
+    from deltafold.calibration import gather_samples
+
+    record = run(llama, tmp_path / "out", "sleb", text)
+    samples = gather_samples(llama, text, max_tokens=40)
+
+    def lost(gone: int | None) -> float:
+        model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+        blocks = model.model.layers
+        model.model.layers = torch.nn.ModuleList(b for n, b in enumerate(blocks) if n != gone)
+        total, count = 0.0, 0
+        for sample in samples:
+            ids = torch.tensor([sample.ids])
+            with torch.no_grad():
+                logits = model(ids, use_cache=False).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            count += len(sample.ids) - 1
+        return total / count
+
+    costs = {gone: lost(gone) for gone in range(DEPTH)}
+    assert record["removed"]["blocks"] == [min(costs, key=lambda gone: costs[gone])]
+    rise = min(costs.values()) - lost(None)
+    assert -record["steps"][0]["score"] == pytest.approx(rise, abs=1e-4)

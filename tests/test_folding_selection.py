@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -21,12 +22,15 @@ class Known:
     matrix: torch.Tensor | None = None
     costs: dict[int, float] = field(default_factory=dict)
     near: dict[tuple[int, ...], float] = field(default_factory=dict)
+    asked: list[tuple[int, ...]] = field(default_factory=list)
 
     def alike(self) -> torch.Tensor:
         return self.matrix if self.matrix is not None else torch.zeros(self.n + 1, self.n + 1)
 
-    def absence(self, position: int) -> float:
-        return self.costs[position]
+    def absence(self, positions: Sequence[int]) -> float:
+        self.asked.append(tuple(positions))
+        near = sum(abs(a - b) == 1 for a in positions for b in positions) / 2
+        return sum(self.costs[position] for position in positions) + 10 * near
 
     def parts(self) -> dict:
         return {(i, p): self.costs[10 * i + (p == "mlp")] for i in range(self.n)
@@ -95,6 +99,16 @@ def test_greedy_takes_the_cheapest_absence() -> None:
     assert choose("greedy", known, 2) == [Step(0, (1,), -2.0)]
     known.protected = {1}
     assert choose("greedy", known, 2) == [Step(1, (2,), -3.0)]
+
+
+def test_lazy_asks_again_only_for_what_looks_cheapest() -> None:
+    """Neighbours that go together cost 10 more: after 2 its neighbour 3 is asked, and passed over."""
+    known = Known(6, costs={0: 5.0, 1: 6.0, 2: 1.0, 3: 2.0, 4: 4.0, 5: 9.0})
+    found = choose("lazy", known, 2)
+    assert [step.gone for step in found] == [(4,), (2,)]
+    assert known.asked == [(i,) for i in range(6)] + [(2, 3), (2, 4)]
+    known = Known(3, costs={0: 3.0, 1: 1.0, 2: 30.0})
+    assert choose("lazy", known, 1) == [Step(0, (1,))]
 
 
 def test_random_follows_the_seed() -> None:

@@ -23,7 +23,7 @@ from deltafold.verbs.fold_states import Probe, States
 from deltafold.verbs.fold_work import Folded, Folder
 
 WAYS = {
-    "greedy": Preset("kl", "greedy", "drop"),
+    "greedy": Preset("kl", "lazy", "drop"),
     "contiguous": Preset("angular", "contiguous", "drop"),
 }
 REACHES: tuple[Reach, ...] = ("cut", "through")

@@ -38,6 +38,7 @@ class DraftEvidence:
         self._matrix: torch.Tensor | None = None
         self._done: Pass | None = None
         self._started: Pass | None = None
+        self._base = 0.0
 
     def close(self) -> None:
         """Free states."""
@@ -74,14 +75,16 @@ class DraftEvidence:
     def has_matrix(self) -> bool:
         return self._matrix is not None
 
-    def absence(self, position: int) -> float:
-        """Log-likelihood lost, or KL, without a block; by a similarity, 1 - A of what it changes."""
+    def absence(self, positions: Collection[int]) -> float:
+        """Log-likelihood lost, or KL, without blocks; by a similarity, 1 - A of what they change."""
         measured = ABSENCES.get(self.method.preset.similarity)
         if measured is None:
-            return 1 - float(self.alike()[position, position + 1])
+            return sum(1 - float(self.alike()[place, place + 1]) for place in positions)
+        probe = self._probe()
         if self._started is None:
-            self._started = self._probe().start(self.draft)
-        return self._probe().without(self.draft, self._started, position)[measured]
+            self._started = probe.start(self.draft)
+            self._base = probe.reached(self.draft, self._started)[measured]
+        return probe.without(self.draft, self._started, positions)[measured] - self._base
 
     def parts(self) -> dict[tuple[int, Part], float]:
         """Mean cosines over tokens of what enters and what leaves attention and MLP.

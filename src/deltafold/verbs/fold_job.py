@@ -87,7 +87,7 @@ def make_job(
     protected = _protected(protect, layout.depth, checkpoint.label)
     # A block that is kept must stand before those that it takes in.
     takes_in = method.rule.patch != "none" or (
-        method.rule.merges and method.preset.selection in ("lowest", "contiguous", "greedy",
+        method.rule.merges and method.preset.selection in ("lowest", "contiguous", "greedy", "lazy",
                                                            "random", "last")
     )  # fmt: skip
     fixed = protected | ({0} if takes_in else set())

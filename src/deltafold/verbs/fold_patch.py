@@ -13,6 +13,7 @@ cut, so that errors do not pile up.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,6 +50,21 @@ class Rows:
     held: torch.Tensor
 
 
+@dataclass
+class Mean:
+    """The mean of what is added."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, values: torch.Tensor) -> None:
+        self.total, self.count = self.total + float(values.sum()), self.count + len(values)
+
+    @property
+    def value(self) -> float:
+        return self.total / max(1, self.count)
+
+
 class Patcher:
     """Patches drafts of one model; its states over the samples are computed once. Close it."""
 
@@ -73,15 +89,16 @@ class Patcher:
         last = len(numbers) if reach == "through" else places[-1] + 1
         chosen = range(places[0], last) if reach == "through" else places
         rows = []
-        model = self.model.with_weights(draft.tensor)
-        entering = model.forward(self.states.batches, blocks=numbers[: places[0]])
+        entering = self.model.with_weights(draft.tensor).forward(
+            self.states.batches, blocks=numbers[: places[0]]
+        )
         try:
             for place in range(places[0], last):
-                leaving = self._run(draft, entering, numbers[place])
+                leaving = None
                 if place in chosen:
-                    target = follows[place]
-                    draft, leaving, row = self._patch(draft, place, target, entering, leaving, kind)
+                    draft, leaving, row = self._patch(draft, place, follows[place], entering, kind)
                     rows.append(row)
+                leaving = leaving or self._run(draft, entering, numbers[place])
                 entering.close()
                 entering = leaving
         finally:
@@ -92,46 +109,44 @@ class Patcher:
         return self.model.with_weights(draft.tensor).resume(entering, -1, [number])
 
     def _patch(
-        self, draft: Draft, place: int, target: int, entering: Pass, leaving: Pass, kind: Kind
-    ) -> tuple[Draft, Pass, dict[str, Any]]:
+        self, draft: Draft, place: int, target: int, entering: Pass, kind: Kind
+    ) -> tuple[Draft, Pass | None, dict[str, Any]]:
         """The patched draft and what leaves the block then. A patch that does harm is undone.
 
         That happens where a norm follows the down projection: then no matrix can be folded in.
+        Without a patch nothing is said of what leaves the block.
         """
         block = draft.blocks[place]
-        before = self._error(leaving, target)
+        before = Mean()
+        rows = self._rows(draft, block.number, target, entering, kind, before)
         made, ridge = (
-            self._healed(draft, block, target, entering, leaving)
-            if kind == "heal"
-            else self._by_paper(draft, block, target, entering, leaving, kind)
+            self._healed(block, rows) if kind == "heal" else self._by_paper(block, rows, kind)
         )
-        row = {"block": block.number, "kind": kind, "ridge": ridge, "error_before": before}
+        row = {"block": block.number, "kind": kind, "ridge": ridge, "error_before": before.value}
         if made is block:
-            return draft, leaving, row | {"error_after": before, "kept": False}
+            return draft, None, row | {"error_after": before.value, "kept": False}
         tried = draft.with_block(made)
         found = self._run(tried, entering, block.number)
         after = self._error(found, target)
-        if not after < before and kind != "linear-patch":
+        if not after < before.value and kind != "linear-patch":
             found.close()
-            return draft, leaving, row | {"error_after": before, "kept": False}
-        leaving.close()
+            return draft, None, row | {"error_after": before.value, "kept": False}
         return tried, found, row | {"error_after": after, "kept": True}
 
     def _error(self, leaving: Pass, target: int) -> float:
         """Mean of |out - z|^2 / |z|^2 over real tokens: of samples held out, if there are any."""
-        total, count = 0.0, 0
-        for place in range(len(leaving.batches)):
-            held = self._held(place)
-            wanted = self.original.stores[target][place][leaving.batches[place].real]
-            found = leaving.last[place][leaving.batches[place].real]
-            if held.any():
-                wanted, found = wanted[held], found[held]
-            elif self._any_held:
-                continue
-            gaps = (found - wanted).double().square().sum(1)
-            total += float((gaps / wanted.double().square().sum(1).clamp_min(1e-30)).sum())
-            count += len(wanted)
-        return total / max(1, count)
+        mean = Mean()
+        for place, batch in enumerate(leaving.batches):
+            wanted = self.original.stores[target][place][batch.real]
+            self._add(mean, leaving.last[place][batch.real], wanted, self._held(place))
+        return mean.value
+
+    def _add(
+        self, mean: Mean, found: torch.Tensor, wanted: torch.Tensor, held: torch.Tensor
+    ) -> None:
+        chosen = held if self._any_held else ~held
+        gaps = (found - wanted)[chosen].double().square().sum(1)
+        mean.add(gaps / wanted[chosen].double().square().sum(1).clamp_min(1e-30))
 
     @property
     def _any_held(self) -> bool:
@@ -144,32 +159,39 @@ class Patcher:
         return torch.tensor(held)[:, None].expand(batch.real.shape)[batch.real]
 
     def _rows(
-        self, draft: Draft, number: int, target: int, entering: Pass, leaving: Pass, inputs: bool
-    ) -> Any:
-        """Rows by batch: x are the down projection's inputs, or else the MLP's result."""
-        block = draft.block(number)
-        if inputs:
-            caught = _caught(self.model.with_weights(draft.tensor), entering, number,
-                             self._module(number))  # fmt: skip
-        else:
-            silent = draft.with_block(block.without_output(self.layout.mlp_outputs()))
-            quiet = self._run(silent, entering, number)
-        for place, batch in enumerate(entering.batches):
-            output = leaving.last[place][batch.real]
-            x = next(caught)[batch.real] if inputs else output - quiet.last[place][batch.real]
-            yield Rows(x, output, self.original.stores[target][place][batch.real],
-                       self._held(place))  # fmt: skip
-        if not inputs:
-            quiet.close()
+        self, draft: Draft, number: int, target: int, entering: Pass, kind: Kind, error: Mean
+    ) -> Iterator[Rows]:
+        """Rows by batch: x are the down projection's inputs, or else the MLP's result.
 
-    def _healed(
-        self, draft: Draft, block: Block, target: int, entering: Pass, leaving: Pass
-    ) -> tuple[Block, float | None]:
-        if not any(bool(block.read(local).any()) for local in self._matrices()):
-            return block, None  # an MLP that was dropped stays so
-        inputs = self._module(block.number) is not None
+        Their errors go into `error` on the way.
+        """
+        module = self._module(number) if kind == "heal" else None
+        made = (
+            _caught(self.model.with_weights(draft.tensor), entering, number, module)
+            if module is not None
+            else self._results(draft, number, entering)
+        )
+        for place, (x, output) in enumerate(made):
+            real = entering.batches[place].real
+            wanted, held = self.original.stores[target][place][real], self._held(place)
+            self._add(error, output[real], wanted, held)
+            yield Rows(x[real], output[real], wanted, held)
+
+    def _results(
+        self, draft: Draft, number: int, entering: Pass
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What a block's MLP adds, and the block's output, batch by batch, both (b, t, w)."""
+        silent = draft.block(number).without_output(self.layout.mlp_outputs())
+        with (
+            self._run(draft, entering, number) as whole,
+            self._run(draft.with_block(silent), entering, number) as quiet,
+        ):
+            for place in range(len(entering.batches)):
+                yield whole.last[place] - quiet.last[place], whole.last[place]
+
+    def _healed(self, block: Block, found: Iterator[Rows]) -> tuple[Block, float | None]:
         regression: Regression | None = None
-        for rows in self._rows(draft, block.number, target, entering, leaving, inputs):
+        for rows in found:
             regression = regression or Regression(rows.x.shape[1], rows.output.shape[1])
             scale = 1 / rows.target.double().norm(dim=1, keepdim=True).clamp_min(1e-15)
             x, y = rows.x * scale, (rows.target - rows.output) * scale
@@ -177,22 +199,24 @@ class Patcher:
                 chosen = rows.held == held
                 regression.add(x[chosen], y[chosen], held)
         assert regression is not None
+        matrices = self._matrices()
+        if not any(bool(block.read(local).any()) for local in matrices):
+            return block, None  # an MLP that was dropped stays so
         fit = regression.fit()
         if fit.ridge is None:
             return block, None
-        if not inputs:
+        if self._module(block.number) is None:
             eye = torch.eye(len(fit.solution), dtype=torch.float64)
             return self._followed(block, eye + fit.solution), fit.ridge
-        (local,) = self._matrices()
-        weight = block.read(local)
+        weight = block.read(matrices[0])
         transposed = is_transposed(tuple(weight.shape), fit.solution.shape[1])
         change = fit.solution if transposed else fit.solution.T
-        return block.with_tensor(local, (weight.double() + change).float()), fit.ridge
+        return block.with_tensor(matrices[0], (weight.double() + change).float()), fit.ridge
 
     def _by_paper(
-        self, draft: Draft, block: Block, target: int, entering: Pass, leaving: Pass, kind: Kind
+        self, block: Block, found: Iterator[Rows], kind: Kind
     ) -> tuple[Block, float | None]:
-        parts = list(self._rows(draft, block.number, target, entering, leaving, inputs=False))
+        parts = list(found)
         made, output, wanted = (
             torch.cat([getattr(each, name) for each in parts]) for name in ("x", "output", "target")
         )
@@ -239,8 +263,10 @@ class Patcher:
         return None
 
 
-def _caught(model: StreamedModel, entering: Pass, number: int, module: Any) -> Any:
-    """Inputs (b, t, i) of a module of a block, batch by batch."""
+def _caught(
+    model: StreamedModel, entering: Pass, number: int, module: Any
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs (b, t, i) of a module of a block and the block's output (b, t, w), batch by batch."""
     caught: list[torch.Tensor] = []
     hook = module.register_forward_pre_hook(lambda _, given: caught.append(given[0].detach()))
     block = model.skeleton.blocks[number]
@@ -249,7 +275,7 @@ def _caught(model: StreamedModel, entering: Pass, number: int, module: Any) -> A
             for place in range(len(entering.batches)):
                 with model.entry.sentence():
                     hidden = model.moved(entering.last[place])
-                    entering.calls[place][number].run(block, hidden)
-                yield caught.pop().cpu()
+                    made = entering.calls[place][number].run(block, hidden)
+                yield caught.pop().cpu(), made.cpu()
     finally:
         hook.remove()

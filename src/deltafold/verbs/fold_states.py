@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -136,10 +136,15 @@ class Probe:
         with model.forward(self.batches, blocks=draft.numbers) as done:
             return self._measured(model, done)
 
-    def without(self, draft: Draft, started: Pass, position: int) -> dict[str, float]:
-        """`measure` of the draft without the block at a position; `started` is its `start`."""
-        model = self.model.with_weights(draft.tensor)
-        with model.resume(started, position, draft.numbers[position + 1 :]) as done:
+    def reached(self, draft: Draft, started: Pass) -> dict[str, float]:
+        """`measure` of the draft whose states are in `started`."""
+        return self._measured(self.model.with_weights(draft.tensor), started)
+
+    def without(self, draft: Draft, started: Pass, positions: Collection[int]) -> dict[str, float]:
+        """`measure` of the draft without the blocks at some positions; `started` is its `start`."""
+        model, first = self.model.with_weights(draft.tensor), min(positions)
+        rest = [n for p, n in enumerate(draft.numbers) if p > first and p not in positions]
+        with model.resume(started, first, rest) as done:
             return self._measured(model, done)
 
     def _measured(self, model: StreamedModel, done: Pass) -> dict[str, float]:
