@@ -300,3 +300,25 @@ def test_sleb_removes_what_costs_least_perplexity(llama: Path, text: Path, tmp_p
     assert record["removed"]["blocks"] == [min(costs, key=lambda gone: costs[gone])]
     rise = min(costs.values()) - lost(None)
     assert -record["steps"][0]["score"] == pytest.approx(rise, abs=1e-4)
+
+
+def test_quality_is_that_of_the_folder_written(llama: Path, text: Path, tmp_path: Path) -> None:
+    from deltafold.calibration import Judge, StreamedModel, gather_samples
+
+    record = run(
+        llama, tmp_path / "out", "angular", text, blocks=2, measure=text, closed_form="cut"
+    )
+    stages = record["quality"]
+    assert list(stages) == ["model", "unhealed", "folded"]
+    assert stages["model"]["kl"] == pytest.approx(0, abs=1e-9) and stages["model"]["agreement"] == 1
+    samples = gather_samples(llama, text, max_tokens=40)
+    with Judge(StreamedModel(tmp_path / "out"), None, samples) as judge:
+        written = judge.teacher_logits(0, judge.tokens)
+    with Judge(StreamedModel(llama), None, samples) as judge:
+        teacher = judge.teacher_logits(0, judge.tokens)
+    kl = torch.nn.functional.kl_div(
+        written.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    # What is written is rounded to bf16 once.
+    assert stages["folded"]["kl"] == pytest.approx(float(kl), rel=0.05)
+    assert stages["unhealed"]["kl"] != stages["folded"]["kl"]

@@ -43,6 +43,9 @@ def fold(
         str, typer.Option(help="A sample's state: of its last token, or mean.")
     ] = "last",
     seed: Annotated[int, typer.Option(help="Seed of random choices.")] = 0,
+    measure: Annotated[
+        str | None, typer.Option(help="Text for perplexity and KL, not that of --calibration.")
+    ] = None,
     explain: Annotated[
         Path | None, typer.Option(help="Folder for similarities, manifold and merges.")
     ] = None,
@@ -82,6 +85,7 @@ def fold(
             max_tokens=max_tokens,
             pool=pool,  # type: ignore[arg-type]
             seed=seed,
+            measure=measure,
             explain=explain,
             dry_run=dry_run,
             shard_bytes=int(o.parse_bytes(shard_size, "--shard-size") or 0),
@@ -161,6 +165,8 @@ def _show(result: dict[str, Any], where: Path) -> None:
         say(f"  {len(healed)} of {len(result['patches'])} least-squares patches kept")
     if "chosen" in result:
         say(f"  chosen of {len(result['candidates'])} candidates: {result['chosen']}")
+    for stage, found in result["quality"].items():
+        say(f"  {stage}: perplexity {found['perplexity']:.4g}, KL {found['kl']:.3g}")
     say(
         f"  {duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}; "
         f"record in {where}"

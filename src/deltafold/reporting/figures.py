@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from deltafold.errors import StorageError, UsageError
 from deltafold.record import Record
-from deltafold.reporting.drawings import error_by_block, frontier, role_bytes, size_quality, spectra
+from deltafold.reporting.drawings import (
+    error_by_block,
+    folding,
+    frontier,
+    role_bytes,
+    size_quality,
+    spectra,
+)
 from deltafold.reporting.records import KnownRecord, understood
 from deltafold.reporting.style import DARK, DPI, LIGHT, Ink, settings
 
@@ -28,6 +35,7 @@ FIGURES: tuple[Draw, ...] = (
     role_bytes.draw,
     error_by_block.draw,
     spectra.draw,
+    folding.draw,
 )
 
 

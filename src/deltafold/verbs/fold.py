@@ -8,13 +8,14 @@ states as far as an allowance goes, and one tensor; nothing is written before al
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deltafold.calibration import StreamedModel, gather_samples
+from deltafold.calibration import Sample, StreamedModel, gather_samples
 from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.engine import Progress
 from deltafold.errors import UsageError, nearest
@@ -60,6 +61,7 @@ def fold(
     max_tokens: int = 256,
     pool: Pool = "last",
     seed: int = 0,
+    measure: str | Path | None = None,
     explain: str | Path | None = None,
     dry_run: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -73,7 +75,8 @@ def fold(
     """Fold a model into the folder `output`, by `blocks` that go or the share of `parameters` kept.
 
     `closed_form` heals by least squares: `none`, at each `cut`, or from there `through` the model;
-    None leaves it to the method. `dry_run` reads headers only and writes nothing. Returns the
+    None leaves it to the method. `measure` is a text to measure perplexity and KL on, which should not
+    be that of `calibration`. `dry_run` reads headers only and writes nothing. Returns the
     record. Raises DeltafoldError; nothing is left under `output` then.
 
     >>> record = fold("smollm2/", "smaller/", "mka", blocks=6)                  # doctest: +SKIP
@@ -115,6 +118,7 @@ def fold(
         stack.enter_context(contextlib.closing(run))
         run.read_text(calibration, samples, max_tokens, closed_form)
         folded = run.fold(closed_form)
+        quality = run.quality(folded, measure, samples, max_tokens)
         points = run.manifold() if explain is not None else None
         folder = workspace.folder / "folded"
         write_draft(folded.draft, checkpoint, folder, shard_bytes, workers, memory_bytes, progress)
@@ -129,6 +133,7 @@ def fold(
             "output": str(out),
             "settings": settings,
             "samples": run.sizes,
+            "quality": quality,
             "seconds": meter.seconds,
             "peak_memory_bytes": meter.peak_memory_bytes,
             "machine": machine(),
@@ -200,12 +205,33 @@ class _Run:
                 f"{method.name} looks at what the model does on text; give --calibration a file, "
                 "or leave it out for the text that comes with deltafold."
             )
-        model = StreamedModel(self.checkpoint, memory_bytes=self.memory_bytes, scratch=self.scratch)
-        found = gather_samples(
-            model, source, samples=samples, max_tokens=max_tokens, seed=self.seed,
+        self.states = States(self.model, self._samples(source, samples, max_tokens))
+
+    @functools.cached_property
+    def model(self) -> StreamedModel:
+        """The model, to be run block by block."""
+        return StreamedModel(self.checkpoint, memory_bytes=self.memory_bytes, scratch=self.scratch)
+
+    def _samples(self, source: str | Path, samples: int, max_tokens: int) -> list[Sample]:
+        return gather_samples(
+            self.model, source, samples=samples, max_tokens=max_tokens, seed=self.seed,
             memory_bytes=self.memory_bytes,
         )  # fmt: skip
-        self.states = States(model, found)
+
+    def quality(
+        self, folded: Folded, text: str | Path | None, samples: int, max_tokens: int
+    ) -> dict[str, dict[str, float]]:
+        """Perplexity, KL to the model, and agreement with it, stage by stage; none without a text."""
+        if text is None:
+            return {}
+        stages = {"model": self.whole, "unhealed": folded.unhealed, "folded": folded.draft}
+        probe = Probe(self.model, self.whole, self._samples(text, samples, max_tokens))
+        with contextlib.closing(probe):
+            return {
+                name: probe.measure(draft) | {"tokens": probe.tokens}
+                for name, draft in stages.items()
+                if draft is not None
+            }
 
     def probe(self) -> Probe:
         """Few samples, for what is measured many times."""
@@ -237,6 +263,7 @@ class _Run:
         if kinds:
             assert self.states is not None
             with contextlib.closing(Patcher(self.states, self.whole)) as patcher:
+                folded.unhealed = folded.draft
                 for kind, reach in kinds:
                     folded.draft, rows = patcher.patched(folded.draft, kind, reach)
                     folded.patches += rows
@@ -275,5 +302,17 @@ def outcome(job: Job, folded: Folded) -> Record:
         "parts": [{"block": block.number, "parts": list(block.parts)} for block in draft.blocks],
         "steps": folded.steps,
         "patches": folded.patches,
+        "similarity": _first_matrix(job, folded),
         **folded.notes,
+    }
+
+
+def _first_matrix(job: Job, folded: Folded) -> Record | None:
+    """The similarity matrix over the model's states, before any step."""
+    if not folded.matrices:
+        return None
+    rows = folded.matrices[0][1].tolist()
+    return {
+        "name": job.method.preset.similarity,
+        "values": [[float(f"{value:.6g}") for value in row] for row in rows],
     }

@@ -59,6 +59,7 @@ def fold_best(
             for reach in reaches:
                 made = replace(folded, patches=[])
                 if reach is not None:
+                    made.unhealed = folded.draft
                     made.draft, made.patches = patcher.patched(folded.draft, "heal", reach)
                 measured = judge.measure(made.draft)
                 label = f"{name}, healed {reach}" if reach else name

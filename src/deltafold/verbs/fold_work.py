@@ -28,6 +28,8 @@ HALF = 0.5
 class Folded:
     """What came of it. `steps` are rows for the record, in order; `silenced` sub-layers stay as zeros.
 
+    `unhealed` is the draft before patches, where there are any.
+
     `matrices` holds the similarity matrix of each iteration with the blocks it speaks of.
     """
 
@@ -36,6 +38,7 @@ class Folded:
     patches: list[Row] = field(default_factory=list)
     matrices: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
     silenced: list[tuple[int, str]] = field(default_factory=list)
+    unhealed: Draft | None = None
     notes: Row = field(default_factory=dict)
 
 
