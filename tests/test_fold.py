@@ -322,3 +322,34 @@ def test_quality_is_that_of_the_folder_written(llama: Path, text: Path, tmp_path
     # What is written is rounded to bf16 once.
     assert stages["folded"]["kl"] == pytest.approx(float(kl), rel=0.05)
     assert stages["unhealed"]["kl"] != stages["folded"]["kl"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_after_folding(kind: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    """Saved, loaded by transformers again, and near to the folded model."""
+    pytest.importorskip("torchao")
+    from transformers import AutoModelForCausalLM
+
+    record = run(llama, tmp_path / "out", "reverse", text, quantize=kind, measure=text)
+    run(llama, tmp_path / "plain", "reverse", text)
+    ids = torch.arange(3, 35)[None]
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").eval()
+        for name in ("out", "plain")
+    ]
+    with torch.no_grad():
+        found, wanted = (model(ids).logits.float() for model in models)
+    error = float((found - wanted).norm() / wanted.norm())
+    assert 0 < error < (0.05 if kind == "int8" else 0.5)
+    stages = record["quality"]
+    assert list(stages) == ["model", "folded", "quantised"]
+    assert stages["quantised"]["perplexity"] == pytest.approx(
+        stages["folded"]["perplexity"], rel=0.05 if kind == "int8" else 0.5
+    )
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("out", "plain")]
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_a_quantisation_that_is_not_there(llama: Path, tmp_path: Path) -> None:
+    refused(tmp_path, UsageError, "did you mean 'int8'", llama, "reverse", quantize="int88")

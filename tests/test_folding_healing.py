@@ -66,7 +66,7 @@ def test_the_ridge_is_chosen_on_rows_held_out() -> None:
 def test_nothing_is_changed_where_nothing_helps() -> None:
     regression = Regression(8, 2)
     regression.add(normal(9, 8), normal(9, 2, seed=1))
-    regression.add(normal(50, 8, seed=2), torch.zeros(50, 2), held=True)
+    regression.add(normal(50, 8, seed=2), torch.zeros(50, 2).double(), held=True)
     fit = regression.fit()
     assert fit.ridge is None and not fit.solution.any() and fit.gained == 0
 

@@ -43,6 +43,9 @@ def fold(
         str, typer.Option(help="A sample's state: of its last token, or mean.")
     ] = "last",
     seed: Annotated[int, typer.Option(help="Seed of random choices.")] = 0,
+    quantize: Annotated[
+        str | None, typer.Option(help="Then quantise the weights by torchao: int8 or int4.")
+    ] = None,
     measure: Annotated[
         str | None, typer.Option(help="Text for perplexity and KL, not that of --calibration.")
     ] = None,
@@ -85,6 +88,7 @@ def fold(
             max_tokens=max_tokens,
             pool=pool,  # type: ignore[arg-type]
             seed=seed,
+            quantize=quantize,
             measure=measure,
             explain=explain,
             dry_run=dry_run,
@@ -166,7 +170,8 @@ def _show(result: dict[str, Any], where: Path) -> None:
     if "chosen" in result:
         say(f"  chosen of {len(result['candidates'])} candidates: {result['chosen']}")
     for stage, found in result["quality"].items():
-        say(f"  {stage}: perplexity {found['perplexity']:.4g}, KL {found['kl']:.3g}")
+        kl = f", KL {found['kl']:.3g}" if "kl" in found else ""
+        say(f"  {stage}: perplexity {found['perplexity']:.4g}{kl}")
     say(
         f"  {duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}; "
         f"record in {where}"

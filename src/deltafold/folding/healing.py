@@ -33,11 +33,10 @@ class Sums:
         return cls(torch.zeros(i, i, dtype=torch.float64), torch.zeros(i, o, dtype=torch.float64))
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Take in rows x (n, i) and y (n, o)."""
-        x, y = x.double(), y.double()
+        """Take in rows x (n, i) and y (n, o). Products in their dtype, sums over batches in fp64."""
         self.gram += x.T @ x
         self.cross += x.T @ y
-        self.square += float((y * y).sum())
+        self.square += float(y.double().square().sum())
         self.rows += len(x)
 
     def error(self, solution: torch.Tensor) -> float:

@@ -193,7 +193,7 @@ class Patcher:
         regression: Regression | None = None
         for rows in found:
             regression = regression or Regression(rows.x.shape[1], rows.output.shape[1])
-            scale = 1 / rows.target.double().norm(dim=1, keepdim=True).clamp_min(1e-15)
+            scale = 1 / rows.target.norm(dim=1, keepdim=True).clamp_min(1e-15)
             x, y = rows.x * scale, (rows.target - rows.output) * scale
             for held in (False, True):
                 chosen = rows.held == held
