@@ -44,7 +44,8 @@ def _config(kind: str) -> Any:
 
     if kind == "int8":
         return TorchAoConfig(Int8WeightOnlyConfig())
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)))
+    four = torch.int4  # type: ignore[attr-defined]
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(GROUP)))
 
 
 def quantize_folder(folder: Path, target: Path, kind: str) -> None:
