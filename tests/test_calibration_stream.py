@@ -380,3 +380,26 @@ def test_blocks_that_hand_on_more_are_refused(folder_of: Any) -> None:
         model.forward(make_batches([Sample((3, 4, 5))]))
     decoder.forward = forward
     assert streamed_logits(StreamedModel(folder_of("llama")), [Sample((3, 4, 5))]).shape == (2, 160)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_some_blocks_alone(family: str, folder_of: Any) -> None:
+    """Left out blocks hand their inputs on; a pass that goes on is the pass that never stopped."""
+    folder = folder_of(family)
+    batches = make_batches([Sample(tuple(range(3, 20))), Sample(tuple(range(30, 41)))])
+    model = StreamedModel(folder)
+    with (
+        model.forward(batches, keep=True) as whole,
+        model.forward(batches, blocks=[1]) as second,
+        model.resume(whole, 0, [1]) as again,
+        model.resume(whole, 1, [1]) as rest,
+        model.resume(whole, 1, []) as nothing,
+        model.forward(batches, blocks=[]) as none,
+    ):
+        for place in range(len(batches)):
+            assert torch.equal(again.last[place], second.last[place])
+            assert torch.equal(rest.last[place], whole.last[place])
+            assert torch.equal(nothing.last[place], whole.stores[1][place])
+            assert torch.equal(none.last[place], whole.stores[0][place])
+            assert not torch.equal(second.last[place], whole.last[place])

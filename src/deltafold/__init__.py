@@ -18,6 +18,7 @@ from deltafold.version import __version__
 if TYPE_CHECKING:
     from deltafold.choosing import compress, merge
     from deltafold.evaluation import evaluate
+    from deltafold.verbs.fold import fold
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
     from deltafold.verbs.plan import plan
@@ -32,6 +33,7 @@ _VERBS = {
     "plan": "deltafold.verbs.plan",
     "load": "deltafold.verbs.load",
     "merge": "deltafold.choosing",
+    "fold": "deltafold.verbs.fold",
     "evaluate": "deltafold.evaluation",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "fold",
     "inspect",
     "load",
     "merge",

@@ -153,19 +153,51 @@ class StreamedModel:
 
     @torch.no_grad()
     def forward(
-        self, batches: Sequence[Batch], *, keep: bool = False, visitor: Visitor | None = None
+        self,
+        batches: Sequence[Batch],
+        *,
+        keep: bool = False,
+        visitor: Visitor | None = None,
+        blocks: Sequence[int] | None = None,
     ) -> Pass:
         """Run all batches through all blocks; with `keep` every block's inputs are kept.
 
-        Raises MismatchError where samples do not suit the model, or it cannot be run like this.
+        `blocks` are the numbers of those that run, in order; the others are left out. Raises
+        MismatchError where samples do not suit the model, or it cannot be run like this.
         """
+        numbers = range(self.n_blocks) if blocks is None else blocks
         done = self._embed(list(batches))
+        return self._through(done, done.last, numbers, keep, visitor)
+
+    @torch.no_grad()
+    def resume(
+        self, done: Pass, place: int, blocks: Sequence[int], visitor: Visitor | None = None
+    ) -> Pass:
+        """A pass of its own that goes on from `done.stores[place]` through the numbered blocks.
+
+        `done` stays as it is; close both.
+        """
+        source = done.stores[place]
+        made = Pass(done.batches, done.calls, [self.store_beside(done)])
+        if not blocks:
+            for number in range(len(source)):
+                made.last[number] = source[number]
+        return self._through(made, source, blocks, False, visitor)
+
+    def _through(
+        self,
+        done: Pass,
+        source: TensorStore,
+        numbers: Sequence[int],
+        keep: bool,
+        visitor: Visitor | None,
+    ) -> Pass:
         try:
-            for number in range(self.n_blocks):
-                source = done.last
+            for number in numbers:
                 if keep:
                     done.stores.append(self.store_beside(done))
                 self._run_block(done, number, source, visitor)
+                source = done.last
         except BaseException:
             done.close()
             raise

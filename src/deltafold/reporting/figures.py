@@ -16,6 +16,7 @@ from deltafold.record import Record
 from deltafold.reporting.drawings import (
     delta_cosines,
     error_by_block,
+    folding,
     frontier,
     role_bytes,
     size_quality,
@@ -36,6 +37,7 @@ FIGURES: tuple[Draw, ...] = (
     error_by_block.draw,
     spectra.draw,
     delta_cosines.draw,
+    folding.draw,
 )
 
 

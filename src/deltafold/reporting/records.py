@@ -262,6 +262,67 @@ class MergeRecord(_Run):
         return [name if names.count(name) == 1 else label for name, label in pairs]
 
 
+# --- fold ---------------------------------------------------------------------------------------
+
+
+class FoldMethod(_Part):
+    name: str
+
+
+class Removed(_Part):
+    blocks: list[int]
+    layer_share: float
+    parameter_share: float
+
+
+class FoldStep(_Part):
+    """Blocks `gone`, in the place of which `kept` stands, with its share `ratio` of a sum."""
+
+    gone: list[int]
+    kept: int | None = None
+    ratio: Number = None
+    score: Number = None
+    part: str | None = None
+
+
+class Silenced(_Part):
+    block: int
+    part: str
+
+
+class StateSimilarity(_Part):
+    """The matrix over the states of the model as it was."""
+
+    name: str
+    values: list[list[float]]
+
+
+class TextQuality(_Part):
+    perplexity: Number = None
+    kl: Number = None
+    agreement: Number = None
+
+
+class FoldRecord(_Run):
+    """What a `fold` run did."""
+
+    kind: Literal["fold"]
+    output: str
+    method: FoldMethod
+    blocks: int
+    removed: Removed
+    kept: list[int]
+    steps: list[FoldStep] = []
+    silenced: list[Silenced] = []
+    similarity: StateSimilarity | None = None
+    quality: dict[str, TextQuality] = {}
+    chosen: str | None = None
+
+    @property
+    def title(self) -> str:
+        return Path(self.output).name
+
+
 # --- restore, verify, plan ----------------------------------------------------------------------
 
 
@@ -273,7 +334,13 @@ class PlainRecord(_Run):
 
 
 KnownRecord = (
-    CompressRecord | EvaluateRecord | BenchmarkRecord | FrontierRecord | MergeRecord | PlainRecord
+    CompressRecord
+    | EvaluateRecord
+    | BenchmarkRecord
+    | FrontierRecord
+    | MergeRecord
+    | FoldRecord
+    | PlainRecord
 )
 KINDS: dict[str, type[KnownRecord]] = {
     "compress": CompressRecord,
@@ -281,6 +348,7 @@ KINDS: dict[str, type[KnownRecord]] = {
     "benchmark": BenchmarkRecord,
     "frontier": FrontierRecord,
     "merge": MergeRecord,
+    "fold": FoldRecord,
     "restore": PlainRecord,
     "verify": PlainRecord,
     "plan": PlainRecord,

@@ -9,6 +9,7 @@ from typing import Any
 from deltafold.names import ROLES
 from deltafold.record import Record
 from deltafold.reporting.benchmark_tables import benchmark_tables
+from deltafold.reporting.fold_tables import fold_tables
 from deltafold.reporting.frontier_tables import frontier_tables
 from deltafold.reporting.merge_tables import merge_tables
 from deltafold.reporting.records import (
@@ -238,6 +239,7 @@ MAKERS: dict[str, Callable[[Any], list[Table]]] = {
     "benchmark": benchmark_tables,
     "frontier": frontier_tables,
     "merge": merge_tables,
+    "fold": fold_tables,
     "restore": plain_tables,
     "verify": plain_tables,
     "plan": plain_tables,

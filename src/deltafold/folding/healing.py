@@ -1,0 +1,165 @@
+"""Least squares in closed form: a linear layer that stands before a cut takes over what was cut.
+
+    h = r + M            hidden states before the cut: residual stream r, MLP result M = a W
+    z                    hidden states that the removed blocks made of h
+
+    T = argmin |r + M T - z|^2 + ridge           W <- W T           no new parameters
+
+The sums that this needs (a' a, a' y, y' y) are gathered batch by batch, in fp64; so are those of
+rows held out, on which the ridge is chosen. The error on these is exact, from the sums alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Tried in turn, as shares of the mean of the diagonal of a' a."""
+
+
+@dataclass
+class Sums:
+    """Sums over rows of inputs x (n, i) and of what they shall make, y (n, o)."""
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    square: float = 0.0
+    rows: int = 0
+
+    @classmethod
+    def empty(cls, i: int, o: int) -> Sums:
+        return cls(torch.zeros(i, i, dtype=torch.float64), torch.zeros(i, o, dtype=torch.float64))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Take in rows x (n, i) and y (n, o). Products in their dtype, sums over batches in fp64."""
+        self.gram += x.T @ x
+        self.cross += x.T @ y
+        self.square += float(y.double().square().sum())
+        self.rows += len(x)
+
+    def error(self, solution: torch.Tensor) -> float:
+        """|x S - y|^2 over all rows: tr(S' G S) - 2 tr(S' C) + |y|^2, at least 0."""
+        bent = ((self.gram @ solution) * solution).sum() - 2 * (solution * self.cross).sum()
+        return max(0.0, float(bent) + self.square)
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """argmin_S |x S - y|^2 + l |S|^2 with l = ridge x the mean of the Gram matrix's diagonal."""
+        damp = ridge * self.gram.diagonal().mean().clamp_min(1e-30)
+        eye = torch.eye(len(self.gram), dtype=torch.float64)
+        factor, failed = torch.linalg.cholesky_ex(self.gram + damp * eye)
+        if failed:  # rows so alike that rounding makes the matrix indefinite
+            return torch.linalg.solve(self.gram + damp * eye, self.cross)
+        return torch.cholesky_solve(self.cross, factor)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A solution S (i, o), the ridge, and the squared error on held-out rows before and after."""
+
+    solution: torch.Tensor
+    ridge: float | None
+    before: float
+    after: float
+
+    @property
+    def gained(self) -> float:
+        """Share of the held-out error that is gone; 0 where nothing was better."""
+        return 1 - self.after / self.before if self.before else 0.0
+
+
+@dataclass
+class Regression:
+    """Rows for fitting and rows held out.
+
+    What is fitted is a change that starts from nothing, S = 0: the stronger the ridge, the less is
+    changed. Where no ridge makes the held-out error smaller, nothing is.
+    """
+
+    i: int
+    o: int
+    fitted: Sums = field(init=False)
+    held: Sums = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fitted, self.held = Sums.empty(self.i, self.o), Sums.empty(self.i, self.o)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, held: bool = False) -> None:
+        """Take in rows x (n, i), y (n, o)."""
+        (self.held if held else self.fitted).add(x, y)
+
+    def fit(self, ridges: tuple[float, ...] = RIDGES) -> Fit:
+        """The solution with the ridge that does best on the rows held out.
+
+        Without such rows the strongest that the table has above its middle is taken.
+        """
+        nothing = torch.zeros(self.i, self.o, dtype=torch.float64)
+        if not self.held.rows:
+            ridge = ridges[len(ridges) // 2]
+            solution = self.fitted.solve(ridge)
+            return Fit(solution, ridge, self.fitted.square, self.fitted.error(solution))
+        best = Fit(nothing, None, self.held.square, self.held.square)
+        for ridge in ridges:
+            solution = self.fitted.solve(ridge)
+            error = self.held.error(solution)
+            if error < best.after:
+                best = Fit(solution, ridge, best.before, error)
+        return best
+
+
+def replace_me(
+    made: torch.Tensor, output: torch.Tensor, target: torch.Tensor, lam: float
+) -> torch.Tensor:
+    """T (w, w) = (M'M + lam I)^-1 M'(Z - Y + M): ReplaceMe (arXiv 2505.02819), eq. 8.
+
+    M = `made`, what the MLP before the cut adds (n, w); Y = `output` of its block; Z = `target`, the
+    output of the last removed block.
+    """
+    made, gap = made.double(), (target - output + made).double()
+    eye = torch.eye(made.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(made.T @ made + lam * eye, made.T @ gap)
+
+
+def channel_scales(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Ratios (w,) of channel magnitudes, |after| / |before| summed over rows (n, w); 1 for dead ones."""
+    top, low = after.double().abs().sum(0), before.double().abs().sum(0)
+    return torch.where(low > 0, top / low.clamp_min(1e-300), 1.0)
+
+
+def rotation(width: int) -> torch.Tensor:
+    """An orthogonal matrix Q (w, w): Hadamard where the width is a power of two.
+
+    Else the Kronecker product of the largest Hadamard matrix that divides it and a cosine transform.
+    """
+    size = width & -width
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < size:
+        hadamard = torch.cat(
+            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
+        )
+    rest = width // size
+    at = torch.arange(rest, dtype=torch.float64)
+    cosines = torch.cos(torch.pi * (at[None] + 0.5) * at[:, None] / rest) * (2 / rest) ** 0.5
+    cosines[0] /= 2**0.5
+    return torch.kron(hadamard / size**0.5, cosines)
+
+
+def linear_patch(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """P (w, w) = Q diag(c) Q', x -> x P: LinearPatch (arXiv 2505.24680), eq. 5.
+
+    c are the ratios of channel magnitudes after Q, of the states after the cut to those before it.
+    """
+    turn = rotation(before.shape[1])
+    scales = channel_scales(before.double() @ turn, after.double() @ turn)
+    return (turn * scales) @ turn.T
+
+
+def folded_in(weight: torch.Tensor, change: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """A down projection followed by T: W (o, i) with y = x W' becomes T' W; (i, o) becomes W T.
+
+    A bias (o,) is followed by T too. Experts in one tensor (e, ...) each are.
+    """
+    wide = weight.double()
+    made = wide @ change if transposed or weight.dim() == 1 else change.T @ wide
+    return made.float()

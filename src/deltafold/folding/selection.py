@@ -1,0 +1,235 @@
+"""Which blocks go: one function a row of `SELECTIONS`.
+
+A selection looks at what is known of the draft (`Evidence`) and answers with steps; a rule then
+carries them out. Positions count the blocks that the draft has now, from 0. With `iterated` one step
+at a time is asked for, and the evidence is gathered anew in between, on the folded model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from deltafold.coding.counter import random_u64
+
+Part = Literal["attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Blocks at the positions `gone` go; the one at `keep` takes them in (None: nothing does).
+
+    `score` is what chose them, higher for a better choice. With `part` only that sub-layer goes.
+    """
+
+    keep: int | None
+    gone: tuple[int, ...]
+    score: float | None = None
+    part: Part | None = None
+
+
+class Evidence(Protocol):
+    """What selections may ask of the draft as it stands: n blocks."""
+
+    n: int
+    protected: Collection[int]
+    """Positions that are neither removed nor merged."""
+    key: int
+    """Of the run's random stream."""
+
+    def alike(self) -> torch.Tensor:
+        """The matrix A (n+1, n+1) of the similarity asked for."""
+
+    def absence(self, positions: Collection[int]) -> float:
+        """What leaving out blocks costs, lower for a better choice."""
+
+    def parts(self) -> dict[tuple[int, Part], float]:
+        """How little the attention and the MLP of each block do: cosines."""
+
+    def closeness(self, step: Step) -> float:
+        """Cosine of the last hidden states to the model's, once the step is carried out."""
+
+
+Selection = Callable[[Evidence, int], list[Step]]
+
+
+def adjacent_pairs(evidence: Evidence, count: int) -> list[Step]:
+    """The two neighbours whose outputs are most alike: MKA (arXiv 2406.16330), section 3.3."""
+    alike, free = evidence.alike(), _free(evidence)
+    pairs = [(i, i + 1) for i in range(evidence.n - 1) if {i, i + 1} <= free]
+    if not pairs:
+        return []
+    low, high = max(pairs, key=lambda pair: (float(alike[pair[0] + 1, pair[1] + 1]), pair))
+    return [Step(low, (high,), float(alike[low + 1, high + 1]))]
+
+
+def last_pair(evidence: Evidence, count: int) -> list[Step]:
+    """The last two neighbours that are free, whatever they are: what MKA's program merges."""
+    free = _free(evidence)
+    pairs = [(i, i + 1) for i in range(evidence.n - 1) if {i, i + 1} <= free]
+    return [Step(pairs[-1][0], (pairs[-1][1],))] if pairs else []
+
+
+def last(evidence: Evidence, count: int) -> list[Step]:
+    """The last blocks."""
+    return runs(sorted(_free(evidence))[-count:])
+
+
+def contiguous(evidence: Evidence, count: int) -> list[Step]:
+    """The `count` blocks in a row that do least: A[l, l + count] greatest.
+
+    Gromov et al. 2024 (arXiv 2403.17887), section 3.1; of equals the later one.
+    """
+    free, alike = _free(evidence), evidence.alike()
+    spans = [
+        tuple(range(start, start + count))
+        for start in range(evidence.n - count + 1)
+        if set(range(start, start + count)) <= free
+    ]
+    if not spans:
+        return []
+    best = max(spans, key=lambda span: (float(alike[span[0], span[-1] + 1]), span[0]))
+    score = float(alike[best[0], best[-1] + 1])
+    return [Step(best[0] - 1 if best[0] else None, best, score)]
+
+
+def lowest(evidence: Evidence, count: int) -> list[Step]:
+    """The blocks that do least, at once: block influence, ShortGPT (arXiv 2403.03853), section 3."""
+    alike = evidence.alike()
+    scores = {i: float(alike[i, i + 1]) for i in _free(evidence)}
+    order = sorted(scores, key=lambda i: (-scores[i], -i))[:count]
+    return runs(sorted(order), scores)
+
+
+def greedy(evidence: Evidence, count: int) -> list[Step]:
+    """The one block whose absence costs least: SLEB (arXiv 2402.09025), algorithm 1."""
+    costs = {i: evidence.absence([i]) for i in sorted(_free(evidence))}
+    if not costs:
+        return []
+    best = min(costs, key=lambda i: (costs[i], -i))
+    return runs([best], {best: -costs[best]})
+
+
+def lazy(evidence: Evidence, count: int) -> list[Step]:
+    """`greedy` without asking for every block each time; for rules that only drop.
+
+    What a block's absence costs grows, as a rule, with others gone. So the block that was cheapest
+    when last asked is asked again; if it still is cheaper than what the others cost when they were
+    asked, it goes. Minoux 1978, accelerated greedy.
+    """
+    costs = {i: evidence.absence([i]) for i in sorted(_free(evidence))}
+    gone: list[int] = []
+    spent = 0.0
+    while costs and len(gone) < count:
+        asked: set[int] = set() if gone else set(costs)
+        while (best := min(costs, key=lambda i: (costs[i], -i))) not in asked:
+            costs[best] = evidence.absence([*gone, best]) - spent
+            asked.add(best)
+        spent += costs.pop(best)
+        gone.append(best)
+    return runs(sorted(gone))
+
+
+def at_random(evidence: Evidence, count: int) -> list[Step]:
+    """Blocks drawn by the seed."""
+    free = sorted(_free(evidence))
+    numbers = random_u64(evidence.key, 0, evidence.n)
+    return runs(sorted(sorted(free, key=lambda i: int(numbers[i]))[:count]))
+
+
+def joint(evidence: Evidence, count: int) -> list[Step]:
+    """Attention and MLP of all blocks in one ranking; 2 x `count` of them go.
+
+    He et al. 2024, joint layer drop (arXiv 2406.15786), eq. 4: 1 - cos of a sub-layer's input and
+    output, both with the residual stream.
+    """
+    free = _free(evidence)
+    scores = {at: score for at, score in evidence.parts().items() if at[0] in free}
+    order = sorted(scores, key=lambda at: (-scores[at], -at[0], at[1]))[: 2 * count]
+    return [Step(None, (position,), scores[position, part], part) for position, part in order]
+
+
+TOP_DOWN_WINDOW = 4
+"""Blocks that become one at a time; LaCo's C lies between 3 and 7."""
+TOP_DOWN_INTERVAL = 1
+TOP_DOWN_START = 0.95
+
+
+def top_down(evidence: Evidence, count: int) -> list[Step]:
+    """From the last blocks down: fold some into one if the last hidden states stay close.
+
+    LaCo (arXiv 2402.11187), algorithm 1. The paper sets the threshold by hand; here it is lowered
+    until a merge is accepted, so that the number asked for is reached.
+    """
+    free = _free(evidence)
+    size = min(TOP_DOWN_WINDOW - 1, count)
+    while size:
+        tried: list[tuple[float, Step]] = []
+        for low in range(evidence.n - size - 1, -1, -TOP_DOWN_INTERVAL):
+            window = tuple(range(low + 1, low + size + 1))
+            if not {low, *window} <= free:
+                continue
+            near = evidence.closeness(step := Step(low, window))
+            if near > TOP_DOWN_START:
+                return [Step(step.keep, step.gone, near)]
+            tried.append((near, step))
+        if tried:
+            threshold = TOP_DOWN_START
+            while not any(near > threshold for near, _ in tried):
+                threshold -= 0.05
+            near, step = next(each for each in tried if each[0] > threshold)
+            return [Step(step.keep, step.gone, near)]
+        size -= 1
+    return []
+
+
+def runs(gone: Sequence[int], scores: dict[int, float] | None = None) -> list[Step]:
+    """Positions in ascending order as steps: neighbours together, the block before them kept.
+
+    The score of a step is the mean of its blocks'. The last run comes first, so that positions
+    stay true while steps are carried out in order.
+    """
+    found: list[list[int]] = []
+    for position in gone:
+        if found and found[-1][-1] == position - 1:
+            found[-1].append(position)
+        else:
+            found.append([position])
+    return [
+        Step(
+            run[0] - 1 if run[0] else None,
+            tuple(run),
+            sum(scores[i] for i in run) / len(run) if scores else None,
+        )
+        for run in reversed(found)
+    ]
+
+
+def _free(evidence: Evidence) -> set[int]:
+    return set(range(evidence.n)) - set(evidence.protected)
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A row of the table; `needs` says what of the evidence it asks for."""
+
+    choose: Selection
+    iterated: bool = False
+    needs: Literal["nothing", "matrix", "absence", "parts", "closeness"] = "matrix"
+
+
+SELECTIONS: dict[str, Chooser] = {
+    "adjacent-pairs": Chooser(adjacent_pairs, iterated=True),
+    "last-pair": Chooser(last_pair, iterated=True),
+    "last": Chooser(last, needs="nothing"),
+    "contiguous": Chooser(contiguous),
+    "lowest": Chooser(lowest),
+    "greedy": Chooser(greedy, iterated=True, needs="absence"),
+    "lazy": Chooser(lazy, needs="absence"),
+    "random": Chooser(at_random, needs="nothing"),
+    "top-down": Chooser(top_down, iterated=True, needs="closeness"),
+    "joint": Chooser(joint, needs="parts"),
+}

@@ -1,0 +1,59 @@
+"""Tables of a folded model: what went, what it costs, and step by step why."""
+
+from __future__ import annotations
+
+from deltafold.reporting.records import FoldRecord
+from deltafold.reporting.table import Table
+from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text
+from deltafold.reporting.wording import run_note
+
+
+def fold_tables(record: FoldRecord) -> list[Table]:
+    """Totals; figures on text before and after; steps."""
+    return [_totals(record), *_quality(record), *_steps(record)]
+
+
+def _totals(record: FoldRecord) -> Table:
+    removed = record.removed
+    rows = [
+        ("method", record.method.name),
+        ("blocks gone", f"{len(removed.blocks)} of {record.blocks}: {_list(removed.blocks)}"),
+        ("share of layers", percent_text(removed.layer_share)),
+        ("share of parameters", percent_text(removed.parameter_share)),
+    ]
+    if record.silenced:
+        parts = ", ".join(f"{part.part} of {part.block}" for part in record.silenced)
+        rows.append(("silent, but stored", parts))
+    if record.chosen:
+        rows.append(("chosen", record.chosen))
+    return Table(f"fold {record.title}", ("", ""), rows, notes=[run_note(record)], left=2)
+
+
+def _quality(record: FoldRecord) -> list[Table]:
+    if not record.quality:
+        return []
+    rows = [
+        (stage, number_text(found.perplexity, None), kl_text(found.kl, None),
+         percent_text(found.agreement))
+        for stage, found in record.quality.items()
+    ]  # fmt: skip
+    return [Table("on held-out text", ("stage", "perplexity", "KL", "agreement"), rows, left=1)]
+
+
+def _steps(record: FoldRecord) -> list[Table]:
+    if not record.steps:
+        return []
+    rows = [
+        (
+            _list(step.gone) + (f" ({step.part})" if step.part else ""),
+            MISSING if step.kept is None else str(step.kept),
+            MISSING if step.ratio is None else f"{step.ratio:.3f}",
+            MISSING if step.score is None else f"{step.score:.4g}",
+        )
+        for step in record.steps
+    ]
+    return [Table("steps", ("gone", "into", "its share", "score"), rows, left=2)]
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"

@@ -1,0 +1,157 @@
+"""`fold`: alike blocks of one model become fewer; the result is an ordinary, shallower checkpoint.
+
+Text is run through the model block by block, blocks are chosen and folded in a draft that computes
+tensors when they are read, and the draft is written, tensor by tensor. Memory holds one block, hidden
+states as far as an allowance goes, and one tensor; nothing is written before all is decided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltafold.checkpoint import open_checkpoint
+from deltafold.engine import Progress
+from deltafold.errors import UsageError, nearest
+from deltafold.folding.presets import AUTO, Method
+from deltafold.record import (
+    RECORD_VERSION,
+    Meter,
+    Record,
+    check_record_path,
+    machine,
+    record_path,
+    write_record,
+)
+from deltafold.verbs.fold_explain import check_explain, write_explanation
+from deltafold.verbs.fold_job import make_job
+from deltafold.verbs.fold_quantize import check_quantize, perplexity_of, quantize_folder
+from deltafold.verbs.fold_record import outcome, summary
+from deltafold.verbs.fold_run import Run, Texts
+from deltafold.verbs.fold_states import POOLS, Pool
+from deltafold.verbs.fold_write import write_draft
+from deltafold.verbs.workspace import Workspace, check_output, check_space
+
+SHARD_BYTES = 5_000_000_000
+HEALINGS = ("none", "cut", "through")
+
+
+def fold(
+    model: str | Path,
+    output: str | Path,
+    method: str = AUTO,
+    *,
+    blocks: int | None = None,
+    parameters: float | None = None,
+    similarity: str | None = None,
+    selection: str | None = None,
+    rule: str | None = None,
+    protect: Sequence[int] = (),
+    closed_form: str | None = None,
+    calibration: str | Path = "general",
+    samples: int = 128,
+    max_tokens: int = 256,
+    pool: Pool = "last",
+    seed: int = 0,
+    quantize: str | None = None,
+    measure: str | Path | None = None,
+    explain: str | Path | None = None,
+    dry_run: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    restart: bool = False,
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+    progress: Progress | None = None,
+    record: str | Path | None = None,
+) -> Record:
+    """Fold a model into the folder `output`, by `blocks` that go or the share of `parameters` kept.
+
+    `closed_form` heals by least squares: `none`, at each `cut`, or from there `through` the model;
+    None leaves it to the method. `quantize` is `int8` or `int4`, by torchao.
+    `measure` is a text to measure perplexity and KL on, which should not be that of `calibration`.
+    `dry_run` reads headers only and writes nothing. Returns the record. Raises DeltafoldError;
+    nothing is left under `output` then.
+
+    >>> record = fold("smollm2/", "smaller/", "mka", blocks=6)                  # doctest: +SKIP
+    >>> record["removed"]["blocks"]                                             # doctest: +SKIP
+    """
+    out = Path(output)
+    chosen = Method.of(method, similarity, selection, rule)
+    _check_settings(closed_form, pool, seed)
+    check_quantize(quantize)
+    if not dry_run:
+        check_output(out, overwrite, [model])
+        check_record_path(record)
+        check_explain(explain)
+    settings = {
+        "closed_form": closed_form,
+        "protect": list(protect),
+        "calibration": str(calibration),
+        "samples": samples,
+        "max_tokens": max_tokens,
+        "pool": pool,
+        "seed": seed,
+        "quantize": quantize,
+    }
+    with contextlib.ExitStack() as stack:
+        meter = stack.enter_context(Meter())
+        checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(model)))
+        job = make_job(checkpoint, chosen, blocks, parameters, protect)
+        if dry_run:
+            return summary(job, checkpoint) | {"kind": "fold-plan", "settings": settings}
+        check_space(out, checkpoint.total_bytes)
+        identity = {
+            "command": "fold",
+            "model": checkpoint.fingerprint(),
+            "method": chosen.to_json(),
+            "count": job.count,
+            "shards": shard_bytes,
+            **settings,
+        }
+        workspace = stack.enter_context(Workspace(out, identity, restart))
+        texts = Texts(calibration, measure, samples, max_tokens)
+        run = Run(job, checkpoint, texts, seed, pool, memory_bytes, progress, workspace.folder)
+        stack.enter_context(contextlib.closing(run))
+        run.read_text(closed_form)
+        folded = run.fold(closed_form)
+        quality = run.quality(folded)
+        points = run.manifold() if explain is not None else None
+        folder = workspace.folder / "folded"
+        write_draft(folded.draft, checkpoint, folder, shard_bytes, workers, memory_bytes, progress)
+        if quantize is not None:
+            made = workspace.folder / "quantised"
+            quantize_folder(folder, made, quantize)
+            if run.measured:
+                quality["quantised"] = {"perplexity": perplexity_of(made, run.measured)}
+        workspace.publish("folded" if quantize is None else "quantised", overwrite)
+        if explain is not None:
+            write_explanation(Path(explain), folded, points)
+    result = (
+        {"record_version": RECORD_VERSION, "kind": "fold"}
+        | summary(job, checkpoint)
+        | outcome(job, folded)
+        | {
+            "output": str(out),
+            "settings": settings,
+            "samples": run.sizes,
+            "quality": quality,
+            "seconds": meter.seconds,
+            "peak_memory_bytes": meter.peak_memory_bytes,
+            "machine": machine(),
+        }
+    )
+    write_record(result, Path(record) if record else record_path(out))
+    return result
+
+
+def _check_settings(closed_form: str | None, pool: str, seed: int) -> None:
+    if closed_form is not None and closed_form not in HEALINGS:
+        raise UsageError(
+            f"There is no healing {closed_form!r}; {nearest(closed_form, list(HEALINGS))}"
+        )
+    if pool not in POOLS:
+        raise UsageError(f"There is no pooling {pool!r}; {nearest(pool, list(POOLS))}")
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"seed must lie between 0 and 2^63 - 1, not {seed}.")

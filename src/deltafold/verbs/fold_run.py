@@ -1,0 +1,153 @@
+"""One folding run over its text: what is run through the model, and what is done with it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltafold.calibration import Sample, StreamedModel, gather_samples
+from deltafold.checkpoint import Checkpoint
+from deltafold.engine import Progress
+from deltafold.errors import UsageError
+from deltafold.folding.draft import Draft
+from deltafold.folding.mka import embeddings
+from deltafold.verbs.fold_auto import fold_best
+from deltafold.verbs.fold_job import Job
+from deltafold.verbs.fold_patch import Patcher
+from deltafold.verbs.fold_states import Pool, Probe, States, pooled_rows
+from deltafold.verbs.fold_work import Folded, Folder
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Where text comes from, and how much of it: to choose and heal by, and to measure on."""
+
+    calibration: str | Path
+    measure: str | Path | None
+    samples: int
+    max_tokens: int
+
+
+class Run:
+    """The text of one run, opened when it is needed, and what is done with it."""
+
+    def __init__(
+        self,
+        job: Job,
+        checkpoint: Checkpoint,
+        texts: Texts,
+        seed: int,
+        pool: Pool,
+        memory_bytes: int | None,
+        progress: Progress | None,
+        scratch: Path,
+    ):
+        self.job, self.checkpoint, self.texts = job, checkpoint, texts
+        self.seed, self.pool = seed, pool
+        self.memory_bytes, self.progress, self.scratch = memory_bytes, progress, scratch
+        self.whole = Draft.of(job.layout, checkpoint.tensor)
+        self.states: States | None = None
+        self.measured: list[Sample] = []
+        self._probe: Probe | None = None
+
+    def close(self) -> None:
+        """Free what the probe holds."""
+        if self._probe is not None:
+            self._probe.close()
+
+    @property
+    def sizes(self) -> dict[str, int] | None:
+        """Samples and tokens that were run through the model."""
+        if self.states is None:
+            return None
+        tokens = sum(len(sample.ids) for sample in self.states.samples)
+        return {"samples": len(self.states.samples), "tokens": tokens}
+
+    def read_text(self, closed_form: str | None) -> None:
+        """Samples, as far as they are needed. Raises UsageError where a method may have none."""
+        if self.texts.measure is not None:
+            self.measured = self._samples(self.texts.measure)
+        method = self.job.method
+        needed = (
+            self.job.is_auto
+            or method.uses_matrix
+            or method.chooser.needs != "nothing"
+            or method.rule.patch != "none"
+            or closed_form not in (None, "none")
+        )
+        if not needed:
+            return
+        if str(self.texts.calibration) == "none":
+            raise UsageError(
+                f"{method.name} looks at what the model does on text; give --calibration a file, "
+                "or leave it out for the text that comes with deltafold."
+            )
+        self.states = States(self.model, self._samples(self.texts.calibration))
+
+    @functools.cached_property
+    def model(self) -> StreamedModel:
+        """The model, to be run block by block."""
+        return StreamedModel(self.checkpoint, memory_bytes=self.memory_bytes, scratch=self.scratch)
+
+    def _samples(self, source: str | Path) -> list[Sample]:
+        return gather_samples(
+            self.model,
+            source,
+            samples=self.texts.samples,
+            max_tokens=self.texts.max_tokens,
+            seed=self.seed,
+            memory_bytes=self.memory_bytes,
+        )
+
+    def quality(self, folded: Folded) -> dict[str, dict[str, float]]:
+        """Perplexity, KL to the model, and agreement with it, stage by stage; none without a text."""
+        if not self.measured:
+            return {}
+        stages = {"model": self.whole, "unhealed": folded.unhealed, "folded": folded.draft}
+        with contextlib.closing(Probe(self.model, self.whole, self.measured)) as probe:
+            return {
+                name: probe.measure(draft) | {"tokens": probe.tokens}
+                for name, draft in stages.items()
+                if draft is not None
+            }
+
+    def probe(self) -> Probe:
+        """Few samples, for what is measured many times."""
+        if self._probe is None:
+            assert self.states is not None
+            self._probe = Probe(self.states.model, self.whole, self.states.few())
+        return self._probe
+
+    def manifold(self) -> torch.Tensor | None:
+        """The model's states (s, n, d) on MKA's manifold; None for a method without text."""
+        if self.states is None:
+            return None
+        with self.states.run(self.whole) as done:
+            return embeddings(pooled_rows(done, self.pool))
+
+    def fold(self, closed_form: str | None) -> Folded:
+        """Choose, fold, patch."""
+        if self.job.is_auto:
+            assert self.states is not None
+            return fold_best(self.job, self.states, self.whole, closed_form, self.probe, self.seed,
+                             self.progress)  # fmt: skip
+        folder = Folder(self.job, self.states, self.probe, self.seed, self.pool, self.progress)
+        folded = folder.fold(self.whole)
+        kinds: list[tuple[Any, Any]] = []
+        if self.job.method.rule.patch != "none":
+            kinds.append((self.job.method.rule.patch, "cut"))
+        if closed_form in ("cut", "through"):
+            kinds.append(("heal", closed_form))
+        if kinds:
+            assert self.states is not None
+            with contextlib.closing(Patcher(self.states, self.whole)) as patcher:
+                folded.unhealed = folded.draft
+                for kind, reach in kinds:
+                    folded.draft, rows = patcher.patched(folded.draft, kind, reach)
+                    folded.patches += rows
+        return folded

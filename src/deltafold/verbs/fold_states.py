@@ -1,0 +1,171 @@
+"""Text run through a draft: states for similarities, and how good its predictions are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import torch
+
+from deltafold.calibration.batches import Batch, Sample, make_batches
+from deltafold.calibration.divergence import divergence_sums, norms
+from deltafold.calibration.store import TensorStore
+from deltafold.calibration.stream import Pass, StreamedModel
+from deltafold.folding.draft import Draft
+from deltafold.folding.similarity import Similarity
+
+Pool = Literal["last", "mean"]
+POOLS: tuple[Pool, ...] = ("last", "mean")
+
+ROWS = 256
+"""Rows that a manifold or a kernel wants. Where there are fewer samples each gives several."""
+PROBE_TOKENS = 1024
+"""Tokens that the cost of an absence is measured on: it is measured many times."""
+HELD_EVERY = 4
+"""One sample in so many is held out."""
+
+
+class States:
+    """A model, its calibration samples in batches, and passes of drafts over them."""
+
+    def __init__(self, model: StreamedModel, samples: Sequence[Sample]):
+        self.model, self.samples = model, list(samples)
+        self.batches = make_batches(samples)
+
+    def run(self, draft: Draft, batches: list[Batch] | None = None, keep: bool = True) -> Pass:
+        """The draft's states over the samples: `stores[p]` is what enters its block at place p."""
+        return self.model.with_weights(draft.tensor).forward(
+            self.batches if batches is None else batches, keep=keep, blocks=draft.numbers
+        )
+
+    def matrix(self, similarity: Similarity, done: Pass, pool: Pool) -> torch.Tensor:
+        """A (s, s) over the states of a pass with `keep`."""
+        if similarity.rows == "samples":
+            return similarity.matrix(pooled_rows(done, pool))
+        total, count = torch.zeros(len(done.stores), len(done.stores), dtype=torch.float64), 0
+        for place, batch in enumerate(done.batches):
+            held = [store[place] for store in done.stores]
+            for row, length in enumerate(batch.lengths):
+                states = torch.stack([each[row, :length] for each in held])
+                total += length * similarity.matrix(states)
+                count += length
+        return total / count
+
+    def held_out(self) -> list[Sample]:
+        """Samples that no closed form is fitted to; all of them where there are too few."""
+        held = [each for n, each in enumerate(self.samples) if is_held(n, len(self.samples))]
+        return held or self.samples
+
+    def few(self) -> list[Sample]:
+        """Samples of about PROBE_TOKENS tokens, evenly spread."""
+        tokens = sum(len(each.ids) for each in self.samples)
+        step = max(1, round(tokens / PROBE_TOKENS))
+        return self.samples[step // 2 :: step] or self.samples[:1]
+
+
+def is_held(number: int, total: int) -> bool:
+    """True for the samples that are held out; none are where there are less than four."""
+    return total >= HELD_EVERY and number % HELD_EVERY == HELD_EVERY - 1
+
+
+def pooled_rows(done: Pass, pool: Pool, wanted: int = ROWS) -> torch.Tensor:
+    """States (s, n, w) at the last real token of each sample, or means over its real tokens.
+
+    Fewer samples than `wanted`: each is cut into as many stretches as are needed, and gives the
+    last token, or the mean, of each. Samples stand in their own order, whatever the batches.
+    """
+    total = sum(len(batch.lengths) for batch in done.batches)
+    pieces = max(1, -(-wanted // total))
+    by_sample: dict[int, torch.Tensor] = {}
+    for place, batch in enumerate(done.batches):
+        held = [store[place] for store in done.stores]
+        for row, (number, length) in enumerate(zip(batch.numbers, batch.lengths, strict=True)):
+            states = torch.stack([each[row, :length] for each in held])
+            by_sample[number] = _stretches(states, min(pieces, length), pool)
+    return torch.cat([by_sample[number] for number in sorted(by_sample)], dim=1)
+
+
+def _stretches(states: torch.Tensor, pieces: int, pool: Pool) -> torch.Tensor:
+    """States (s, t, w) -> (s, pieces, w): stretches of the tokens, the last one ending them."""
+    length = states.shape[1]
+    ends = [length * (number + 1) // pieces for number in range(pieces)]
+    if pool == "last":
+        return states[:, torch.tensor(ends) - 1]
+    starts = [0, *ends[:-1]]
+    means = [states[:, a:b].mean(1) for a, b in zip(starts, ends, strict=True)]
+    return torch.stack(means, dim=1)
+
+
+class Probe:
+    """How good a draft's predictions are on some samples, against the text and the model's own."""
+
+    def __init__(self, model: StreamedModel, whole: Draft, samples: Sequence[Sample]):
+        self.model = model
+        self.batches = make_batches(samples)
+        self._targets = torch.cat([_targets(batch) for batch in self.batches])
+        self._norms: list[torch.Tensor] = []
+        self._logits = self._learn(whole)
+
+    def _learn(self, whole: Draft) -> TensorStore:
+        model = self.model.with_weights(whole.tensor)
+        with model.forward(self.batches, blocks=whole.numbers) as done:
+            shapes = [(len(rows), model.vocabulary) for _, rows in model.row_chunks(done)]
+            store = TensorStore(shapes, model.memory_bytes, model.scratch)
+            for place, (_, logits) in enumerate(model.logits(done)):
+                store[place] = logits
+                self._norms.append(norms(store[place]))
+        return store
+
+    def close(self) -> None:
+        """Free the model's logits."""
+        self._logits.close()
+
+    @property
+    def tokens(self) -> int:
+        return len(self._targets)
+
+    def start(self, draft: Draft) -> Pass:
+        """The draft's states on these samples, kept, for `nll`, `kl` and `without`."""
+        return self.model.with_weights(draft.tensor).forward(
+            self.batches, keep=True, blocks=draft.numbers
+        )
+
+    def measure(self, draft: Draft) -> dict[str, float]:
+        """Perplexity, KL to the model in nats, and agreement with it, over all predictions."""
+        model = self.model.with_weights(draft.tensor)
+        with model.forward(self.batches, blocks=draft.numbers) as done:
+            return self._measured(model, done)
+
+    def reached(self, draft: Draft, started: Pass) -> dict[str, float]:
+        """`measure` of the draft whose states are in `started`."""
+        return self._measured(self.model.with_weights(draft.tensor), started)
+
+    def without(self, draft: Draft, started: Pass, positions: Collection[int]) -> dict[str, float]:
+        """`measure` of the draft without the blocks at some positions; `started` is its `start`."""
+        model, first = self.model.with_weights(draft.tensor), min(positions)
+        rest = [n for p, n in enumerate(draft.numbers) if p > first and p not in positions]
+        with model.resume(started, first, rest) as done:
+            return self._measured(model, done)
+
+    def _measured(self, model: StreamedModel, done: Pass) -> dict[str, float]:
+        nll = kl = 0.0
+        agreed = 0
+        for place, (start, logits) in enumerate(model.logits(done)):
+            logits = logits.cpu()
+            targets = self._targets[start : start + len(logits)]
+            lost = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            nll += float(lost.double().sum())
+            sums = divergence_sums(self._logits[place], self._norms[place], logits)
+            kl, agreed = kl + sums[0], agreed + sums[1]
+        mean = nll / self.tokens
+        return {
+            "nll": mean,
+            "perplexity": float(torch.tensor(mean, dtype=torch.float64).exp()),
+            "kl": kl / self.tokens,
+            "agreement": agreed / self.tokens,
+        }
+
+
+def _targets(batch: Batch) -> torch.Tensor:
+    """The tokens (n,) that the counted predictions are of, in the order of `Pass.rows`."""
+    return batch.ids.roll(-1, dims=1)[batch.counted]

@@ -1,0 +1,96 @@
+"""Blocks told from names, and configs that follow."""
+
+from __future__ import annotations
+
+import pytest
+
+from deltafold.errors import MismatchError, UsageError
+from deltafold.folding.configs import depth_of, shortened
+from deltafold.folding.layout import find_layout
+from deltafold.folding.presets import METHODS, Method
+from deltafold.folding.selection import SELECTIONS
+from deltafold.folding.similarity import SIMILARITIES
+
+
+def test_everything_said_of_blocks_follows() -> None:
+    config = {
+        "model_type": "x", "num_hidden_layers": 5, "layer_types": ["s", "s", "f", "s", "f"],
+        "max_window_layers": 3, "mlp_only_layers": [1, 4], "no_rope_layers": [1, 1, 1, 0, 1],
+        "eos_token_id": [1, 2, 3, 4, 5], "architectures": ["A"], "rope_scaling": {"f": [0] * 5},
+        "layer_sizes": [1, 2], "hidden_size": 5,
+    }  # fmt: skip
+    made = shortened(config, [0, 1, 4])
+    assert made == config | {
+        "num_hidden_layers": 3, "layer_types": ["s", "s", "f"], "max_window_layers": 2,
+        "mlp_only_layers": [1, 2], "no_rope_layers": [1, 1, 1],
+    }  # fmt: skip
+    assert config["num_hidden_layers"] == 5
+
+
+def test_a_config_inside_another() -> None:
+    config = {"text_config": {"num_hidden_layers": 2, "layer_types": ["a", "b"]}, "vision": [1, 2]}
+    assert depth_of(config) == 2
+    assert shortened(config, [1]) == {
+        "text_config": {"num_hidden_layers": 1, "layer_types": ["b"]}, "vision": [1, 2]
+    }  # fmt: skip
+    assert depth_of({"n_layer": 3}) == 3
+    with pytest.raises(MismatchError, match="does not say how many blocks"):
+        depth_of({}, "mine/")
+
+
+def test_blocks_are_the_outermost_list() -> None:
+    names = {
+        f"model.layers.{n}.mlp.experts.{e}.w1.weight": (2, 2) for n in range(2) for e in (0, 1)
+    }
+    layout = find_layout(names | {"model.embed_tokens.weight": (9, 2), "lm_head.weight": (9, 2)}, 2)
+    assert layout.prefix == "model.layers." and len(layout.shapes) == 2
+    assert layout.outside == ("model.embed_tokens.weight", "lm_head.weight")
+    assert (layout.parameters, layout.total) == (8, 16 + 36)
+    assert layout.split("model.layers.1.mlp.experts.0.w1.weight") == (1, "mlp.experts.0.w1.weight")
+    assert layout.split("lm_head.weight") is None
+    tower = {f"vision.blocks.{n}.x": (1,) for n in range(2)}
+    assert find_layout(tower | names, 2).prefix == "model.layers."
+
+
+def test_the_larger_list_has_the_config_s_length() -> None:
+    names = {f"a.{n}.x": (50,) for n in range(2)} | {f"h.{n}.x": (1,) for n in range(3)}
+    assert find_layout(names, 3).prefix == "h."
+
+
+def test_blocks_that_differ_are_refused_by_name() -> None:
+    names = {"layers.0.up_proj.weight": (4, 2), "layers.1.up_proj.weight": (6, 2)}
+    with pytest.raises(
+        MismatchError, match=r"layers\.1\.up_proj\.weight is \[6, 2\], but \[4, 2\]"
+    ):
+        find_layout(names, 2)
+    with pytest.raises(MismatchError, match=r"layers\.1\.y has no counterpart in block 0"):
+        find_layout({"layers.0.x": (1,), "layers.1.x": (1,), "layers.1.y": (1,)}, 2)
+    with pytest.raises(MismatchError, match=r"layers\.1\.y is missing"):
+        find_layout({"layers.0.x": (1,), "layers.0.y": (1,), "layers.1.x": (1,)}, 2)
+    with pytest.raises(MismatchError, match="no list of 3 blocks"):
+        find_layout(names, 3)
+    with pytest.raises(MismatchError, match="additional block"):
+        find_layout({f"layers.{n}.x": (1,) for n in range(3)}, 2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_of_known_rows(name: str) -> None:
+    made = Method.of(name)
+    assert made.preset.similarity in SIMILARITIES and made.preset.selection in SELECTIONS
+    assert made.rule is not None
+
+
+def test_methods_that_cannot_be() -> None:
+    for arguments, words in [
+        (("shortgtp",), "did you mean 'shortgpt'"),
+        (("mka", "cosin"), "no similarity 'cosin'.*did you mean 'cosine'"),
+        (("mka", None, "lowst"), "no selection 'lowst'"),
+        (("mka", None, None, "averag"), "no rule 'averge'.*average"),
+        (("shortgpt", "perplexity"), "compares states"),
+        (("jointdrop", None, None, "average"), "does not suit the selection joint"),
+        (("laco", None, None, "drop"), "folds blocks together"),
+        (("auto", "cosine"), "auto chooses similarity itself"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            Method.of(*arguments)
+    assert Method.of("mka", "cka").preset.similarity == "cka"

@@ -1,0 +1,107 @@
+"""Closed forms against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from deltafold.folding.healing import (
+    Regression,
+    channel_scales,
+    folded_in,
+    linear_patch,
+    replace_me,
+    rotation,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def test_replace_me_by_hand() -> None:
+    """One column: T = sum m (z - y + m) / (sum m^2 + lambda) = (1 x 3 + 2 x 5) / (5 + 8)."""
+    made = torch.tensor([[1.0], [2.0]])
+    output, target = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [4.0]])
+    assert replace_me(made, output, target, 8.0).item() == pytest.approx((1 * 3 + 2 * 5) / 13)
+
+
+def test_replace_me_finds_a_linear_cut() -> None:
+    """The removed blocks added M B: then T = I + B, and output with T in place is the target."""
+    made, stream, extra = normal(50, 4), normal(50, 4, seed=1), 0.3 * normal(4, 4, seed=2)
+    found = replace_me(made, stream + made, stream + made + made @ extra, 0.0)
+    assert torch.allclose(found, torch.eye(4).double() + extra, atol=1e-9)
+
+
+def test_a_regression_is_its_definition() -> None:
+    x, y = normal(30, 5), normal(30, 3, seed=1)
+    regression = Regression(5, 3)
+    for part in range(0, 30, 10):
+        regression.add(x[part : part + 10], y[part : part + 10])
+    fit = regression.fit((0.1,))
+    damp = 0.1 * (x * x).sum() / 5
+    wanted = torch.linalg.solve(x.T @ x + damp * torch.eye(5).double(), x.T @ y)
+    assert torch.allclose(fit.solution, wanted)
+    assert fit.after == pytest.approx(float(((x @ wanted - y) ** 2).sum()))
+    assert fit.before == pytest.approx(float((y * y).sum()))
+
+
+def test_the_ridge_is_chosen_on_rows_held_out() -> None:
+    """Much noise and few rows: a weak ridge fits the noise, and does worse on other rows."""
+    true = normal(20, 2, seed=3)
+    x, other = normal(25, 20), normal(200, 20, seed=4)
+    regression = Regression(20, 2)
+    regression.add(x, x @ true + 6 * normal(25, 2, seed=5))
+    regression.add(other, other @ true, held=True)
+    chosen = regression.fit()
+    errors = {r: regression.held.error(regression.fitted.solve(r)) for r in (1e-4, 1.0, 10.0)}
+    assert chosen.after <= min(errors.values()) and chosen.ridge is not None and chosen.ridge > 1e-2
+    assert chosen.after == pytest.approx(
+        float(((other @ chosen.solution - other @ true) ** 2).sum()), rel=1e-9
+    )
+
+
+def test_nothing_is_changed_where_nothing_helps() -> None:
+    regression = Regression(8, 2)
+    regression.add(normal(9, 8), normal(9, 2, seed=1))
+    regression.add(normal(50, 8, seed=2), torch.zeros(50, 2).double(), held=True)
+    fit = regression.fit()
+    assert fit.ridge is None and not fit.solution.any() and fit.gained == 0
+
+
+@pytest.mark.parametrize("width", [1, 8, 6, 36, 576])
+def test_rotations_are_orthogonal(width: int) -> None:
+    turn = rotation(width)
+    assert torch.allclose(turn @ turn.T, torch.eye(width).double(), atol=1e-12)
+    if width == 8:
+        assert torch.allclose(turn.abs(), torch.full((8, 8), 8**-0.5).double())
+
+
+def test_channel_scales_by_hand() -> None:
+    before = torch.tensor([[1.0, 0, 2], [-1, 0, 0]])
+    after = torch.tensor([[3.0, 5, 1], [1, 0, 0]])
+    assert channel_scales(before, after).tolist() == [2.0, 1.0, 0.5]
+
+
+def test_a_linear_patch_scales_rotated_channels() -> None:
+    before = normal(40, 8)
+    turn = rotation(8)
+    stretched = (before @ turn * torch.arange(1, 9)) @ turn.T
+    patch = linear_patch(before, stretched)
+    assert torch.allclose(before @ patch, stretched, atol=1e-9)
+    assert torch.allclose(linear_patch(before, 3 * before), 3 * torch.eye(8).double(), atol=1e-9)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_folding_in_is_following(transposed: bool) -> None:
+    weight, bias, change, x = normal(3, 5), normal(3, seed=1), normal(3, 3, seed=2), normal(7, 5)
+    stored = weight.T if transposed else weight
+    made = folded_in(stored, change, transposed).double()
+    kept = made.T if transposed else made
+    new_bias = folded_in(bias, change, transposed).double()
+    assert torch.allclose(x @ kept.T + new_bias, (x @ weight.T + bias) @ change, atol=1e-5)
+    experts = folded_in(torch.stack([stored, 2 * stored]), change, transposed)
+    assert torch.allclose(experts[1].double(), 2 * made, atol=1e-5)
+    assert math.isfinite(float(experts.sum()))
