@@ -85,7 +85,7 @@ def test_methods_that_cannot_be() -> None:
         (("shortgtp",), "did you mean 'shortgpt'"),
         (("mka", "cosin"), "no similarity 'cosin'.*did you mean 'cosine'"),
         (("mka", None, "lowst"), "no selection 'lowst'"),
-        (("mka", None, None, "averag"), "no rule 'averge'.*average"),
+        (("mka", None, None, "averag"), "no rule 'averag'.*average"),
         (("shortgpt", "perplexity"), "compares states"),
         (("jointdrop", None, None, "average"), "does not suit the selection joint"),
         (("laco", None, None, "drop"), "folds blocks together"),
