@@ -11,8 +11,9 @@ from reporting_records import COMMON
 
 from deltafold.errors import DeltafoldError
 from deltafold.reporting.figures import figures_of
+from deltafold.reporting.merge_record import MergedTensor
 from deltafold.reporting.merge_tables import agreed, cosine
-from deltafold.reporting.records import MergedTensor, understood
+from deltafold.reporting.records import understood
 from deltafold.reporting.tables import tables_of
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deltafold.reporting.records import FoldRecord
+from deltafold.reporting.fold_record import FoldRecord
 from deltafold.reporting.table import Table
 from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text
 from deltafold.reporting.wording import run_note

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 from deltafold.names import ROLES
-from deltafold.reporting.records import EvaluatedModel, MergedTensor, MergeRecord, Metric, Tried
+from deltafold.reporting.evaluate_record import EvaluatedModel, Metric
+from deltafold.reporting.merge_record import MergedTensor, MergeRecord, Tried
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import MISSING, bytes_text, number_text, percent_text, smaller_text
 from deltafold.reporting.wording import run_note

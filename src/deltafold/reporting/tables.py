@@ -9,19 +9,12 @@ from typing import Any
 from deltafold.names import ROLES
 from deltafold.record import Record
 from deltafold.reporting.benchmark_tables import benchmark_tables
+from deltafold.reporting.compress_record import CompressRecord, TensorLine
+from deltafold.reporting.evaluate_record import EvaluateRecord, Metric, Metrics
 from deltafold.reporting.fold_tables import fold_tables
 from deltafold.reporting.frontier_tables import frontier_tables
 from deltafold.reporting.merge_tables import merge_tables
-from deltafold.reporting.records import (
-    CompressRecord,
-    EvaluateRecord,
-    KnownRecord,
-    Metric,
-    Metrics,
-    PlainRecord,
-    TensorLine,
-    understood,
-)
+from deltafold.reporting.records import KnownRecord, PlainRecord, understood
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import (
     MISSING,

@@ -7,8 +7,9 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from deltafold.reporting.labels import End, label_beside
+from deltafold.reporting.merge_record import MergeRecord
 from deltafold.reporting.merge_tables import agreed, cosine
-from deltafold.reporting.records import KnownRecord, MergeRecord
+from deltafold.reporting.records import KnownRecord
 from deltafold.reporting.style import Ink, canvas, method_looks
 
 if TYPE_CHECKING:

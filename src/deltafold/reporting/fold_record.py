@@ -1,0 +1,66 @@
+"""The record of a fold, as a report needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from deltafold.reporting.record_parts import Number, Part, Run
+
+
+class FoldMethod(Part):
+    name: str
+
+
+class Removed(Part):
+    blocks: list[int]
+    layer_share: float
+    parameter_share: float
+
+
+class FoldStep(Part):
+    """Blocks `gone`, in the place of which `kept` stands, with its share `ratio` of a sum."""
+
+    gone: list[int]
+    kept: int | None = None
+    ratio: Number = None
+    score: Number = None
+    part: str | None = None
+
+
+class Silenced(Part):
+    block: int
+    part: str
+
+
+class StateSimilarity(Part):
+    """The matrix over the states of the model as it was."""
+
+    name: str
+    values: list[list[float]]
+
+
+class TextQuality(Part):
+    perplexity: Number = None
+    kl: Number = None
+    agreement: Number = None
+
+
+class FoldRecord(Run):
+    """What a `fold` run did."""
+
+    kind: Literal["fold"]
+    output: str
+    method: FoldMethod
+    blocks: int
+    removed: Removed
+    kept: list[int]
+    steps: list[FoldStep] = []
+    silenced: list[Silenced] = []
+    similarity: StateSimilarity | None = None
+    quality: dict[str, TextQuality] = {}
+    chosen: str | None = None
+
+    @property
+    def title(self) -> str:
+        return Path(self.output).name
