@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -153,6 +153,7 @@ def test_whole_models_by_plain_formulas(method: str, tmp_path: Path) -> None:
 
 
 @few
+@example("dare", (1,), 1e-126, 0, 0)
 @given(
     st.sampled_from(sorted(SPARSIFIERS)),
     st.sampled_from([(1,), (7,), (32,), (5, 9), (24, 20)]),

@@ -21,6 +21,7 @@ from deltafold.linalg import DenseMatrix, truncated_svd
 Sparsifier = Callable[[torch.Tensor, float, int, dict[str, float]], torch.Tensor]
 CHUNK = 1 << 22
 PIECE = 1 << 20  # entries at a time, where several copies of them are needed
+SMALLEST_DENSITY = 2.0**-32  # the step of random numbers; far below, 1 / density is no fp32 number
 SMALLEST_SIDE = 16  # of a matrix that is split into singular components
 
 
@@ -48,7 +49,7 @@ def magnitude(
 
 def dare(delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]) -> torch.Tensor:
     """Each entry kept with probability `density`, times 1 / density. Yu et al. 2023 (2311.03099)."""
-    if density <= 0:
+    if density < SMALLEST_DENSITY:
         return torch.zeros_like(delta)
     flat = delta.reshape(-1)
     out = torch.empty_like(flat)
