@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from evaluation_models import make_llama, save
 
-from deltafold.errors import UsageError
+from deltafold import merge
+from deltafold.errors import MismatchError, UsageError
 from deltafold.merging.files import read_recipe
 from deltafold.merging.mergekit import METHODS, setting
-from deltafold.merging.recipe import Recipe, value_at
+from deltafold.merging.recipe import Model, Recipe, value_at
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QUERY, UP = "model.layers.2.self_attn.q_proj.weight", "model.layers.4.mlp.up_proj.weight"
@@ -129,3 +131,57 @@ def test_numbers_that_differ_are_refused(tmp_path: Path) -> None:
     path.write_text("merge_method: model_stock\nmodels: [{model: a, parameters: {wieght: 1}}]")
     with pytest.raises(UsageError, match=r"'model_stock' is not read here.*'wieght'"):
         read_recipe(path)
+
+
+SLICED = """
+slices:
+  - sources:
+      - model: a
+        layer_range: [0, {n}]
+      - model: b
+        layer_range: [0, {n}]
+merge_method: slerp
+base_model: a
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5]
+    - value: 0.3
+dtype: bfloat16
+"""
+
+
+def test_one_slice_of_all_blocks_is_the_models(tmp_path: Path) -> None:
+    """The way that files for slerp are mostly written."""
+    path = tmp_path / "x.yaml"
+    path.write_text(SLICED.format(n=32))
+    base, sliced = read_recipe(path)
+    plain = "models: [{model: a}, {model: b}]\n" + SLICED[SLICED.index("merge_method") :]
+    path.write_text(plain)
+    _, whole = read_recipe(path)
+    assert base == "a" and sliced.blocks == 32 and whole.blocks is None
+    assert sliced.to_json() == whole.to_json()
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [
+        "[{sources: [{model: a, layer_range: [0, 8]}]}, {sources: [{model: b, layer_range: [8, 16]}]}]",
+        "[{sources: [{model: a, layer_range: [0, 8]}, {model: b, layer_range: [0, 9]}]}]",
+        "[{sources: [{model: a, layer_range: [4, 8]}]}]",
+        "[{sources: [a]}]",
+        "[]",
+        "3",
+    ],
+)
+def test_other_slices_are_refused(slices: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f"merge_method: linear\nbase_model: a\nslices: {slices}\n")
+    with pytest.raises(UsageError, match="slices are read where there is one"):
+        read_recipe(path)
+
+
+def test_slices_must_take_all_blocks(tmp_path: Path) -> None:
+    base = save(make_llama(1).bfloat16(), tmp_path / "base")
+    with pytest.raises(MismatchError, match="has 2 blocks, but the slices take 3"):
+        merge(base, Recipe((Model(str(base)),), "average", blocks=3), tmp_path / "out")

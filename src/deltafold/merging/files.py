@@ -24,8 +24,8 @@ from deltafold.merging.recipe import Model, Recipe, Value
 
 OURS = ("base", "method", "sparsify", "consensus", "scale", "numbers", "tokenizer", "models")
 THEIRS = (
-    "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer",
+    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
+    "tokenizer_source", "tokenizer",
 )  # fmt: skip
 
 
@@ -96,8 +96,10 @@ def _theirs(found: dict[str, Any], mistakes: list[str]) -> tuple[str, dict[str, 
         near = nearest(method, list(mergekit.METHODS))
         mistakes.append(f"merge_method {method!r} is not read here; {near}")
         method = "linear"
-    whole = _parameters(found, (*mergekit.SHARED, *mergekit.EACH), "parameters", mistakes)
-    models = _models(found, mistakes)
+    known = (*mergekit.SHARED, *mergekit.EACH)
+    part, blocks = _slice(found, mistakes)
+    scopes = [_parameters(each, known, "parameters", mistakes) for each in (part, found)]
+    models = _models(part or found, mistakes)
     base = found.get("base_model") or (models[0].get("model") if models else None)
     if not isinstance(base, str):
         mistakes.append("base_model is missing.")
@@ -106,18 +108,50 @@ def _theirs(found: dict[str, Any], mistakes: list[str]) -> tuple[str, dict[str, 
         own = _parameters(each, mergekit.EACH, f"{each.get('model')}: parameters", mistakes)
         if each.get("model") == base and method not in ("linear", "slerp"):
             continue  # the base has no delta
-        weight, density = (mergekit.setting(n, 1.0, own, whole) for n in ("weight", "density"))
+        weight, density = (mergekit.setting(n, 1.0, own, *scopes) for n in ("weight", "density"))
         made.append(Model(str(each.get("model")), weight, density))
         owns.append(own)
     if method == "slerp":
-        made = _arc(str(base), made, mergekit.setting("t", 0.5, whole), mistakes)
+        made = _arc(str(base), made, mergekit.setting("t", 0.5, *scopes), mistakes)
     return str(base), {
         "models": tuple(made),
         "method": mergekit.METHODS[method].name,
-        "scale": mergekit.setting("lambda", 1.0, whole),
-        "numbers": mergekit.numbers(method, whole, owns, mistakes),
+        "scale": mergekit.setting("lambda", 1.0, *scopes),
+        "numbers": mergekit.numbers(method, scopes[1] | scopes[0], owns, mistakes),
         "tokenizer": _tokenizer(found, mistakes),
+        "blocks": blocks,
     }
+
+
+def _slice(found: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], int | None]:
+    """The one slice of a file with `slices`, as if it were written with `models`; and its blocks.
+
+    A slice takes the same blocks of each model, here all of them: {sources: [{model, layer_range:
+    [0, n]}, ...]}. Without slices: an empty table and None.
+    """
+    if "slices" not in found:
+        return {}, None
+    slices = found["slices"]
+    sources: Any = (slices[0].get("sources") if _is_one_table(slices) else None) or []
+    ranges: list[Any] = [s.get("layer_range") if isinstance(s, dict) else None for s in sources]
+    whole = bool(ranges) and all(
+        isinstance(each, list) and len(each) == 2 and each == ranges[0] and each[0] == 0
+        for each in ranges
+    )
+    if not whole or not isinstance(ranges[0][1], int):
+        mistakes.append(
+            "slices are read where there is one, with the same layer_range [0, n] for all its "
+            "sources: a merge takes whole models."
+        )
+        return {"models": []}, None
+    _known(slices[0], ("sources", "parameters"), "A slice", mistakes)
+    for each in sources:
+        _known(each, ("model", "layer_range", "parameters"), "A source", mistakes)
+    return {"models": sources, "parameters": slices[0].get("parameters")}, int(ranges[0][1])
+
+
+def _is_one_table(found: Any) -> bool:
+    return isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict)
 
 
 def _parameters(

@@ -49,6 +49,7 @@ class Recipe:
     scale: Value | None = None
     numbers: dict[str, float] = field(default_factory=dict)
     tokenizer: str | None = None  # base (None), union, or the path of a model
+    blocks: int | None = None  # how deep the models must be, where a file says so
 
     def __post_init__(self) -> None:
         if mistakes := list(self._mistakes()):

@@ -73,7 +73,13 @@ def settle_inputs(base: Source, models: Sequence[Source], recipe: Recipe) -> Inp
     made = merged_files(files[0], files[1:], settled, owner) if rows else dict(files[0])
     if parted and "config.json" in made:
         made["config.json"] = untied(made["config.json"])
-    return Inputs(base, tuned, layout, by_row, settled, made, notes + settled.notes)
+    inputs = Inputs(base, tuned, layout, by_row, settled, made, notes + settled.notes)
+    if recipe.blocks not in (None, inputs.n_blocks):
+        raise MismatchError(
+            f"{base.label} has {inputs.n_blocks} blocks, but the slices take {recipe.blocks}; a merge "
+            "takes whole models: give all blocks."
+        )
+    return inputs
 
 
 def _embedding(source: Source) -> str | None:
