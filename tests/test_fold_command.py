@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluation_models import make_llama, make_tokenizer, save, write_rows
 from folding_models import write_deep, write_text
 
 from deltafold.cli.fold import block_numbers
@@ -41,4 +42,30 @@ def test_the_command(tmp_path: Path, deltafold: Any) -> None:
     assert len(wrong.stderr.strip().splitlines()) == 1
     again = deltafold("fold", model, "-o", out, "-n", "1", "-m", "reverse")
     assert again.returncode == 2 and "exists" in again.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.integration
+def test_before_and_after_on_tasks(tmp_path: Path, deltafold: Any) -> None:
+    """The model answers before and after; the record says so, and report shows it."""
+    from deltafold.reporting.tables import tables_of
+
+    model = save(make_llama(1).bfloat16(), tmp_path / "model", make_tokenizer())
+    rows = [{"prompt": f"{n}+1=", "choices": list("abcd"), "answer": n % 4} for n in range(8)]
+    task = write_rows(tmp_path / "sums.jsonl", rows)
+    done = deltafold(
+        "fold", model, "-o", tmp_path / "out", "-m", "reverse", "-n", "1", "--calibration", "none",
+        "--task", task, "--limit", "6",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out.record.json").read_text())
+    whole, folded = record["scores"]
+    assert whole["metrics"]["tasks"]["sums"]["accuracy"]["n"] == 6
+    assert folded["weight_bytes"] < whole["weight_bytes"] and folded["tokens_per_second"] > 0
+    assert "whole: sums" in done.stdout and "folded: sums" in done.stdout
+    shown = "\n".join(table.markdown() for table in tables_of(record))
+    assert "| folded |" in shown and "tokens/s" in shown
+    wrong = deltafold("fold", model, "-o", tmp_path / "x", "-m", "reverse", "-n", "1",
+                      "--calibration", "none", "--task", tmp_path / "none.jsonl")  # fmt: skip
+    assert wrong.returncode != 0 and "none.jsonl" in wrong.stderr
     assert not (tmp_path / "x").exists()

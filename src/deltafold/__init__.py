@@ -16,9 +16,8 @@ from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
 
 if TYPE_CHECKING:
-    from deltafold.choosing import compress, merge
+    from deltafold.choosing import compress, fold, merge
     from deltafold.evaluation import evaluate
-    from deltafold.verbs.fold import fold
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
     from deltafold.verbs.plan import plan
@@ -33,7 +32,7 @@ _VERBS = {
     "plan": "deltafold.verbs.plan",
     "load": "deltafold.verbs.load",
     "merge": "deltafold.choosing",
-    "fold": "deltafold.verbs.fold",
+    "fold": "deltafold.choosing",
     "evaluate": "deltafold.evaluation",
 }
 

@@ -52,6 +52,18 @@ def fold(
     explain: Annotated[
         Path | None, typer.Option(help="Folder for similarities, manifold and merges.")
     ] = None,
+    task: Annotated[
+        list[Path] | None,
+        typer.Option(help="Rows to answer before and after, as evaluate takes them."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows of a task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows answered at a time, at most.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="To answer in: auto (the model's own), fp32, bf16 or fp16.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="To answer on: cpu or cuda. Default: cuda if there is one.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would go; read headers only.")
     ] = False,
@@ -69,10 +81,26 @@ def fold(
     """
     from deltafold.cli.show import progress
     from deltafold.record import record_path
-    from deltafold.verbs.fold import fold as fold_verb
 
+    scoring: dict[str, Any] = {}
+    verb: Any  # the two take the same, one a little more
+    if task:
+        from deltafold.choosing.fold import fold as scored_fold
+
+        verb = scored_fold
+        scoring = {
+            "tasks": task,
+            "limit": limit,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "device": device,
+        }
+    else:  # nothing is answered: no need to import what loads whole models
+        from deltafold.verbs.fold import fold as plain_fold
+
+        verb = plain_fold
     with progress() as advance:
-        result = fold_verb(
+        result = verb(
             model,
             output,
             method,
@@ -86,7 +114,7 @@ def fold(
             calibration=calibration,
             samples=samples,
             max_tokens=max_tokens,
-            pool=pool,  # type: ignore[arg-type]
+            pool=pool,
             seed=seed,
             quantize=quantize,
             measure=measure,
@@ -99,6 +127,7 @@ def fold(
             memory_bytes=o.parse_bytes(memory, "--memory"),
             progress=advance,
             record=record,
+            **scoring,
         )
     if json_output:
         import json
@@ -172,6 +201,15 @@ def _show(result: dict[str, Any], where: Path) -> None:
     for stage, found in result["quality"].items():
         kl = f", KL {found['kl']:.3g}" if "kl" in found else ""
         say(f"  {stage}: perplexity {found['perplexity']:.4g}{kl}")
+    for row in result.get("scores", ()):
+        shares = ", ".join(
+            f"{name} {(found.get('exact_match') or found['accuracy'])['value']:.1%}"
+            for name, found in row["metrics"]["tasks"].items()
+        )
+        say(
+            f"  {row['label']}: {shares}; {row['tokens_per_second']:.0f} tokens/s, weights "
+            f"{size(row['weight_bytes'])}"
+        )
     say(
         f"  {duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}; "
         f"record in {where}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from deltafold.reporting.evaluate_record import EvaluatedModel
 from deltafold.reporting.record_parts import Number, Part, Run
 
 
@@ -46,6 +47,13 @@ class TextQuality(Part):
     agreement: Number = None
 
 
+class FoldScore(EvaluatedModel):
+    """The model before or after, with its speed and size."""
+
+    tokens_per_second: Number = None
+    weight_bytes: Number = None
+
+
 class FoldRecord(Run):
     """What a `fold` run did."""
 
@@ -60,6 +68,7 @@ class FoldRecord(Run):
     similarity: StateSimilarity | None = None
     quality: dict[str, TextQuality] = {}
     chosen: str | None = None
+    scores: list[FoldScore] = []
 
     @property
     def title(self) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from deltafold.reporting.evaluate_record import Metric
 from deltafold.reporting.fold_record import FoldRecord
 from deltafold.reporting.table import Table
-from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text
+from deltafold.reporting.units import MISSING, bytes_text, kl_text, number_text, percent_text
 from deltafold.reporting.wording import run_note
 
 
 def fold_tables(record: FoldRecord) -> list[Table]:
     """Totals; figures on text before and after; steps."""
-    return [_totals(record), *_quality(record), *_steps(record)]
+    return [_totals(record), *_quality(record), *_scores(record), *_steps(record)]
 
 
 def _totals(record: FoldRecord) -> Table:
@@ -38,6 +39,25 @@ def _quality(record: FoldRecord) -> list[Table]:
         for stage, found in record.quality.items()
     ]  # fmt: skip
     return [Table("on held-out text", ("stage", "perplexity", "KL", "agreement"), rows, left=1)]
+
+
+def _scores(record: FoldRecord) -> list[Table]:
+    """Before and after: tasks, KL on their answers, speed, size."""
+    if not record.scores:
+        return []
+    tasks = list(record.scores[0].metrics.tasks)
+    rows = []
+    for model in record.scores:
+        cells = [model.label]
+        for name in tasks:
+            found = model.metrics.tasks[name]
+            metric = found.get("exact_match") or found.get("accuracy") or Metric()
+            cells.append(percent_text(metric.value, metric.stderr))
+        cells += [number_text(model.tokens_per_second), bytes_text(model.weight_bytes)]
+        rows.append(cells)
+    columns = ("model", *tasks, "tokens/s", "weights")
+    note = "Tasks: exact match or accuracy. After ±: one standard error. Speed: one row, greedy."
+    return [Table("on tasks", columns, rows, notes=[note])]
 
 
 def _steps(record: FoldRecord) -> list[Table]:
