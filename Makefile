@@ -33,7 +33,7 @@ bench: $(VENV)/.model
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/frontier.py smollm2 --rows 60
 	$(BIN)/python benchmarks/frontier.py demo --rows 60
-	$(BIN)/python benchmarks/merging.py smollm2
+	$(BIN)/python benchmarks/merging.py smollm2 --rows 60
 	$(BIN)/python benchmarks/merging.py demo
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/mergekit.py --base demo/models/base --models demo/models/add demo/models/sort

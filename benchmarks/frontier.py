@@ -103,6 +103,7 @@ def run(ledger: Ledger, these: Family, names: list[str], options: argparse.Names
     """Measure every cell that the record lacks."""
     for name in names:
         finetune = these.finetunes[name]
+        ledger.check_finetune(name, finetune.relative_delta_norm)
         text = calibration_of(options.calibration, finetune)
         wanted = cells_of(options.methods, options.ratios, options.seeds, text)
         missing = [cell for cell in wanted if ledger.lacks(cell, name)]

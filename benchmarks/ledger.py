@@ -67,14 +67,8 @@ class Ledger:
         for path in paths:
             other: Record = json.loads(path.read_text(encoding="utf-8"))
             self.check(other["settings"])
-            for name in other["reference"]:
-                ours, theirs = (
-                    each["relative_delta_norm"].get(name) for each in (self.record, other)
-                )
-                if ours not in (None, theirs):
-                    raise StaleRecordError(
-                        f"{path} was measured on another {name} than {self.path}; measure again."
-                    )
+            for name, norm in other["relative_delta_norm"].items():
+                self.check_finetune(name, norm)
             held = {_key(row): row for row in self.rows} | {_key(r): r for r in other["rows"]}
             self.record["rows"] = list(held.values())
             for key in ("data", "relative_delta_norm", "reference"):
@@ -102,7 +96,8 @@ class Ledger:
             row for row in self.rows if not all(row[key] in them for key, them in these.items())
         ]
         for name in names - {row["finetune"] for row in self.rows}:
-            self.record["reference"].pop(name, None)
+            for key in ("reference", "relative_delta_norm", "data"):
+                self.record[key].pop(name, None)
 
     def check(self, settings: Record) -> None:
         """Rows of one record are scored alike. Raises StaleRecordError."""
@@ -112,6 +107,17 @@ class Ledger:
             raise StaleRecordError(
                 f"{self.path} was scored with {self.record['settings']}, not {settings}; give "
                 "the same --rows, or --fresh for every fine-tune, method and ratio."
+            )
+
+    def check_finetune(self, name: str, relative_delta_norm: float) -> None:
+        """A fine-tune that was trained again is another one, if on another kind of machine.
+
+        Raises StaleRecordError.
+        """
+        if self.record["relative_delta_norm"].get(name, relative_delta_norm) != relative_delta_norm:
+            raise StaleRecordError(
+                f"{self.path} was measured on another training of {name}; give --fresh for every "
+                "method and ratio, or another --record."
             )
 
     def lacks(self, cell: Cell, finetune: str) -> bool:

@@ -282,7 +282,8 @@ def test_records_of_parts_become_one(tmp_path: Path) -> None:
     assert again.record["reference"] == {"sort": {"base": {}}, "add": {"base": {}}}
     other = new_ledger(tmp_path / "other.json")
     other.record["relative_delta_norm"]["sort"] = 0.2
-    with pytest.raises(ledgers.StaleRecordError, match="another sort"):
+    other.check_finetune("add", 0.3)
+    with pytest.raises(ledgers.StaleRecordError, match="another training of sort"):
         other.join(parts)
 
 
