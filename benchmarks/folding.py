@@ -16,7 +16,6 @@ import json
 import pydoc_data.topics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from smollm2 import default_cache
 from tasks import Row, make_rows, write_jsonl
 
 import deltafold
+from deltafold.choosing.fold import speed
 from deltafold.errors import DeltafoldError
 from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded, quiet
 from deltafold.evaluation.plan import Plan, Request
@@ -39,7 +39,6 @@ BLOCKS = (2, 4, 6, 8)
 HEALED = ("mka", "shortgpt", "reverse", "random")  # also with closed-form healing
 ROWS, SHOTS, WINDOWS, MAX_LENGTH = 60, 3, 24, 256
 SAMPLES = 256
-SPEED_TOKENS = 64
 TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
 
 
@@ -94,21 +93,6 @@ class Bench:
         if teacher is not None:
             figures |= {"kl": found["kl_text"], "agreement": found["agreement_text"]}
         return figures
-
-
-@torch.inference_mode()
-def speed(subject: Subject) -> float:
-    """Tokens a second of greedy generation, one row, the best of three."""
-    ids = torch.arange(10, 26)[None]
-    found = 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        subject.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-            min_new_tokens=SPEED_TOKENS, max_new_tokens=SPEED_TOKENS,
-        )  # fmt: skip
-        found = max(found, SPEED_TOKENS / (time.perf_counter() - start))
-    return found
 
 
 def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from families import DEMO
 from smollm2 import default_cache
 from tasks import make_rows, write_jsonl
@@ -89,7 +90,7 @@ def measure(these: Family, name: str, rows: int, out: Path, scratch: Path) -> No
     """Measure what the record lacks; it is written after each merge."""
     record = opened(out, these, name, rows)
     request = Request(tuple(map(str, these.tests.values())), batch_size=BATCH_ROWS, limit=rows)
-    scoring = Scoring(request, "fp32")
+    scoring = Scoring(request, torch.float32)
     if not record["singles"]:
         for label, folder in [("base", these.base), *these.finetunes.items()]:
             record["singles"][label] = shares(scoring.of_source(label, folder, these.base))

@@ -193,6 +193,18 @@ def test_as_archive(folders: list[Path], text: Path, tmp_path: Path) -> None:
                     "restored.record.json"}  # fmt: skip
 
 
+def test_scores_of_an_archive_are_in_the_record_asked_for(
+    folders: list[Path], text: Path, tmp_path: Path
+) -> None:
+    options, where = {"file_ratio": 3.0, "calibration": "none"}, tmp_path / "mine.json"
+    merge(
+        folders[0], recipe(folders), tmp_path / "m.delta",
+        as_archive=options, texts=[text], record=where,
+    )  # fmt: skip
+    assert len(json.loads(where.read_text())["scores"]) == 4
+    assert not (tmp_path / "m.delta.record.json").exists()
+
+
 def test_as_archive_goes_on_after_the_merge(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

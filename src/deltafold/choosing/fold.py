@@ -11,11 +11,10 @@ import torch
 
 from deltafold.checkpoint import local_folder
 from deltafold.engine import Progress, Step
-from deltafold.errors import UsageError, nearest
 from deltafold.evaluation.data import read_tasks
 from deltafold.evaluation.loading import (
-    DTYPES,
     choose_device,
+    choose_dtype,
     end_token_ids,
     load_tokenizer,
     loaded,
@@ -54,8 +53,7 @@ def fold(
     """
     if not tasks:
         return fold_verb(model, output, method, **settings)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"There is no dtype {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
+    wanted = choose_dtype(dtype)
     request = Request(tuple(map(str, tasks)), batch_size=batch_size, limit=limit)
     read_tasks(request.tasks, limit)  # a broken file, and a missing tokenizer, are told of first
     load_tokenizer(model)
@@ -68,7 +66,7 @@ def fold(
             request,
             model,
             output,
-            None if dtype == "auto" else DTYPES[dtype],
+            wanted,
             where,
             settings.get("progress"),
         )

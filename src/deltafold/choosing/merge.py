@@ -12,9 +12,9 @@ from deltafold.choosing.merge_archive import merge_to_archive
 from deltafold.choosing.scores import Metrics, Scoring, best_of, mean_loss, share_right
 from deltafold.engine import Progress, Step
 from deltafold.errors import NonFiniteError, UsageError, nearest
-from deltafold.evaluation.loading import DTYPES, choose_device, is_archive, load_tokenizer
+from deltafold.evaluation.loading import choose_device, choose_dtype, is_archive, load_tokenizer
 from deltafold.evaluation.plan import Request
-from deltafold.merging.recipe import Model, Recipe
+from deltafold.merging.recipe import Recipe
 from deltafold.record import Meter, Record, record_path, write_record
 from deltafold.verbs.merge import merge as merge_verb
 from deltafold.verbs.merge_search import Formed
@@ -97,14 +97,13 @@ def _scoring(
 ) -> Scoring:
     from deltafold.evaluation.data import read_tasks, read_texts
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"There is no dtype {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
+    wanted = choose_dtype(dtype)
     request = Request(
         tuple(map(str, tasks)), tuple(map(str, texts)), batch_size=batch_size, limit=limit
     )
     read_tasks(request.tasks, limit)  # a broken file is told of before any work
     read_texts(request.texts)
-    return Scoring(request, dtype, choose_device(device))
+    return Scoring(request, wanted, choose_device(device))
 
 
 def _check_tokenizers(base: str | Path, recipe: Recipe) -> None:
@@ -131,13 +130,10 @@ def candidates_of(recipe: Recipe, search: Mapping[str, Sequence[float]]) -> list
     ):
         made = recipe
         if density is not None:
-            made = replace(made, models=tuple(_with(model, density) for model in made.models))
+            models = (replace(model, density=density) for model in made.models)
+            made = replace(made, models=tuple(models))
         found.append(made if scale is None else replace(made, scale=scale))
     return found
-
-
-def _with(model: Model, density: float) -> Model:
-    return replace(model, density=density)
 
 
 def _searching(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from deltafold.checkpoint import open_checkpoint
 from deltafold.merging.recipe import Recipe
 from deltafold.record import Record, check_record_path, record_path, write_record
 from deltafold.verbs.compress import compress
 from deltafold.verbs.job import budget_of
 from deltafold.verbs.merge import merge as merge_verb
+from deltafold.verbs.sources import open_source
 from deltafold.verbs.workspace import check_output
 
 BUDGETS = ("file_ratio", "nominal_ratio", "n_bytes")
@@ -30,6 +33,7 @@ def merge_to_archive(
     `options` are those of `compress`, `settings` those of the verb `merge`. A run that ended after
     the merge goes on from there. Raises DeltafoldError.
     """
+    settings = dict(settings)  # the caller's stay as they are: it writes its record too
     budget_of(options.get("method", "auto"), *map(options.get, BUDGETS))
     overwrite, record = settings.pop("overwrite", False), settings.pop("record", None)
     check_output(output, overwrite, [base, *(model.path for model in recipe.models)])
@@ -44,11 +48,14 @@ def merge_to_archive(
         made = merge_verb(base, recipe, folder, **settings)
         made["asked"] = _asked(base, recipe, settings)
         write_record(made, record_path(folder))
-    quiet = {name: settings[name] for name in QUIET if name in settings}
-    restart = settings.get("restart", False)
-    archived = compress(
-        base, folder, output, overwrite=overwrite, restart=restart, **options, **quiet
-    )
+    common: dict[str, Any] = {name: settings[name] for name in QUIET if name in settings}
+    destination = Path(record) if record else record_path(output)
+    common |= {
+        "overwrite": overwrite,
+        "restart": settings.get("restart", False),
+        "record": destination,
+    }
+    archived = compress(base, folder, output, **options, **common)
     made.pop("asked")
     made |= {
         "output": str(output),
@@ -56,7 +63,7 @@ def merge_to_archive(
     }
     made["seconds"] += archived["seconds"]
     made["peak_memory_bytes"] = max(made["peak_memory_bytes"], archived["peak_memory_bytes"])
-    write_record(made, Path(record) if record else record_path(output))
+    write_record(made, destination)
     shutil.rmtree(folder)
     record_path(folder).unlink()
     return made
@@ -65,19 +72,14 @@ def merge_to_archive(
 def _asked(base: str | Path, recipe: Recipe, settings: dict[str, Any]) -> dict[str, Any]:
     """What a merged folder is bound to."""
     candidates = [each.to_json() for each in settings.get("candidates", ())]
-    inputs = [_identity(Path(each)) for each in (base, *(model.path for model in recipe.models))]
+    with contextlib.closing(open_checkpoint(base)) as ground:
+        inputs: list[object] = [ground.fingerprint()]
+        for model in recipe.models:
+            with contextlib.closing(open_source(model.path, ground)) as source:
+                inputs.append(source.fingerprint())
     asked = {"recipe": recipe.to_json(), "candidates": candidates, "inputs": inputs,
              "seed": settings.get("seed", 0)}  # fmt: skip
     return dict(json.loads(json.dumps(asked)))
-
-
-def _identity(path: Path) -> list[Any]:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [
-        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files
-        if file.is_file()
-    ]
 
 
 def _merged_before(

@@ -6,6 +6,7 @@ goes along: it tells candidates apart that are right equally often.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deltafold.evaluation.divergence import score
 from deltafold.evaluation.estimate import ratio_of_sums
 from deltafold.evaluation.exact_match import ExactMatch
 from deltafold.evaluation.loading import (
-    DTYPES,
     end_token_ids,
     is_archive,
     load_tokenizer,
@@ -28,27 +30,22 @@ from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
 
 Metrics = dict[str, Any]
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is measured, and how. `dtype` `auto` is a model's own."""
+    """What is measured, and how. `dtype` None is a model's own."""
 
     request: Request
-    dtype: str = "auto"
+    dtype: torch.dtype | None = None
     device: str = "cpu"
-
-    @property
-    def torch_dtype(self) -> Any:
-        return None if self.dtype == "auto" else DTYPES[self.dtype]
 
     def of_source(self, label: str, source: str | Path, base: str | Path) -> Metrics:
         """Figures of a folder or an archive. Raises DeltafoldError."""
         with quiet(), _own_files(source, base) as folder:
             tokenizer = load_tokenizer(folder)
             plan = Plan(self.request, tokenizer, end_token_ids(folder, tokenizer))
-            with loaded(label, source, base, self.torch_dtype, self.device) as subject:
+            with loaded(label, source, base, self.dtype, self.device) as subject:
                 return _measured(plan, subject)
 
     def of_states(
@@ -67,7 +64,7 @@ class Scoring:
         def measure(state: dict[str, Any]) -> Metrics:
             with quiet(), tempfile.TemporaryDirectory() as name:
                 folder = write_files(files, Path(name))
-                model = model_of(folder, state, dtype=self.torch_dtype or "auto").to(self.device)
+                model = model_of(folder, state, dtype=self.dtype or "auto").to(self.device)
                 model.generation_config = GenerationConfig()
                 return _measured(plan, Subject(label, model))
 
@@ -114,8 +111,6 @@ def share_right(metrics: Metrics) -> float | None:
 
 def mean_loss(metrics: Metrics) -> float:
     """Mean of the losses of answers, or where there are none of the text, in nats a token."""
-    import math
-
     losses = [
         each["answer_loss"]["value"] for each in (metrics.get("tasks") or {}).values()
         if "answer_loss" in each

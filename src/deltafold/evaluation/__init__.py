@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from deltafold.archive import read_manifest
-from deltafold.errors import UsageError, nearest
+from deltafold.errors import UsageError
 from deltafold.evaluation.loading import (
-    DTYPES,
     choose_device,
+    choose_dtype,
     dtype_name,
     end_token_ids,
     is_archive,
@@ -64,14 +64,12 @@ def evaluate(
         limit=limit,
         max_new_tokens=max_new_tokens,
     )
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"There is no dtype {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
+    wanted = choose_dtype(dtype)
     _check_sources(finetuned, models, base)
     device = choose_device(device)
     with Meter() as meter, quiet():
         tokenizer = load_tokenizer(finetuned)
         plan = Plan(request, tokenizer, end_token_ids(finetuned, tokenizer))
-        wanted = None if dtype == "auto" else DTYPES[dtype]
         entries, used = _measure_all(plan, finetuned, models, base, wanted, device, report)
     settings = plan.settings() | {
         "finetuned": str(finetuned),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from deltafold.archive import MANIFEST_FILE
 from deltafold.checkpoint import local_folder
-from deltafold.errors import CheckpointError, DeltafoldError, UsageError
+from deltafold.errors import CheckpointError, DeltafoldError, UsageError, nearest
 from deltafold.evaluation.segments import Subject
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,6 +29,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 def is_archive(source: str | Path) -> bool:
     """True for a folder that holds `delta.json`."""
     return (Path(source).expanduser() / MANIFEST_FILE).is_file()
+
+
+def choose_dtype(name: str) -> torch.dtype | None:
+    """The dtype of a name; None for `auto`, a model's own. Raises UsageError."""
+    if name != "auto" and name not in DTYPES:
+        raise UsageError(f"There is no dtype {name!r}; {nearest(name, ['auto', *DTYPES])}")
+    return DTYPES.get(name)
 
 
 def choose_device(device: str | None) -> str:
