@@ -193,7 +193,7 @@ def test_auto_takes_the_candidate_with_the_least_kl(
 ) -> None:
     record = run(llama, tmp_path / "out", "auto", text, blocks=2)
     rows = record["candidates"]
-    assert len(rows) >= 4
+    assert len(rows) >= 3
     best = min(rows, key=lambda row: row["kl"])
     assert record["chosen"] == best["way"] and record["removed"]["blocks"] == best["removed"]
 

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from deltafold.calibration.batches import Sample
 from deltafold.calibration.kept import cache_folder, key_of, read_samples_file, write_samples
-from deltafold.calibration.samples import GENERAL, check_limits, general_samples, read_samples
+from deltafold.calibration.samples import (
+    GENERAL,
+    PAGES,
+    check_limits,
+    general_samples,
+    page_samples,
+    read_samples,
+)
 from deltafold.calibration.selftext import write_texts
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 from deltafold.calibration.tokens import Encoder, load_tokenizer
@@ -27,8 +34,8 @@ def gather_samples(
 ) -> list[Sample]:
     """At most `samples` samples of at most `max_tokens` tokens, by the fine-tune's tokenizer.
 
-    `source` is a file, `datasets:NAME[:SPLIT[:FIELD]]`, `general` for the text that comes with
-    deltafold, or `self` for text that the fine-tune writes; that is kept in `cache` and found
+    `source` is a file, `datasets:NAME[:SPLIT[:FIELD]]`, `general` or `pages` for text that comes
+    with deltafold, or `self` for text that the fine-tune writes; that is kept in `cache` and found
     again. Raises DeltafoldError.
 
     >>> gather_samples("math/", "math.jsonl", samples=2)                        # doctest: +SKIP
@@ -40,6 +47,8 @@ def gather_samples(
     encoder = Encoder(tokenizer, min(max_tokens, model.context or max_tokens))
     if str(source) == GENERAL:
         return general_samples(encoder)
+    if str(source) == PAGES:
+        return page_samples(encoder, samples, seed)
     if str(source) != "self":
         return read_samples(source, encoder, samples, seed)
     key = key_of([VERSION, model.checkpoint.fingerprint(), samples, encoder.max_tokens, seed])

@@ -3,7 +3,8 @@
     rows.jsonl              {"prompt", "answer"}, {"question", "answer"}, {"text"} or {"messages"}
     any other file          plain text, cut at blank lines
     datasets:NAME[:SPLIT[:FIELD]]   rows of a data set, through the package `datasets`
-    general                 pages of many kinds that come with the package (`general.jsonl`)
+    general                 24 pages of many kinds that come with the package (`general.jsonl`)
+    pages                   these and more, for what fits many numbers (`pages.jsonl`)
     self                    see `selftext.py`
 
 What is more than asked for is thinned out by the seed, not cut off at the end.
@@ -26,9 +27,12 @@ from deltafold.errors import DeltafoldError, UsageError
 CHARACTERS_A_TOKEN = 6
 """Windows of a plain text are cut this long for each token wanted, then to the token."""
 
-GENERAL = "general"
+GENERAL, PAGES = "general", "pages"
 GENERAL_TOKENS = 128
 """Tokens of each of the 24 samples of `general`."""
+
+WHOLE_PAGE = 4096
+"""No page that comes with the package has more tokens."""
 
 Row = dict[str, Any]
 
@@ -45,17 +49,39 @@ def check_limits(samples: int, max_tokens: int) -> None:
 
 
 def general_samples(encoder: Encoder) -> list[Sample]:
-    """The text that comes with the package. All its tokens count."""
-    rows = resources.files("deltafold.calibration").joinpath("general.jsonl").read_text("utf-8")
+    """The short text that comes with the package. All its tokens count."""
+    return [Sample(each.ids[:GENERAL_TOKENS]) for each in _built_in("general.jsonl", encoder)]
+
+
+def page_samples(encoder: Encoder, samples: int, seed: int) -> list[Sample]:
+    """At most `samples` pieces of all pages that come with the package. All their tokens count.
+
+    A page that is longer than a sample may be gives several.
+    """
+    whole = Encoder(encoder.tokenizer, WHOLE_PAGE)
+    length = encoder.max_tokens
+    found = [
+        Sample(page.ids[start : start + length])
+        for name in ("pages.jsonl", "general.jsonl")
+        for page in _built_in(name, whole)
+        for start in range(0, len(page.ids) - 1, length)
+    ]
+    chosen = subset(derive_key(seed, "calibration samples"), 0, len(found), samples)
+    return [found[int(number)] for number in chosen]
+
+
+def _built_in(name: str, encoder: Encoder) -> list[Sample]:
+    """Samples of a file of the package, of the encoder's length."""
+    rows = resources.files("deltafold.calibration").joinpath(name).read_text("utf-8")
     found = []
     for line in rows.splitlines():
         row = json.loads(line)
         try:
-            made = _sample(row, encoder, GENERAL)
+            made = _sample(row, encoder, name)
         except SampleError:  # no chat template, or one that is particular
             made = encoder.text("\n\n".join(turn["content"] for turn in row["messages"]))
         if made is not None:
-            found.append(Sample(made.ids[:GENERAL_TOKENS]))
+            found.append(Sample(made.ids))
     if not found:
         raise SampleError("The tokenizer makes no tokens of text; give --calibration none.")
     return found

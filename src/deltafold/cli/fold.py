@@ -35,10 +35,10 @@ def fold(
         typer.Option(help="Heal by least squares: none, at each cut, or through the rest."),
     ] = None,
     calibration: Annotated[
-        str, typer.Option(help="Text: a file, datasets:NAME, general, self, or none.")
-    ] = "general",
-    samples: Annotated[int, typer.Option(help="Samples of the text, at most.")] = 128,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 256,
+        str, typer.Option(help="Text: a file, datasets:NAME, pages, self, or none.")
+    ] = "pages",
+    samples: Annotated[int, typer.Option(help="Samples of the text, at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 128,
     pool: Annotated[
         str, typer.Option(help="A sample's state: of its last token, or mean.")
     ] = "last",

@@ -96,6 +96,21 @@ def contiguous(evidence: Evidence, count: int) -> list[Step]:
     return [Step(best[0] - 1 if best[0] else None, best, score)]
 
 
+def stretch(evidence: Evidence, count: int) -> list[Step]:
+    """The `count` blocks in a row whose absence costs least; of equals the later one."""
+    free = _free(evidence)
+    spans = [
+        tuple(range(start, start + count))
+        for start in range(evidence.n - count + 1)
+        if set(range(start, start + count)) <= free
+    ]
+    if not spans:
+        return []
+    costs = {span: evidence.absence(span) for span in spans}
+    best = min(costs, key=lambda span: (costs[span], -span[0]))
+    return [Step(best[0] - 1 if best[0] else None, best, -costs[best])]
+
+
 def lowest(evidence: Evidence, count: int) -> list[Step]:
     """The blocks that do least, at once: block influence, ShortGPT (arXiv 2403.03853), section 3."""
     alike = evidence.alike()
@@ -229,6 +244,7 @@ SELECTIONS: dict[str, Chooser] = {
     "lowest": Chooser(lowest),
     "greedy": Chooser(greedy, iterated=True, needs="absence"),
     "lazy": Chooser(lazy, needs="absence"),
+    "stretch": Chooser(stretch, needs="absence"),
     "random": Chooser(at_random, needs="nothing"),
     "top-down": Chooser(top_down, iterated=True, needs="closeness"),
     "joint": Chooser(joint, needs="parts"),

@@ -1,17 +1,19 @@
-"""`auto`: several ways to fold, each healed in closed form; the one that predicts most alike.
+"""`auto`: several choices of blocks, each healed in closed form; the one that predicts most alike.
 
-    contiguous   the blocks in a row that turn the last token least (angular), dropped
-    greedy       one block after another, each time the one whose absence costs least KL, dropped
+    greedy       one block after another, each time the one whose absence costs least KL
+    contiguous   the blocks in a row whose absence costs least KL
+    angular      the blocks in a row that turn the last token least
 
-Both are then healed by least squares, and compared by their KL to the model on samples that no least
-squares saw.
+All are dropped and healed by least squares at the cuts, and compared by their KL to the model on
+samples that no least squares saw. The best is healed again, from the first cut through to the end,
+and keeps what of the two does better.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from deltafold.engine import Progress
 from deltafold.errors import MismatchError
@@ -20,13 +22,30 @@ from deltafold.folding.presets import Method, Preset
 from deltafold.verbs.fold_job import Job
 from deltafold.verbs.fold_patch import Patcher, Reach
 from deltafold.verbs.fold_states import Probe, States
-from deltafold.verbs.fold_work import Folded, Folder
+from deltafold.verbs.fold_work import Folded, Folder, Row
 
 WAYS = {
     "greedy": Preset("kl", "lazy", "drop"),
-    "contiguous": Preset("angular", "contiguous", "drop"),
+    "contiguous": Preset("kl", "stretch", "drop"),
+    "angular": Preset("angular", "contiguous", "drop"),
 }
-REACHES: tuple[Reach, ...] = ("cut", "through")
+
+
+@dataclass
+class Candidate:
+    """A fold, and its figures on samples held out."""
+
+    label: str
+    folded: Folded
+    measured: dict[str, float]
+
+    @property
+    def kl(self) -> float:
+        return self.measured["kl"]
+
+    def row(self) -> Row:
+        """For the record."""
+        return {"way": self.label, "removed": _gone(self.folded), **self.measured}
 
 
 def fold_best(
@@ -39,37 +58,36 @@ def fold_best(
     progress: Progress | None = None,
 ) -> Folded:
     """The best of the candidates, with every candidate's figures in its notes."""
-    found: list[tuple[float, str, Folded]] = []
-    rows = []
-    reaches: tuple[Reach | None, ...] = (
-        (None,) if closed_form == "none"
-        else REACHES if closed_form is None
-        else (closed_form,)  # type: ignore[assignment]
-    )  # fmt: skip
-    with (
-        contextlib.closing(Probe(states.model, whole, states.held_out())) as judge,
-        contextlib.closing(Patcher(states, whole)) as patcher,
-    ):
+    first: Reach | None = None if closed_form == "none" else "cut"
+    if closed_form == "through":
+        first = "through"
+    patcher = Patcher(states, whole)
+    found: list[Candidate] = []
+    with contextlib.closing(Probe(states.model, whole, states.held_out())) as judge:
+
+        def candidate(name: str, folded: Folded, reach: Reach | None) -> Candidate:
+            made = replace(folded, patches=[])
+            if reach is not None:
+                made.unhealed = folded.draft
+                made.draft, made.patches = patcher.patched(folded.draft, "heal", reach)
+            label = f"{name}, healed {reach}" if reach else name
+            return Candidate(label, made, judge.measure(made.draft))
+
+        unhealed: dict[tuple[int, ...], tuple[str, Folded]] = {}
         for name, preset in WAYS.items():
-            try:
-                way = replace(job, method=Method(name, preset))
+            way = replace(job, method=Method(name, preset))
+            with contextlib.suppress(MismatchError):  # no stretch of blocks is free
                 folded = Folder(way, states, probe, seed, progress=progress).fold(whole)
-            except MismatchError:  # no stretch of blocks is free
-                continue
-            for reach in reaches:
-                made = replace(folded, patches=[])
-                if reach is not None:
-                    made.unhealed = folded.draft
-                    made.draft, made.patches = patcher.patched(folded.draft, "heal", reach)
-                measured = judge.measure(made.draft)
-                label = f"{name}, healed {reach}" if reach else name
-                rows.append({"way": label, "removed": _gone(made), **measured})
-                found.append((measured["kl"], label, made))
-    if not found:
-        raise MismatchError("No choice of blocks is left; protect fewer, or ask for fewer.")
-    _, label, best = min(found, key=lambda each: each[0])
-    best.notes = {"candidates": rows, "chosen": label}
-    return best
+                unhealed.setdefault(tuple(_gone(folded)), (name, folded))
+        if not unhealed:
+            raise MismatchError("No choice of blocks is left; protect fewer, or ask for fewer.")
+        found = [candidate(name, folded, first) for name, folded in unhealed.values()]
+        if closed_form is None:
+            best = min(range(len(found)), key=lambda number: found[number].kl)
+            found.append(candidate(*list(unhealed.values())[best], "through"))
+    chosen = min(found, key=lambda each: each.kl)
+    chosen.folded.notes = {"candidates": [each.row() for each in found], "chosen": chosen.label}
+    return chosen.folded
 
 
 def _gone(folded: Folded) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 
 import torch
@@ -37,14 +38,15 @@ class DraftEvidence:
         self._states, self._probe, self._carried = states, probe, carried
         self._matrix: torch.Tensor | None = None
         self._done: Pass | None = None
+        self._open = contextlib.ExitStack()
         self._started: Pass | None = None
         self._base = 0.0
 
     def close(self) -> None:
         """Free states."""
-        for done in (self._done, self._started):
-            if done is not None:
-                done.close()
+        self._open.close()
+        if self._started is not None:
+            self._started.close()
 
     @property
     def states(self) -> States:
@@ -56,7 +58,7 @@ class DraftEvidence:
     def done(self) -> Pass:
         """The draft's states over all samples."""
         if self._done is None:
-            self._done = self.states.run(self.draft)
+            self._done = self._open.enter_context(self.states.run(self.draft))
         return self._done
 
     def alike(self) -> torch.Tensor:

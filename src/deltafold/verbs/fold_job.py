@@ -87,7 +87,7 @@ def make_job(
     protected = _protected(protect, layout.depth, checkpoint.label)
     # A block that is kept must stand before those that it takes in.
     takes_in = method.rule.patch != "none" or (
-        method.rule.merges and method.preset.selection in ("lowest", "contiguous", "greedy", "lazy",
+        method.rule.merges and method.preset.selection in ("lowest", "contiguous", "stretch", "greedy", "lazy",
                                                            "random", "last")
     )  # fmt: skip
     fixed = protected | ({0} if takes_in else set())
@@ -117,12 +117,12 @@ def _most(depth: int, fixed: Collection[int], method: Method) -> int:
     free = [number for number in range(depth) if number not in fixed]
     if method.preset.selection in ("adjacent-pairs", "last-pair", "top-down"):
         return sum(number - 1 in free for number in free)
-    if method.preset.selection == "contiguous" or method.rule.patch != "none":
+    if method.preset.selection in ("contiguous", "stretch") or method.rule.patch != "none":
         longest = run = 0
         for number in range(depth):
             run = 0 if number in fixed else run + 1
             longest = max(longest, run)
-        if method.preset.selection == "contiguous":
+        if method.preset.selection in ("contiguous", "stretch"):
             return min(longest, depth - 1)
     return min(len(free), depth - 1)
 

@@ -1,14 +1,13 @@
-"""Closed-form patches: what blocks did that are gone is fitted into down projections that stay.
+"""Closed-form patches: what blocks did that are gone is fitted into matrices that stay.
 
     model    h -> block 3 -> block 4 -> block 5 -> z
-    draft    h'-> block 3 ------------> block 5          W of block 3: argmin | out' + x dW - z' |
+    draft    h'-> block 3 ------------> block 5          T of block 3: argmin | r + M T - z' |
                         ^ cut                            z' = what entered block 5 in the model
 
 Patches go from the first cut on, each on the states that the patches before it lead to. `replace-me`
-and `linear-patch` fit the papers' matrix T, which follows the MLP's result. Healing fits a change of
-the down projection itself (of T where experts share a result), by errors relative to each row's
-length, with the ridge that does best on samples held out; `through` also heals the blocks after a
-cut, so that errors do not pile up.
+and `linear-patch` fit the papers' matrix T, which follows the MLP's result. Healing fits changes of
+the projections themselves (`fold_heal.py`), or T where experts share a result; `through` also heals
+the blocks after a cut, so that errors do not pile up.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from deltafold.calibration.stream import Pass, StreamedModel
+from deltafold.calibration.stream import Pass
 from deltafold.errors import MismatchError
 from deltafold.folding.draft import Block, Draft
 from deltafold.folding.healing import (
@@ -29,13 +28,12 @@ from deltafold.folding.healing import (
     replace_me,
 )
 from deltafold.folding.layout import is_transposed
+from deltafold.verbs.fold_heal import Healer, Mean
 from deltafold.verbs.fold_states import States, is_held
 
 Reach = Literal["cut", "through"]
 Kind = Literal["replace-me", "linear-patch", "heal"]
 
-WIDEST = 8192
-"""Down projections with more inputs are healed by T: the sums take the square of the inputs."""
 REPLACE_ME_RIDGE = 1e-3
 """lambda of ReplaceMe, as a share of the mean of M'M's diagonal."""
 
@@ -50,32 +48,15 @@ class Rows:
     held: torch.Tensor
 
 
-@dataclass
-class Mean:
-    """The mean of what is added."""
-
-    total: float = 0.0
-    count: int = 0
-
-    def add(self, values: torch.Tensor) -> None:
-        self.total, self.count = self.total + float(values.sum()), self.count + len(values)
-
-    @property
-    def value(self) -> float:
-        return self.total / max(1, self.count)
-
-
 class Patcher:
-    """Patches drafts of one model; its states over the samples are computed once. Close it."""
+    """Patches drafts of one model, whose states over the samples are computed once."""
 
     def __init__(self, states: States, whole: Draft):
         self.states, self.model = states, states.model
         self.layout = whole.layout
-        self.original = states.run(whole)
-
-    def close(self) -> None:
-        """Free states."""
-        self.original.close()
+        self.original = states.whole(whole)
+        self.healer = Healer(states, self.original, whole)
+        self.by_projection = self.healer.can_heal("mlp")
 
     def patched(self, draft: Draft, kind: Kind, reach: Reach = "cut") -> tuple[Draft, list[Any]]:
         """(the draft with its patches, what each was worth)."""
@@ -95,7 +76,12 @@ class Patcher:
         try:
             for place in range(places[0], last):
                 leaving = None
-                if place in chosen:
+                if place in chosen and kind == "heal" and self.by_projection:
+                    draft, leaving, made = self.healer.heal(
+                        draft, place, follows[place], entering, inner=place > places[0]
+                    )
+                    rows += made
+                elif place in chosen:
                     draft, leaving, row = self._patch(draft, place, follows[place], entering, kind)
                     rows.append(row)
                 leaving = leaving or self._run(draft, entering, numbers[place])
@@ -118,7 +104,7 @@ class Patcher:
         """
         block = draft.blocks[place]
         before = Mean()
-        rows = self._rows(draft, block.number, target, entering, kind, before)
+        rows = self._rows(draft, block.number, target, entering, before)
         made, ridge = (
             self._healed(block, rows) if kind == "heal" else self._by_paper(block, rows, kind)
         )
@@ -159,18 +145,10 @@ class Patcher:
         return torch.tensor(held)[:, None].expand(batch.real.shape)[batch.real]
 
     def _rows(
-        self, draft: Draft, number: int, target: int, entering: Pass, kind: Kind, error: Mean
+        self, draft: Draft, number: int, target: int, entering: Pass, error: Mean
     ) -> Iterator[Rows]:
-        """Rows by batch: x are the down projection's inputs, or else the MLP's result.
-
-        Their errors go into `error` on the way.
-        """
-        module = self._module(number) if kind == "heal" else None
-        made = (
-            _caught(self.model.with_weights(draft.tensor), entering, number, module)
-            if module is not None
-            else self._results(draft, number, entering)
-        )
+        """Rows by batch, x the MLP's result. Their errors go into `error` on the way."""
+        made = self._results(draft, number, entering)
         for place, (x, output) in enumerate(made):
             real = entering.batches[place].real
             wanted, held = self.original.stores[target][place][real], self._held(place)
@@ -205,13 +183,8 @@ class Patcher:
         fit = regression.fit()
         if fit.ridge is None:
             return block, None
-        if self._module(block.number) is None:
-            eye = torch.eye(len(fit.solution), dtype=torch.float64)
-            return self._followed(block, eye + fit.solution), fit.ridge
-        weight = block.read(matrices[0])
-        transposed = is_transposed(tuple(weight.shape), fit.solution.shape[1])
-        change = fit.solution if transposed else fit.solution.T
-        return block.with_tensor(matrices[0], (weight.double() + change).float()), fit.ridge
+        eye = torch.eye(len(fit.solution), dtype=torch.float64)
+        return self._followed(block, eye + fit.solution), fit.ridge
 
     def _by_paper(
         self, block: Block, found: Iterator[Rows], kind: Kind
@@ -239,43 +212,10 @@ class Patcher:
         )
 
     def _matrices(self) -> list[str]:
-        return [each for each in self.layout.mlp_outputs() if len(self.layout.shapes[each]) > 1]
-
-    def _module(self, number: int) -> Any:
-        """The one module that is the block's down projection; None where there are several."""
-        found = self._matrices()
+        found = [each for each in self.layout.mlp_outputs() if len(self.layout.shapes[each]) > 1]
         if not found:
             raise MismatchError(
-                f"{self.model.checkpoint.label}: no down projection is known by its name in "
-                f"block {number}, so nothing can be fitted there; use --no-heal."
+                f"{self.model.checkpoint.label}: no down projection is known by its name, so "
+                "nothing can be fitted there; use --closed-form none."
             )
-        if len(found) > 1 or max(self.layout.shapes[found[0]]) > WIDEST:
-            return None
-        skeleton = self.model.skeleton
-        for name in skeleton.block(number):
-            group = skeleton.groups.get(name)
-            if (
-                group
-                and group.converter is None
-                and group.names == (self.layout.name(number, found[0]),)
-            ):
-                return skeleton.model.get_submodule(name.rpartition(".")[0])
-        return None
-
-
-def _caught(
-    model: StreamedModel, entering: Pass, number: int, module: Any
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs (b, t, i) of a module of a block and the block's output (b, t, w), batch by batch."""
-    caught: list[torch.Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, given: caught.append(given[0].detach()))
-    block = model.skeleton.blocks[number]
-    try:
-        with torch.no_grad(), model.skeleton.filled(model.skeleton.block(number), model.weights):
-            for place in range(len(entering.batches)):
-                with model.entry.sentence():
-                    hidden = model.moved(entering.last[place])
-                    made = entering.calls[place][number].run(block, hidden)
-                yield caught.pop().cpu(), made.cpu()
-    finally:
-        hook.remove()
+        return found

@@ -56,9 +56,11 @@ class Run:
         self._probe: Probe | None = None
 
     def close(self) -> None:
-        """Free what the probe holds."""
+        """Free states and what the probe holds."""
         if self._probe is not None:
             self._probe.close()
+        if self.states is not None:
+            self.states.close()
 
     @property
     def sizes(self) -> dict[str, int] | None:
@@ -145,9 +147,9 @@ class Run:
             kinds.append(("heal", closed_form))
         if kinds:
             assert self.states is not None
-            with contextlib.closing(Patcher(self.states, self.whole)) as patcher:
-                folded.unhealed = folded.draft
-                for kind, reach in kinds:
-                    folded.draft, rows = patcher.patched(folded.draft, kind, reach)
-                    folded.patches += rows
+            patcher = Patcher(self.states, self.whole)
+            folded.unhealed = folded.draft
+            for kind, reach in kinds:
+                folded.draft, rows = patcher.patched(folded.draft, kind, reach)
+                folded.patches += rows
         return folded

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ POOLS: tuple[Pool, ...] = ("last", "mean")
 
 ROWS = 256
 """Rows that a manifold or a kernel wants. Where there are fewer samples each gives several."""
-PROBE_TOKENS = 1024
+PROBE_TOKENS = 512
 """Tokens that the cost of an absence is measured on: it is measured many times."""
 HELD_EVERY = 4
 """One sample in so many is held out."""
@@ -31,12 +32,47 @@ class States:
     def __init__(self, model: StreamedModel, samples: Sequence[Sample]):
         self.model, self.samples = model, list(samples)
         self.batches = make_batches(samples)
+        self._whole: Pass | None = None
 
-    def run(self, draft: Draft, batches: list[Batch] | None = None, keep: bool = True) -> Pass:
-        """The draft's states over the samples: `stores[p]` is what enters its block at place p."""
-        return self.model.with_weights(draft.tensor).forward(
-            self.batches if batches is None else batches, keep=keep, blocks=draft.numbers
-        )
+    def close(self) -> None:
+        """Free the model's states."""
+        if self._whole is not None:
+            self._whole.close()
+            self._whole = None
+
+    def whole(self, draft: Draft) -> Pass:
+        """The unfolded model's states: run once, kept until `close`."""
+        if self._whole is None:
+            model = Draft.of(draft.layout, draft.source)
+            self._whole = self.model.forward(self.batches, keep=True, blocks=model.numbers)
+        return self._whole
+
+    @contextlib.contextmanager
+    def run(self, draft: Draft) -> Iterator[Pass]:
+        """The draft's states: `stores[p]` is what enters its block at place p.
+
+        As far as its first blocks are the model's own, so are their states.
+        """
+        whole = self.whole(draft)
+        same = 0
+        while same < len(draft) and draft.blocks[same].number == same:
+            if draft.blocks[same].changed:
+                break
+            same += 1
+        if same == draft.layout.depth:
+            yield whole
+            return
+        made: list[TensorStore] = []
+        try:
+            entering = Pass(whole.batches, whole.calls, whole.stores[: same + 1])
+            model = self.model.with_weights(draft.tensor)
+            for number in draft.numbers[same:]:
+                made.append(model.resume(entering, -1, [number]).last)
+                entering = Pass(whole.batches, whole.calls, [*entering.stores, made[-1]])
+            yield entering
+        finally:
+            for store in made:
+                store.close()
 
     def matrix(self, similarity: Similarity, done: Pass, pool: Pool) -> torch.Tensor:
         """A (s, s) over the states of a pass with `keep`."""
