@@ -6,6 +6,7 @@ Torch and transformers are imported inside commands only, so that `--help` is qu
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ from deltafold.cli.report import report
 from deltafold.cli.restore import restore
 from deltafold.cli.verify import verify
 from deltafold.errors import DeltafoldError
+from deltafold.record import COMMAND
 from deltafold.version import __version__
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
@@ -66,6 +68,7 @@ def _stop() -> NoReturn:
 
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code."""
+    COMMAND.set(shlex.join(["deltafold", *sys.argv[1:]]))
     try:
         app()
     except DeltafoldError as error:

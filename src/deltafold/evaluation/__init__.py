@@ -22,7 +22,7 @@ from deltafold.evaluation.loading import (
     model_folder,
     quiet,
 )
-from deltafold.evaluation.plan import Plan, Request, Source
+from deltafold.evaluation.plan import DEFAULT_ANSWERS, Plan, Request, Source
 from deltafold.record import RECORD_VERSION, Meter, Record, machine, read_record, record_path
 
 __all__ = ["evaluate"]
@@ -41,6 +41,7 @@ def evaluate(
     max_length: int | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
+    answers: int = DEFAULT_ANSWERS,
     dtype: str = "auto",
     device: str | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -49,7 +50,8 @@ def evaluate(
 
     `models` are Hugging Face folders or archives (which need `base`). `dtype` `auto` is the
     fine-tune's own, for every model. At most two models are in memory at a time: the fine-tune,
-    and the one that is compared with it. `report` is told what is going on. Raises DeltafoldError.
+    and the one that is compared with it. Of the first `answers` rows of each task, the record keeps
+    what every model wrote. `report` is told what is going on. Raises DeltafoldError.
 
     >>> record = evaluate("math/", ["math.restored/"], texts=["wiki.txt"])      # doctest: +SKIP
     >>> record["models"][-1]["metrics"]["kl_text"]["value"]                     # doctest: +SKIP
@@ -63,6 +65,7 @@ def evaluate(
         max_length=max_length,
         limit=limit,
         max_new_tokens=max_new_tokens,
+        answers=answers,
     )
     wanted = choose_dtype(dtype)
     _check_sources(finetuned, models, base)

@@ -215,7 +215,7 @@ def _shown(name: str) -> tuple[str, Callable[[float | None, float | None], str]]
 def plain_tables(record: PlainRecord) -> list[Table]:
     """Keys and values; a group of values is shown one level deep, a list by its length."""
     rows: list[tuple[str, str]] = []
-    extra: dict[str, Any] = record.model_extra or {}
+    extra: dict[str, Any] = {"settings": record.settings} | (record.model_extra or {})
     for key, value in extra.items():
         if key == "record_version":
             continue
