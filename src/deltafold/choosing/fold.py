@@ -56,9 +56,7 @@ def fold(
     if not tasks:
         return fold_verb(model, output, method, **settings)
     wanted = choose_dtype(dtype)
-    request = Request(
-        tuple(map(str, tasks)), batch_size=batch_size, limit=limit, answers=answers
-    )
+    request = Request(tuple(map(str, tasks)), batch_size=batch_size, limit=limit, answers=answers)
     read_tasks(request.tasks, limit)  # a broken file, and a missing tokenizer, are told of first
     load_tokenizer(model)
     where = choose_device(device)

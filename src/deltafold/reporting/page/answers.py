@@ -7,7 +7,7 @@ from statistics import fmean
 
 from deltafold.reporting.evaluate_record import EvaluatedModel, Metric
 from deltafold.reporting.page.view import Headline, Sample, Written
-from deltafold.reporting.units import kl_text, percent_text
+from deltafold.reporting.units import EXACT_KL, MISSING, plain_text
 
 OWN_WORDS = {"candidate": "restored", "whole": "before", "folded": "after"}
 
@@ -35,6 +35,18 @@ def right_on(model: EvaluatedModel, task: str) -> float | None:
     return (found.get("exact_match") or found.get("accuracy") or Metric()).value
 
 
+def share_text(share: float | None) -> str:
+    """A share as a percentage in at most three digits: `98.3 %`, `100 %`."""
+    return MISSING if share is None else f"{100 * share:.3g}\u00a0%"
+
+
+def divergence_text(kl: float | None) -> str:
+    """A KL divergence in two digits, never with an exponent."""
+    if kl is None:
+        return MISSING
+    return "0" if kl <= EXACT_KL else plain_text(kl, digits=2)
+
+
 def quality_numbers(models: Sequence[EvaluatedModel]) -> list[Headline]:
     """Of the last model, which is the run's result: right answers, and KL from the fine-tune."""
     if not models:
@@ -45,20 +57,20 @@ def quality_numbers(models: Sequence[EvaluatedModel]) -> list[Headline]:
         tasks = list(last.metrics.tasks)
         named = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
         parts = [
-            f"{label_of(each, models)} {percent_text(right_share(each))}"
+            f"{label_of(each, models)} {share_text(right_share(each))}"
             for each in others
             if right_share(each) is not None
         ]
         numbers.append(
-            Headline(percent_text(share), "of answers right", "; ".join([named, ", ".join(parts)]))
+            Headline(share_text(share), "of answers right", f"{named}: {', '.join(parts)}")
         )
     if (kl := kl_of(last)) is not None:
         base = next((kl_of(each) for each in others if each.role == "base"), None)
         note = "nats a token; 0 means the same predictions"
         if base is not None:
-            note = f"nats a token; base {kl_text(base)}"
+            note = f"nats a token; base {divergence_text(base)}"
         from_what = "the fine-tune" if last.role == "candidate" else "the model before"
-        numbers.append(Headline(kl_text(kl), f"KL from {from_what}", note))
+        numbers.append(Headline(divergence_text(kl), f"KL from {from_what}", note))
     return numbers
 
 

@@ -34,8 +34,10 @@ MOST_LINES = 400
 """Tensors listed of one block: a model of many experts would make the page too long to open."""
 
 MEASURES = (
-    Measure("bytes stored", "Bytes of the archive that a place takes; darker is more."),
-    Measure("times smaller", "Bytes in the checkpoint / bytes in the archive; darker is less saved."),
+    Measure("bytes stored", "Bytes of the archive that a place takes; a stronger colour is more."),
+    Measure(
+        "times smaller", "Bytes in the checkpoint / bytes in the archive; a stronger colour is less saved."
+    ),
     Measure(
         "error",
         "Norm of what the archive gets wrong in the delta / norm of the delta; 0 is exact.",

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from deltafold.reporting.fold_record import FoldRecord, FoldStep
-from deltafold.reporting.page.answers import quality_numbers, samples_of
+from deltafold.reporting.page.answers import (
+    divergence_text,
+    quality_numbers,
+    samples_of,
+    share_text,
+)
 from deltafold.reporting.page.view import (
     Bar,
     Cell,
@@ -19,9 +24,7 @@ from deltafold.reporting.page.view import (
 from deltafold.reporting.units import (
     MISSING,
     bytes_text,
-    kl_text,
     number_text,
-    percent_text,
     seconds_text,
 )
 
@@ -48,7 +51,7 @@ def fold_view(record: FoldRecord) -> View:
 def _numbers(record: FoldRecord) -> list[Headline]:
     removed = record.removed
     blocks = f"{len(removed.blocks)} of {record.blocks} blocks"
-    numbers = [Headline(percent_text(removed.parameter_share), "fewer parameters", blocks)]
+    numbers = [Headline(share_text(removed.parameter_share), "fewer parameters", blocks)]
     numbers += quality_numbers(record.scores)
     if len(record.scores) == 2:
         before, after = record.scores
@@ -62,7 +65,7 @@ def _numbers(record: FoldRecord) -> list[Headline]:
     elif record.quality:
         stage, found = list(record.quality.items())[-1]
         if found.perplexity is not None:
-            note = f"{stage}, on held-out text; KL {kl_text(found.kl)}"
+            note = f"{stage}, on held-out text; KL {divergence_text(found.kl)}"
             numbers.append(Headline(number_text(found.perplexity), "perplexity", note))
     peak = f"peak memory {bytes_text(record.peak_memory_bytes)}"
     return [*numbers, Headline(seconds_text(record.seconds), "to fold", peak)]
@@ -85,7 +88,7 @@ def _picture(record: FoldRecord) -> Picture:
 def _map(record: FoldRecord) -> Map:
     alike = record.similarity
     known = alike is not None and len(alike.values) > record.blocks
-    measures = [Measure("what became of it", "Dark: kept. White: gone, or silent.")]
+    measures = [Measure("what became of it", "Coloured: kept. Plain: gone, or silent.")]
     if known and alike is not None:
         note = f"{alike.name} of the states before and after a block; high is little done by it."
         measures.append(Measure("alike", note))

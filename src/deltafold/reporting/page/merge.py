@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from deltafold.names import ROLES
 from deltafold.reporting.merge_record import MergedTensor, MergeRecord
 from deltafold.reporting.merge_tables import agreed, mean_cosine
-from deltafold.reporting.page.answers import label_of, right_on, right_share, samples_of, short
+from deltafold.reporting.page.answers import (
+    label_of,
+    right_on,
+    right_share,
+    samples_of,
+    share_text,
+    short,
+)
 from deltafold.reporting.page.view import (
     Bar,
     Cell,
@@ -26,13 +33,12 @@ from deltafold.reporting.units import (
     MISSING,
     bytes_text,
     number_text,
-    percent_text,
     seconds_text,
 )
 
 MOST_LINES = 400
 MEASURES = (
-    Measure("change", "Norm of the merged delta; darker is more."),
+    Measure("change", "Norm of the merged delta; a stronger colour is more."),
     Measure(
         "agreement",
         "Of the entries that several models change, those whose changes have one sign.",
@@ -69,13 +75,13 @@ def _numbers(record: MergeRecord) -> list[Headline]:
     last = record.scores[-1] if record.scores else None
     if last is not None and (share := right_share(last)) is not None:
         parts = [
-            f"{label_of(each, record.scores)} {percent_text(right_share(each))}"
+            f"{label_of(each, record.scores)} {share_text(right_share(each))}"
             for each in record.scores[:-1]
         ]
-        numbers.append(Headline(percent_text(share), "right, mean of tasks", ", ".join(parts)))
+        numbers.append(Headline(share_text(share), "right, mean of tasks", ", ".join(parts)))
     if (share := agreed(record.floats)) is not None:
         note = "of entries that several models change, those that go one way"
-        numbers.append(Headline(percent_text(share), "of changes agree", note))
+        numbers.append(Headline(share_text(share), "of changes agree", note))
     size = record.archive.archive_bytes if record.archive else record.output_bytes
     took = f"in {seconds_text(record.seconds)}, peak memory {bytes_text(record.peak_memory_bytes)}"
     return [*numbers, Headline(bytes_text(size or None), "written", took)]
@@ -91,13 +97,15 @@ def _picture(record: MergeRecord) -> Picture:
                 share = right_on(model, task) or 0.0
                 label = f"{task}: {label_of(model, record.scores)}"
                 tone = "strong" if model is record.scores[-1] else "soft"
-                part = Segment(label_of(model, record.scores), share, percent_text(share), tone)
-                bars.append(Bar(label, percent_text(share), [part]))
+                part = Segment(label_of(model, record.scores), share, share_text(share), tone)
+                bars.append(Bar(label, share_text(share), [part]))
         return Picture("Share of answers right", bars, 1.0, legend=False)
     bars = []
     for number, name in enumerate(record.short):
-        share = _brought(record.floats, number)
-        bars.append(Bar(name, percent_text(share), [Segment(name, max(0.0, share or 0.0))]))
+        left = _brought(record.floats, number)
+        bars.append(
+            Bar(name, share_text(left), [Segment(name, max(0.0, left or 0.0), "", "strong")])
+        )
     top = max([1.0, *(bar.segments[0].size for bar in bars)])
     note = "<merged, D> / <D, D>, 100 % where a model's delta is there in full."
     return Picture("What is left of each delta", bars, top, legend=False, note=note)
@@ -159,7 +167,7 @@ def _cell(lines: Sequence[MergedTensor], most: float) -> Cell | None:
             None if share is None else round(share, 3),
             None if cosine is None else round(abs(cosine), 3),
         ),
-        texts=(number_text(norm), percent_text(share), number_text(cosine)),
+        texts=(number_text(norm), share_text(share), number_text(cosine)),
     )
 
 
@@ -171,7 +179,7 @@ def _line(tensor: MergedTensor, roles: Sequence[str]) -> Line:
         (
             tensor.name,
             number_text(tensor.norm),
-            percent_text(tensor.agreed) if tensor.shared else MISSING,
+            share_text(tensor.agreed) if tensor.shared else MISSING,
             number_text(cosine),
         ),
     )

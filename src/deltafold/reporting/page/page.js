@@ -146,8 +146,8 @@
   function mapTable(found, cells, open) {
     const head = h("tr", {}, h("th", { scope: "col" }, "block"));
     found.columns.forEach((name, at) => {
-      const swatch = found.colours[at] ? h("i.swatch", { style: `--role: ${colour(found.colours[at])}` }) : null;
-      head.append(h("th", { scope: "col", title: name }, swatch, name));
+      const role = found.colours[at] ? `--role: ${colour(found.colours[at])}` : null;
+      head.append(h("th", { scope: "col", title: name, style: role }, name));
     });
     const body = h("tbody");
     for (const place of found.places) {
@@ -219,7 +219,7 @@
       values.forEach((value, at) => row.append(h("td.n", { "data-label": rest[at] }, value)));
       body.append(row);
     }
-    const caption = stem ? h("caption.small", {}, `${stem}…`) : null;
+    const caption = stem ? h("caption.small", {}, stem) : null;
     return h("table.plain", {}, caption, h("thead", {}, head), body);
   }
 
@@ -290,12 +290,17 @@
         const done = () => { copy.textContent = "Copied"; };
         if (navigator.clipboard) navigator.clipboard.writeText(run.command).then(done, () => {});
       });
-      part.append(h("div.command", {}, h("pre", {}, run.command), copy));
+      part.append(h("div.command", {}, h("pre", {}, ...words(run.command)), copy));
     } else {
       part.append(h("p.small", {}, "The record holds no command line; these were the settings."));
     }
     part.append(facts(run.command ? run.machine : [...run.settings, ...run.machine]));
     return part;
+  }
+
+  // A line ends between two words of the command, not at the hyphens of an option.
+  function words(command) {
+    return command.split(" ").flatMap((word) => [h("span", {}, word), " "]).slice(0, -1);
   }
 
   function facts(pairs) {

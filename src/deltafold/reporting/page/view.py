@@ -59,7 +59,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a place on the map: a shade and a text a measure. A shade of None is left white."""
+    """Of a place on the map: a shade and a text a measure. A shade of None has no colour."""
 
     shades: Sequence[float | None]
     texts: Sequence[str]
