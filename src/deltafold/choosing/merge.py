@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deltafold.archive import is_archive
 from deltafold.choosing.merge_archive import merge_to_archive
 from deltafold.choosing.scores import Metrics, Scoring, best_of, mean_loss, share_right
 from deltafold.engine import Progress, Step
 from deltafold.errors import NonFiniteError, UsageError, nearest
-from deltafold.evaluation.loading import choose_device, choose_dtype, is_archive, load_tokenizer
+from deltafold.evaluation.loading import choose_device, choose_dtype, load_tokenizer
 from deltafold.evaluation.plan import DEFAULT_ANSWERS, Request
 from deltafold.merging.recipe import Recipe
 from deltafold.record import Meter, Record, record_path, write_record

@@ -19,6 +19,7 @@ from deltafold.cli.inspect import inspect
 from deltafold.cli.merge import merge
 from deltafold.cli.methods import methods
 from deltafold.cli.plan import plan
+from deltafold.cli.push import push
 from deltafold.cli.report import report
 from deltafold.cli.restore import restore
 from deltafold.cli.verify import verify
@@ -37,7 +38,19 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, compress, inspect, verify, restore, merge, fold, evaluate, report, methods):
+for command in (
+    plan,
+    compress,
+    inspect,
+    verify,
+    restore,
+    merge,
+    fold,
+    evaluate,
+    report,
+    push,
+    methods,
+):
     app.command()(command)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deltafold.archive import read_manifest
+from deltafold.archive import Archive
 from deltafold.errors import UsageError
 from deltafold.evaluation.loading import (
     choose_device,
@@ -166,8 +166,8 @@ def _entry(
 def _sizes(path: Path) -> dict[str, Any]:
     """`archive_bytes`, `file_ratio`, `method` of an archive, or of what was restored from one."""
     if is_archive(path):
-        manifest = read_manifest(path)
-        archive_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        with Archive(path) as archive:
+            archive_bytes, manifest = archive.n_bytes, archive.manifest
         return {
             "archive_bytes": archive_bytes,
             "file_ratio": manifest.finetuned.total_bytes / archive_bytes,

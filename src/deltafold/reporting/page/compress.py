@@ -36,7 +36,8 @@ MOST_LINES = 400
 MEASURES = (
     Measure("bytes stored", "Bytes of the archive that a place takes; a stronger colour is more."),
     Measure(
-        "times smaller", "Bytes in the checkpoint / bytes in the archive; a stronger colour is less saved."
+        "times smaller",
+        "Bytes in the checkpoint / bytes in the archive; a stronger colour is less saved.",
     ),
     Measure(
         "error",
