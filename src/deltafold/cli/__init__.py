@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import typer
 
+from deltafold.cli.compare import compare
 from deltafold.cli.compress import compress
 from deltafold.cli.evaluate import evaluate
 from deltafold.cli.fold import fold
@@ -39,18 +40,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    plan,
-    compress,
-    inspect,
-    verify,
-    restore,
-    merge,
-    fold,
-    evaluate,
-    report,
-    push,
-    methods,
-):
+    plan, compress, inspect, verify, restore, merge, fold, evaluate, compare, report, push, methods,
+):  # fmt: skip
     app.command()(command)
 
 
