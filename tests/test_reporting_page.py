@@ -160,7 +160,7 @@ def test_a_block_opens_to_its_tensors(tmp_path: Path) -> None:
         driver.get((tmp_path / "page.html").as_uri())
         assert "broken" not in driver.title
         assert css(driver, "dd")[0].text == f"{record['totals']['file_ratio']:.1f}x"
-        block = next(each for each in css(driver, ".map tbody tr") if each.text.startswith("1 "))
+        block = next(each for each in css(driver, ".map tbody tr") if each.text.split()[:1] == ["1"])
         block.find_element("css selector", "button").click()
         detail = css(driver, ".detail")[0]
         assert "Block 1" in detail.text and "self_attn.q_proj.weight" in detail.text
