@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from deltafold.archive import Archive
+from deltafold.archive import read_manifest
+from deltafold.checkpoint import archive_folder
 from deltafold.errors import UsageError
 from deltafold.evaluation.loading import (
     choose_device,
@@ -166,8 +167,9 @@ def _entry(
 def _sizes(path: Path) -> dict[str, Any]:
     """`archive_bytes`, `file_ratio`, `method` of an archive, or of what was restored from one."""
     if is_archive(path):
-        with Archive(path) as archive:
-            archive_bytes, manifest = archive.n_bytes, archive.manifest
+        folder = archive_folder(path)
+        manifest = read_manifest(folder)
+        archive_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return {
             "archive_bytes": archive_bytes,
             "file_ratio": manifest.finetuned.total_bytes / archive_bytes,
