@@ -81,6 +81,12 @@ def test_answers_stand_side_by_side() -> None:
     assert written == [("base", "5", False), ("fine-tune", "4", True), ("restored", "4", True)]
 
 
+def test_scores_are_among_the_tables() -> None:
+    (run,) = data_of(page_html([scored_record()]))
+    titles = [table["title"] for table in run["tables"]]
+    assert titles[1:3] == ["On text", "Task sums"] and "Bytes by role" in titles
+
+
 def test_an_evaluation_goes_into_the_page_of_its_archive() -> None:
     (run,) = data_of(page_html([compress_record(blocks=1), evaluate_record()]))
     assert "of answers right" in [number["label"] for number in run["view"]["numbers"]]
@@ -160,7 +166,9 @@ def test_a_block_opens_to_its_tensors(tmp_path: Path) -> None:
         driver.get((tmp_path / "page.html").as_uri())
         assert "broken" not in driver.title
         assert css(driver, "dd")[0].text == f"{record['totals']['file_ratio']:.1f}x"
-        block = next(each for each in css(driver, ".map tbody tr") if each.text.split()[:1] == ["1"])
+        block = next(
+            each for each in css(driver, ".map tbody tr") if each.text.split()[:1] == ["1"]
+        )
         block.find_element("css selector", "button").click()
         detail = css(driver, ".detail")[0]
         assert "Block 1" in detail.text and "self_attn.q_proj.weight" in detail.text

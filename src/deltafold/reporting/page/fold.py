@@ -50,7 +50,8 @@ def fold_view(record: FoldRecord) -> View:
 
 def _numbers(record: FoldRecord) -> list[Headline]:
     removed = record.removed
-    blocks = f"{len(removed.blocks)} of {record.blocks} blocks"
+    took = f"in {seconds_text(record.seconds)}, peak memory {bytes_text(record.peak_memory_bytes)}"
+    blocks = f"{len(removed.blocks)} of {record.blocks} blocks, {took}"
     numbers = [Headline(share_text(removed.parameter_share), "fewer parameters", blocks)]
     numbers += quality_numbers(record.scores)
     if len(record.scores) == 2:
@@ -67,8 +68,7 @@ def _numbers(record: FoldRecord) -> list[Headline]:
         if found.perplexity is not None:
             note = f"{stage}, on held-out text; KL {divergence_text(found.kl)}"
             numbers.append(Headline(number_text(found.perplexity), "perplexity", note))
-    peak = f"peak memory {bytes_text(record.peak_memory_bytes)}"
-    return [*numbers, Headline(seconds_text(record.seconds), "to fold", peak)]
+    return numbers
 
 
 def _picture(record: FoldRecord) -> Picture:

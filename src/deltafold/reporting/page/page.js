@@ -76,6 +76,9 @@
       svg.append(s("text", { x: 0, y: y + 13 }, bar.label));
       svg.append(s("text", { x: width, y: y + 13, "text-anchor": "end", class: "figure" }, bar.text));
       y += 20;
+      if (!found.legend) {
+        svg.append(s("rect", { x: 0, y, width, height: thick, fill: "var(--soft)" }));
+      }
       drawSegments(svg, bar.segments, y, thick, width / found.scale);
       y += thick + 14;
     }
