@@ -47,6 +47,12 @@ def divergence_text(kl: float | None) -> str:
     return "0" if kl <= EXACT_KL else plain_text(kl, digits=2)
 
 
+def _rows(model: EvaluatedModel, task: str) -> int:
+    """Rows of a task that the model answered."""
+    found = model.metrics.tasks[task]
+    return (found.get("exact_match") or found.get("accuracy") or Metric()).n or 0
+
+
 def quality_numbers(models: Sequence[EvaluatedModel]) -> list[Headline]:
     """Of the last model, which is the run's result: right answers, and KL from the fine-tune."""
     if not models:
@@ -56,6 +62,8 @@ def quality_numbers(models: Sequence[EvaluatedModel]) -> list[Headline]:
     if (share := right_share(last)) is not None:
         tasks = list(last.metrics.tasks)
         named = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
+        if counts := {n for task in tasks if (n := _rows(last, task))}:
+            named += f", {max(counts):,} rows" if len(counts) == 1 else ""
         parts = [
             f"{label_of(each, models)} {share_text(right_share(each))}"
             for each in others

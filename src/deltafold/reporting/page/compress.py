@@ -41,7 +41,8 @@ MEASURES = (
     ),
     Measure(
         "error",
-        "Norm of what the archive gets wrong in the delta / norm of the delta; 0 is exact.",
+        "Norm of what the archive gets wrong in the delta / norm of the delta. 0 is exact, 1 leaves "
+        "the delta out; methods that draw at random lie above, and are right on average.",
     ),
 )
 
