@@ -12,6 +12,7 @@ from browser import chromium
 from reporting_records import COMMON, compress_record, evaluate_record, tensor
 from test_reporting_merge import merge_record
 
+from deltafold.errors import StorageError
 from deltafold.reporting.page import page_html, write_page
 from deltafold.reporting.page.compress import MOST_LINES
 from deltafold.reporting.units import bytes_text
@@ -150,6 +151,13 @@ def test_same_record_same_page_and_nothing_from_elsewhere() -> None:
     assert page == page_html([scored_record()])
     loads = re.findall(r"(?:src|href|url\(|@import)\W*(?:https?:)?//\S+", page)
     assert loads == [] and "default-src 'none'" in page
+
+
+def test_a_place_that_is_a_folder_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_page([compress_record(blocks=1)], tmp_path / "page.html")
+    assert [each.name for each in tmp_path.iterdir()] == ["page.html"]
 
 
 # --- in a browser -------------------------------------------------------------------------------
