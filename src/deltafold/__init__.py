@@ -18,6 +18,7 @@ from deltafold.version import __version__
 if TYPE_CHECKING:
     from deltafold.choosing import compress, fold, merge
     from deltafold.evaluation import evaluate
+    from deltafold.publishing import push_to_hub
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
     from deltafold.verbs.plan import plan
@@ -34,6 +35,7 @@ _VERBS = {
     "merge": "deltafold.choosing",
     "fold": "deltafold.choosing",
     "evaluate": "deltafold.evaluation",
+    "push_to_hub": "deltafold.publishing",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "load",
     "merge",
     "plan",
+    "push_to_hub",
     "restore",
     "verify",
 ]

@@ -47,6 +47,10 @@ class StorageError(DeltafoldError):
     """The disk is full, read-only or out of reach."""
 
 
+class HubError(DeltafoldError):
+    """The Hugging Face Hub does not take or give something: no login, no right, no network."""
+
+
 class DeltafoldWarning(UserWarning):
     """Something worth a line on the terminal that does not stop the work."""
 

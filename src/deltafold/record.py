@@ -13,6 +13,7 @@ import resource
 import sys
 import threading
 import time
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from deltafold.version import __version__
 
 RECORD_VERSION = 1
 Record = dict[str, Any]
+
+COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
+"""The command line that this process was started with; None where Python called a verb."""
 
 
 def record_path(output: Path) -> Path:
@@ -38,7 +42,12 @@ def check_record_path(path: str | Path | None) -> None:
 
 
 def write_record(record: Record, path: Path) -> None:
-    """Write by rename, so that a reader never sees half a record. Raises StorageError."""
+    """Write by rename, so that a reader never sees half a record. Raises StorageError.
+
+    Adds the command line, where the run has one, to the record.
+    """
+    if (command := COMMAND.get()) is not None:
+        record.setdefault("command", command)
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     working = path.with_name(path.name + ".tmp")
     try:

@@ -12,7 +12,7 @@ from deltafold.archive.manifest import (
     Tensor,
     read_manifest,
 )
-from deltafold.archive.reader import Archive
+from deltafold.archive.reader import Archive, is_archive
 
 __all__ = [
     "FORMAT_VERSION",
@@ -26,5 +26,6 @@ __all__ = [
     "Tensor",
     "TensorDigest",
     "file_digest",
+    "is_archive",
     "read_manifest",
 ]

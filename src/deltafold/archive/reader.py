@@ -17,7 +17,7 @@ from deltafold.archive.manifest import (
     Tensor,
     read_manifest,
 )
-from deltafold.checkpoint import Checkpoint, tensor_bytes
+from deltafold.checkpoint import Checkpoint, archive_folder, is_hub_id, local_folder, tensor_bytes
 from deltafold.errors import ArchiveError, CheckpointError
 
 FILES_FOLDER = "files"
@@ -25,14 +25,16 @@ MAX_SIDE_FILE_BYTES = 128_000_000
 
 
 class Archive:
-    """An archive on disk. Opening reads the manifest and the payload's headers only.
+    """An archive on disk, or of a hub id, downloaded first.
+
+    Opening reads the manifest and the payload's headers only.
 
     >>> with Archive(Path("math.delta")) as archive:                            # doctest: +SKIP
     ...     print(archive.manifest.method, len(archive.manifest.tensors))
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, source: str | Path):
+        self.folder = folder = archive_folder(source)
         self.manifest: Manifest = read_manifest(folder)
         self.by_name = {tensor.name: tensor for tensor in self.manifest.tensors}
         self._payload: dict[str, Checkpoint] = {}
@@ -137,6 +139,14 @@ class Archive:
     def n_bytes(self) -> int:
         """Everything in the archive's folder, in bytes."""
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+
+def is_archive(source: str | Path) -> bool:
+    """True for a folder that holds `delta.json`; a hub id is downloaded to see."""
+    folder = Path(source).expanduser()
+    if not folder.exists() and is_hub_id(source):
+        folder = local_folder(source)
+    return (folder / MANIFEST_FILE).is_file()
 
 
 def _content(file: Path) -> bytes:

@@ -1,7 +1,7 @@
 """A checkpoint as the outside world has it: header-only view, lazy rows, streaming writer."""
 
 from deltafold.checkpoint.header import DTYPE_NAMES, DTYPES, TensorInfo
-from deltafold.checkpoint.hub import local_folder, open_checkpoint
+from deltafold.checkpoint.hub import archive_folder, is_hub_id, local_folder, open_checkpoint
 from deltafold.checkpoint.view import Checkpoint
 from deltafold.checkpoint.writer import CheckpointWriter, plan_shards, tensor_bytes
 
@@ -11,6 +11,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "TensorInfo",
+    "archive_folder",
+    "is_hub_id",
     "local_folder",
     "open_checkpoint",
     "plan_shards",

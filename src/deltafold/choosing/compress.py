@@ -1,4 +1,4 @@
-"""`compress` with something left to measurement: settings given as `auto`, or `kl_at_most`.
+"""`compress` with measurement: settings given as `auto`, `kl_at_most`, scores on tasks.
 
 Each candidate becomes a real archive; its model is compared with the fine-tune on calibration text
 (KL divergence of the next token's distribution; no labels, no validation set). Settings: the
@@ -17,15 +17,16 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from deltafold.checkpoint import open_checkpoint
+from deltafold.choosing.compress_scores import check_tasks, compress_scores
 from deltafold.engine import Step
 from deltafold.errors import BudgetError, DeltafoldError, UsageError
-from deltafold.record import Record, record_path, write_record
+from deltafold.record import Meter, Record, record_path, write_record
 from deltafold.verbs.compress import compress as compress_verb
 from deltafold.verbs.job import budget_of
 from deltafold.verbs.workspace import check_output
@@ -51,6 +52,9 @@ def compress(
     *,
     calibration: str | Path | None = None,
     kl_at_most: float | None = None,
+    tasks: Sequence[str | Path] = (),
+    limit: int | None = None,
+    answers: int = 4,
     **settings: Any,
 ) -> Record:
     """Compress `finetuned` against `base` into the archive folder `output`; returns the record.
@@ -64,6 +68,9 @@ def compress(
             `general` (comes with deltafold; what `auto` takes by default) or `none`.
         kl_at_most: instead of a budget: the smallest archive whose KL to the fine-tune, in nats a
             token on the calibration text (default `self`), stays at or below this.
+        tasks: files of rows, as `evaluate` takes them, that base, fine-tune and archive answer; at
+            most `limit` rows of each. Then the record has `scores`, and what all three wrote to the
+            first `answers` rows of each.
         settings: `file_ratio`, `nominal_ratio` or `n_bytes` (the budget), `samples`, `max_tokens`,
             `distill`, `seed`, `workers`, `memory_bytes`, `overwrite`, `restart`, `fallback`,
             `progress`, `record` (see `deltafold.verbs.compress.compress`), and the method's own,
@@ -71,6 +78,31 @@ def compress(
 
     Raises DeltafoldError (see `deltafold.errors`); nothing is left under `output` then.
     """
+    if not tasks:
+        return _searched(base, finetuned, output, method, calibration, kl_at_most, settings)
+    check_tasks(tasks, finetuned, limit)
+    destination = Path(settings.get("record") or record_path(Path(output)))
+    progress = settings.get("progress")
+    record = _searched(base, finetuned, output, method, calibration, kl_at_most, settings)
+    with Meter() as meter:
+        record["scores"] = compress_scores(
+            base, finetuned, Path(output), tasks, progress, limit=limit, answers=answers
+        )
+    record["score_seconds"] = meter.seconds
+    write_record(record, destination)
+    return record
+
+
+def _searched(
+    base: str | Path,
+    finetuned: str | Path,
+    output: str | Path,
+    method: str,
+    calibration: str | Path | None,
+    kl_at_most: float | None,
+    settings: dict[str, Any],
+) -> Record:
+    """The archive, what was left open found first."""
     open_names = [name for name, value in settings.items() if value == "auto"]
     if not open_names and kl_at_most is None:
         return compress_verb(base, finetuned, output, method, calibration=calibration, **settings)

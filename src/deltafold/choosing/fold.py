@@ -20,7 +20,7 @@ from deltafold.evaluation.loading import (
     loaded,
     quiet,
 )
-from deltafold.evaluation.plan import Plan, Request
+from deltafold.evaluation.plan import DEFAULT_ANSWERS, Plan, Request
 from deltafold.evaluation.segments import Subject
 from deltafold.record import Meter, Record, record_path, write_record
 from deltafold.verbs.fold import fold as fold_verb
@@ -35,6 +35,7 @@ def fold(
     *,
     tasks: Sequence[str | Path] = (),
     limit: int | None = None,
+    answers: int = DEFAULT_ANSWERS,
     batch_size: int = 8,
     dtype: str = "auto",
     device: str | None = None,
@@ -44,7 +45,8 @@ def fold(
 
     Args:
         tasks: files of rows, as `evaluate` takes them, that the model answers before and after; at
-            most `limit` rows of each. Then the record also has tokens a second and bytes of weights.
+            most `limit` rows of each. Then the record also has tokens a second, bytes of weights, and
+            what both wrote to the first `answers` rows of each.
         dtype, device: of that measurement; `auto` is the model's own.
 
     Returns the record. Raises DeltafoldError; nothing is left under `output` then.
@@ -54,7 +56,7 @@ def fold(
     if not tasks:
         return fold_verb(model, output, method, **settings)
     wanted = choose_dtype(dtype)
-    request = Request(tuple(map(str, tasks)), batch_size=batch_size, limit=limit)
+    request = Request(tuple(map(str, tasks)), batch_size=batch_size, limit=limit, answers=answers)
     read_tasks(request.tasks, limit)  # a broken file, and a missing tokenizer, are told of first
     load_tokenizer(model)
     where = choose_device(device)

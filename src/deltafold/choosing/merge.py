@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deltafold.archive import is_archive
 from deltafold.choosing.merge_archive import merge_to_archive
 from deltafold.choosing.scores import Metrics, Scoring, best_of, mean_loss, share_right
 from deltafold.engine import Progress, Step
 from deltafold.errors import NonFiniteError, UsageError, nearest
-from deltafold.evaluation.loading import choose_device, choose_dtype, is_archive, load_tokenizer
-from deltafold.evaluation.plan import Request
+from deltafold.evaluation.loading import choose_device, choose_dtype, load_tokenizer
+from deltafold.evaluation.plan import DEFAULT_ANSWERS, Request
 from deltafold.merging.recipe import Recipe
 from deltafold.record import Meter, Record, record_path, write_record
 from deltafold.verbs.merge import merge as merge_verb
@@ -36,6 +37,7 @@ def merge(
     tasks: Sequence[str | Path] = (),
     texts: Sequence[str | Path] = (),
     limit: int | None = None,
+    answers: int = DEFAULT_ANSWERS,
     batch_size: int = 8,
     dtype: str = "auto",
     device: str | None = None,
@@ -51,7 +53,7 @@ def merge(
         search_on: what the search chooses by: tasks (`.jsonl`) and texts. By default `tasks` and
             `texts`, whose figures then flatter what was chosen by them.
         tasks, texts: files to score base, models and result on, as `evaluate` takes them; at most
-            `limit` rows of each.
+            `limit` rows of each. The record keeps what the models wrote to the first `answers` rows.
         as_archive: write the result as an archive on `base` in place of a checkpoint: what
             `compress` takes, like `{"file_ratio": 32}`.
         settings: `seed`, `shard_bytes`, `dry_run`, `overwrite`, `restart`, `workers`,
@@ -64,7 +66,7 @@ def merge(
     """
     scoring = guide = None
     if tasks or texts:
-        scoring = guide = _scoring(tasks, texts, limit, batch_size, dtype, device)
+        scoring = guide = _scoring(tasks, texts, limit, batch_size, dtype, device, answers)
     if search_on:
         rows = [path for path in search_on if str(path).endswith(".jsonl")]
         rest = [path for path in search_on if path not in rows]
@@ -94,12 +96,17 @@ def _scoring(
     batch_size: int,
     dtype: str,
     device: str | None,
+    answers: int = 0,
 ) -> Scoring:
     from deltafold.evaluation.data import read_tasks, read_texts
 
     wanted = choose_dtype(dtype)
     request = Request(
-        tuple(map(str, tasks)), tuple(map(str, texts)), batch_size=batch_size, limit=limit
+        tuple(map(str, tasks)),
+        tuple(map(str, texts)),
+        batch_size=batch_size,
+        limit=limit,
+        answers=answers,
     )
     read_tasks(request.tasks, limit)  # a broken file is told of before any work
     read_texts(request.texts)
@@ -149,8 +156,10 @@ def _searching(
         )
     recipes = candidates_of(recipe, search)
 
+    guide = replace(scoring, request=replace(scoring.request, answers=0))
+
     def choose(formed: Formed) -> tuple[int, dict[str, Any]]:
-        measure = scoring.of_states(formed.files, "The candidate")
+        measure = guide.of_states(formed.files, "The candidate")
         tried: list[Metrics | None] = []
         rows = []
         for number, each in enumerate(recipes):

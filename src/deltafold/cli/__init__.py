@@ -6,11 +6,13 @@ Torch and transformers are imported inside commands only, so that `--help` is qu
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from typing import NoReturn
 
 import typer
 
+from deltafold.cli.compare import compare
 from deltafold.cli.compress import compress
 from deltafold.cli.evaluate import evaluate
 from deltafold.cli.fold import fold
@@ -18,10 +20,12 @@ from deltafold.cli.inspect import inspect
 from deltafold.cli.merge import merge
 from deltafold.cli.methods import methods
 from deltafold.cli.plan import plan
+from deltafold.cli.push import push
 from deltafold.cli.report import report
 from deltafold.cli.restore import restore
 from deltafold.cli.verify import verify
 from deltafold.errors import DeltafoldError
+from deltafold.record import COMMAND
 from deltafold.version import __version__
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
@@ -35,7 +39,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, compress, inspect, verify, restore, merge, fold, evaluate, report, methods):
+for command in (
+    plan, compress, inspect, verify, restore, merge, fold, evaluate, compare, report, push, methods,
+):  # fmt: skip
     app.command()(command)
 
 
@@ -66,6 +72,7 @@ def _stop() -> NoReturn:
 
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code."""
+    COMMAND.set(shlex.join(["deltafold", *sys.argv[1:]]))
     try:
         app()
     except DeltafoldError as error:

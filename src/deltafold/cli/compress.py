@@ -59,6 +59,12 @@ def compress(
             "--no-fallback", help="Force the method also on tensors that it does not suit."
         ),
     ] = False,
+    task: Annotated[
+        list[Path] | None,
+        typer.Option(help="Rows that base, fine-tune and archive answer; as evaluate takes them."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows of a task.")] = None,
+    answers: o.AnswersOption = 4,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read headers only and show what would be done.")
     ] = False,
@@ -100,6 +106,9 @@ def compress(
             samples=samples,
             max_tokens=max_tokens,
             kl_at_most=kl_at_most,
+            tasks=task or (),
+            limit=limit,
+            answers=answers,
             distill=distill,
             **budget,
             seed=seed,
@@ -154,6 +163,12 @@ def _show(record: dict[str, Any], where: Path) -> None:
             f"  distilled {trained['steps']} steps: KL on samples held out "
             f"{trained['kl_before']:.4g} -> {trained['kl_after']:.4g}; kept: {trained['kept']}"
         )
+    for row in record.get("scores", []):
+        shares = ", ".join(
+            f"{name} {(found.get('exact_match') or found['accuracy'])['value']:.1%}"
+            for name, found in row["metrics"]["tasks"].items()
+        )
+        say(f"  {row['label']}: {shares}")
     say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "
         f"record in {where}"

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from deltafold.cli import options as o
+
 
 def evaluate(
     finetuned: Annotated[
@@ -65,6 +67,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    answers: o.AnswersOption = 4,
     dtype: Annotated[
         str, typer.Option(help="auto (the fine-tune's, for all models), fp32, bf16 or fp16.")
     ] = "auto",
@@ -103,6 +106,7 @@ def evaluate(
             max_length=max_length,
             limit=limit,
             max_new_tokens=max_new_tokens,
+            answers=answers,
             dtype=dtype,
             device=device,
             report=lambda line: shown.update(escape(line)) if shown else None,

@@ -57,6 +57,7 @@ def fold(
         typer.Option(help="Rows to answer before and after, as evaluate takes them."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first rows of a task.")] = None,
+    answers: o.AnswersOption = 4,
     batch_size: Annotated[int, typer.Option(help="Rows answered at a time, at most.")] = 8,
     dtype: Annotated[
         str, typer.Option(help="To answer in: auto (the model's own), fp32, bf16 or fp16.")
@@ -91,6 +92,7 @@ def fold(
         scoring = {
             "tasks": task,
             "limit": limit,
+            "answers": answers,
             "batch_size": batch_size,
             "dtype": dtype,
             "device": device,

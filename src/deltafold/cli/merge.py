@@ -68,6 +68,7 @@ def merge(
     limit: Annotated[
         int | None, typer.Option(help="Only the first rows of a task, and windows of a text.")
     ] = None,
+    answers: o.AnswersOption = 4,
     batch_size: Annotated[int, typer.Option(help="Rows scored at a time, at most.")] = 8,
     dtype: Annotated[
         str, typer.Option(help="To score in: auto (the model's own), fp32, bf16 or fp16.")
@@ -137,6 +138,7 @@ def merge(
                 "tasks": task or (),
                 "texts": text or (),
                 "limit": limit,
+                "answers": answers,
                 "batch_size": batch_size,
                 "dtype": dtype,
                 "device": device,

@@ -61,6 +61,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing
 RecordOption = Annotated[
     Path | None, typer.Option("--record", help="Where the record goes. Default: beside the output.")
 ]
+AnswersOption = Annotated[
+    int,
+    typer.Option(
+        "--answers", min=0, help="Rows of each task of which the record keeps what models wrote."
+    ),
+]
 
 _UNITS = {
     "": 1,
@@ -78,7 +84,7 @@ _UNITS = {
 _NO_SETTINGS = {
     "base", "finetuned", "output", "method", "file_ratio", "nominal_ratio", "n_bytes", "seed",
     "fallback", "overwrite", "restart", "workers", "memory_bytes", "progress", "record", "calibration",
-    "samples", "max_tokens", "kl_at_most", "distill",
+    "samples", "max_tokens", "kl_at_most", "distill", "tasks", "limit", "answers",
 }  # fmt: skip
 
 

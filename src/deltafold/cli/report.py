@@ -23,6 +23,13 @@ def report(
     figures: Annotated[
         Path | None, typer.Option(help="Draw PNG figures into this folder.", show_default=False)
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write one HTML page, to be opened in a browser; needs no network.",
+            show_default=False,
+        ),
+    ] = None,
     into: Annotated[
         Path | None,
         typer.Option(help="Put the tables into this Markdown file.", show_default=False),
@@ -41,12 +48,15 @@ def report(
     """Show what runs did, as tables and figures drawn from their records.
 
     Takes the records of compress, fold, evaluate, restore, verify, plan and of benchmarks.
-    Tables go to the terminal; --markdown and --into write them as Markdown, --figures draws.
+    Tables go to the terminal; --markdown and --into write them as Markdown, --figures draws,
+    --page makes a page to look at.
     """
     from deltafold.cli.show import out
     from deltafold.errors import UsageError
     from deltafold.reporting.figures import figures_of
-    from deltafold.reporting.markdown import page, rewrite_block, write_text
+    from deltafold.reporting.markdown import page as markdown_page
+    from deltafold.reporting.markdown import rewrite_block, write_text
+    from deltafold.reporting.page import write_page
     from deltafold.reporting.records import read_records
     from deltafold.reporting.tables import tables_of
 
@@ -63,8 +73,10 @@ def report(
     if figures and not drawn:
         out.print("These records hold nothing that a figure shows.")
     if markdown:
-        write_text(markdown, page(tables, drawn, markdown.parent))
+        write_text(markdown, markdown_page(tables, drawn, markdown.parent))
     if into and marker:
-        rewrite_block(into, marker, page(tables))
-    for path in [*drawn, *filter(None, (markdown, into))]:
+        rewrite_block(into, marker, markdown_page(tables))
+    if page:
+        write_page(known, page)
+    for path in [*drawn, *filter(None, (markdown, into, page))]:
         out.print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from deltafold.archive import read_manifest
+from deltafold.checkpoint import archive_folder
 from deltafold.errors import UsageError
 from deltafold.evaluation.loading import (
     choose_device,
@@ -22,7 +23,7 @@ from deltafold.evaluation.loading import (
     model_folder,
     quiet,
 )
-from deltafold.evaluation.plan import Plan, Request, Source
+from deltafold.evaluation.plan import DEFAULT_ANSWERS, Plan, Request, Source
 from deltafold.record import RECORD_VERSION, Meter, Record, machine, read_record, record_path
 
 __all__ = ["evaluate"]
@@ -41,6 +42,7 @@ def evaluate(
     max_length: int | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
+    answers: int = DEFAULT_ANSWERS,
     dtype: str = "auto",
     device: str | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -49,7 +51,8 @@ def evaluate(
 
     `models` are Hugging Face folders or archives (which need `base`). `dtype` `auto` is the
     fine-tune's own, for every model. At most two models are in memory at a time: the fine-tune,
-    and the one that is compared with it. `report` is told what is going on. Raises DeltafoldError.
+    and the one that is compared with it. Of the first `answers` rows of each task, the record keeps
+    what every model wrote. `report` is told what is going on. Raises DeltafoldError.
 
     >>> record = evaluate("math/", ["math.restored/"], texts=["wiki.txt"])      # doctest: +SKIP
     >>> record["models"][-1]["metrics"]["kl_text"]["value"]                     # doctest: +SKIP
@@ -63,6 +66,7 @@ def evaluate(
         max_length=max_length,
         limit=limit,
         max_new_tokens=max_new_tokens,
+        answers=answers,
     )
     wanted = choose_dtype(dtype)
     _check_sources(finetuned, models, base)
@@ -163,8 +167,9 @@ def _entry(
 def _sizes(path: Path) -> dict[str, Any]:
     """`archive_bytes`, `file_ratio`, `method` of an archive, or of what was restored from one."""
     if is_archive(path):
-        manifest = read_manifest(path)
-        archive_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        folder = archive_folder(path)
+        manifest = read_manifest(folder)
+        archive_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return {
             "archive_bytes": archive_bytes,
             "file_ratio": manifest.finetuned.total_bytes / archive_bytes,

@@ -60,6 +60,7 @@ class ExactMatch:
     end_ids: tuple[int, ...]
     max_new_tokens: int
     batch_size: int
+    answers: int = 0  # of the first rows, what was written is kept
 
     @classmethod
     def prepare(
@@ -69,12 +70,13 @@ class ExactMatch:
         end_ids: Sequence[int],
         batch_size: int,
         max_new_tokens: int | None = None,
+        answers: int = 0,
     ) -> ExactMatch:
         """Tokenise; without `max_new_tokens` it is the longest answer and `SPARE_TOKENS`."""
         rows = task.answer_rows
         segments = tuple(encoder.segment(row.prompt, row.answer, row.where) for row in rows)
         cap = max_new_tokens or max(len(each.targets) for each in segments) + SPARE_TOKENS
-        return cls(task.name, rows, segments, encoder, tuple(end_ids), cap, batch_size)
+        return cls(task.name, rows, segments, encoder, tuple(end_ids), cap, batch_size, answers)
 
     def longest(self) -> tuple[int, str]:
         """The most tokens that a row needs, and where that row stands."""
@@ -85,17 +87,32 @@ class ExactMatch:
         return max(needs)
 
     def measure(self, student: Subject, teacher: Subject | None) -> dict[str, Any]:
-        """Exact match; with a teacher also `kl` and `agreement` on the answers' tokens."""
+        """Exact match; with a teacher also `kl` and `agreement` on the answers' tokens.
+
+        `answers`, where any are to be kept: what the model wrote to the first rows.
+        """
         texts = self.generate(student)
         hits = [
             first_lines(text, _line_count(row)) == row.answer.strip()
             for text, row in zip(texts, self.rows, strict=True)
         ]
-        figures = {"exact_match": proportion(hits)}
+        figures: dict[str, Any] = {"exact_match": proportion(hits)}
         if teacher is not None:
             scores = score(student, self.segments, self.batch_size, teacher)
             figures["kl"], figures["agreement"] = scores.divergence()
+        if self.answers:
+            kept = list(zip(self.rows, texts, hits, strict=True))[: self.answers]
+            figures["answers"] = [self._answer(*each) for each in kept]
         return figures
+
+    def _answer(self, row: AnswerRow, text: str, right: bool) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "prompt": row.prompt,
+            "wanted": row.answer.strip(),
+            "text": first_lines(text, _line_count(row)),
+            "right": right,
+        }
 
     def generate(self, student: Subject) -> list[str]:
         """The greedy continuation of every prompt, in the order of the rows."""

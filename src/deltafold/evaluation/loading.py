@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from deltafold.archive import MANIFEST_FILE
+from deltafold.archive import is_archive
 from deltafold.checkpoint import local_folder
 from deltafold.errors import CheckpointError, DeltafoldError, UsageError, nearest
 from deltafold.evaluation.segments import Subject
@@ -24,11 +24,6 @@ TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.ti
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.float32` -> `fp32`; a dtype without a short name keeps its own."""
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
-
-
-def is_archive(source: str | Path) -> bool:
-    """True for a folder that holds `delta.json`."""
-    return (Path(source).expanduser() / MANIFEST_FILE).is_file()
 
 
 def choose_dtype(name: str) -> torch.dtype | None:

@@ -16,6 +16,8 @@ from deltafold.evaluation.perplexity import Texts
 from deltafold.evaluation.segments import Encoder, Segment, Subject
 
 DEFAULT_MAX_LENGTH = 512
+DEFAULT_ANSWERS = 4
+"""Rows of each task of which a run's record keeps what the models wrote."""
 Source = str | Path
 
 
@@ -31,12 +33,14 @@ class Request:
     max_length: int | None = None
     limit: int | None = None
     max_new_tokens: int | None = None
+    answers: int = 0
 
     def __post_init__(self) -> None:
         if not (self.tasks or self.texts or self.lm_eval):
             raise UsageError("There is nothing to measure; give a --text, a --task or --lm-eval.")
         for name, least in (
             ("batch_size", 1), ("max_length", 2), ("limit", 1), ("max_new_tokens", 1),
+            ("answers", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
@@ -69,8 +73,9 @@ class Plan:
     def _prepare_task(self, task: TaskFile, end_ids: Sequence[int]) -> ExactMatch | Choices:
         if task.kind == "choices":
             return Choices.prepare(task, self._encoder, self.request.batch_size)
+        asked = self.request
         return ExactMatch.prepare(
-            task, self._encoder, end_ids, self.request.batch_size, self.request.max_new_tokens
+            task, self._encoder, end_ids, asked.batch_size, asked.max_new_tokens, asked.answers
         )
 
     def cut_texts(self, finetuned: Subject) -> None:
@@ -118,7 +123,10 @@ class Plan:
     def measure(
         self, subject: Subject, teacher: Subject | None, report: Callable[[str], None]
     ) -> dict[str, Any]:
-        """The metrics of one model; `teacher` is None for the fine-tune itself."""
+        """The metrics of one model; `teacher` is None for the fine-tune itself.
+
+        `answers`, where any are kept: prompts with what the model wrote, all tasks in one list.
+        """
         self.check_fits(subject)
         metrics: dict[str, Any] = {}
         if self.texts is not None:
@@ -128,7 +136,10 @@ class Plan:
             metrics["tasks"] = {}
         for task in self.tasks:
             report(f"{subject.label}: {task.name}")
-            metrics["tasks"][task.name] = task.measure(subject, teacher)
+            figures = task.measure(subject, teacher)
+            if written := figures.pop("answers", []):
+                metrics.setdefault("answers", []).extend(written)
+            metrics["tasks"][task.name] = figures
         if self.harness is not None:
             report(f"{subject.label}: lm-eval")
             metrics["lm_eval"] = self.harness.measure(subject)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from deltafold.reporting.evaluate_record import EvaluatedModel
 from deltafold.reporting.record_parts import Number, Part, Run
 
 
@@ -63,6 +64,7 @@ class CompressRecord(Run):
     budget: Budget = Budget()
     totals: Totals
     tensors: list[TensorLine]
+    scores: list[EvaluatedModel] = []
 
     @property
     def title(self) -> str:

@@ -15,12 +15,23 @@ class Metric(Part):
     n: int | None = None
 
 
+class Answer(Part):
+    """What a model wrote to a row of a task."""
+
+    task: str
+    prompt: str
+    wanted: str
+    text: str
+    right: bool
+
+
 class Metrics(Part):
     perplexity: Metric | None = None
     kl_text: Metric | None = None
     agreement_text: Metric | None = None
     tasks: dict[str, dict[str, Metric]] = {}
     lm_eval: dict[str, dict[str, Metric]] = {}
+    answers: list[Answer] = []
 
 
 class EvaluatedModel(Part):

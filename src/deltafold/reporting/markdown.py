@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ def write_text(path: Path, text: str) -> None:
         working.write_text(text, encoding="utf-8", newline="\n")
         working.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            working.unlink(missing_ok=True)
         raise StorageError(
             f"{path} cannot be written ({error.strerror}); choose another."
         ) from None

@@ -91,6 +91,14 @@ def cosine(tensors: Iterable[MergedTensor], number: int, pair: tuple[int, int]) 
     return along / math.sqrt(one * two) if one and two else None
 
 
+def mean_cosine(tensors: Sequence[MergedTensor]) -> float | None:
+    """Mean over pairs of models of the cosine of their deltas, tensors taken as one."""
+    n_models = len(_norms(tensors[0])) if tensors else 0
+    pairs = enumerate(combinations(range(n_models), 2))
+    known = [c for number, pair in pairs if (c := cosine(tensors, number, pair)) is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
 def _search(criterion: str, tried: Sequence[Tried]) -> Table:
     names = list(tried[0].settings)
     rows: list[Sequence[Cell]] = []

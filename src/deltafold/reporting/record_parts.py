@@ -24,6 +24,8 @@ class Part(BaseModel):
 class Run(Part):
     """What every run says of itself."""
 
+    command: str | None = None
+    settings: dict[str, Any] = {}
     machine: dict[str, Any] = {}
     seconds: Number = None
     peak_memory_bytes: Number = None

@@ -103,7 +103,9 @@ def _text(cell: Cell) -> str:
 
 
 def _markdown_cell(cell: Cell) -> str:
-    return f"**{_escaped(cell.text)}**" if isinstance(cell, Strong) else _escaped(cell)
+    if isinstance(cell, Strong):
+        return f"**{_escaped(cell.text)}**" if cell.text else ""  # no bold nothing
+    return _escaped(cell)
 
 
 def _escaped(text: str) -> str:

@@ -10,7 +10,7 @@ from deltafold.names import ROLES
 from deltafold.record import Record
 from deltafold.reporting.benchmark_tables import benchmark_tables
 from deltafold.reporting.compress_record import CompressRecord, TensorLine
-from deltafold.reporting.evaluate_record import EvaluateRecord, Metric, Metrics
+from deltafold.reporting.evaluate_record import EvaluatedModel, EvaluateRecord, Metric, Metrics
 from deltafold.reporting.fold_tables import fold_tables
 from deltafold.reporting.frontier_tables import frontier_tables
 from deltafold.reporting.merge_tables import merge_tables
@@ -43,8 +43,9 @@ def tables_of(record: Record | KnownRecord) -> list[Table]:
 
 
 def compress_tables(record: CompressRecord) -> list[Table]:
-    """Totals, then bytes by role, then what was stored another way and why."""
-    return [_totals(record), _by_role(record), *_reasons(record)]
+    """Totals, scores, then bytes by role, then what was stored another way and why."""
+    scores = _of_models(record.scores)
+    return [_totals(record), *scores, _by_role(record), *_reasons(record)]
 
 
 def _totals(record: CompressRecord) -> Table:
@@ -158,21 +159,27 @@ _SHOWN: dict[str, tuple[str, Callable[[float | None, float | None], str]]] = {
 
 def evaluate_tables(record: EvaluateRecord) -> list[Table]:
     """One table of what was measured on text, then one a task; a column needs one value."""
-    models = [model.metrics for model in record.models]
-    tables = [_evaluated("On text", record, [_text_metrics(metrics) for metrics in models])]
+    shown = _of_models(record.models)
+    if shown:
+        shown[-1].notes.append(run_note(record))
+    return shown
+
+
+def _of_models(evaluated: Sequence[EvaluatedModel]) -> list[Table]:
+    models = [model.metrics for model in evaluated]
+    tables = [_evaluated("On text", evaluated, [_text_metrics(metrics) for metrics in models])]
     for words, groups in (
         ("Task", [metrics.tasks for metrics in models]),
         ("Task of lm-eval:", [metrics.lm_eval for metrics in models]),
     ):
         for name in dict.fromkeys(name for group in groups for name in group):
             found = [group.get(name, {}) for group in groups]
-            tables.append(_evaluated(f"{words} {name}", record, found))
+            tables.append(_evaluated(f"{words} {name}", evaluated, found))
     shown = [table for table in tables if table is not None]
     if shown:
-        shown[-1].notes += [
-            "After ±: one standard error. KL and agreement compare with the fine-tune.",
-            run_note(record),
-        ]
+        shown[-1].notes.append(
+            "After ±: one standard error. KL and agreement compare with the fine-tune."
+        )
     return shown
 
 
@@ -185,14 +192,16 @@ def _text_metrics(metrics: Metrics) -> dict[str, Metric]:
     return {name: metric for name, metric in found.items() if metric is not None}
 
 
-def _evaluated(title: str, record: EvaluateRecord, found: list[dict[str, Metric]]) -> Table | None:
+def _evaluated(
+    title: str, evaluated: Sequence[EvaluatedModel], found: list[dict[str, Metric]]
+) -> Table | None:
     """Rows are models, columns those metrics that any of them has in `found`; None without any."""
     others = sorted({name for metrics in found for name in metrics} - set(_SHOWN))
     names = [name for name in (*_SHOWN, *others) if any(name in metrics for metrics in found)]
     if not names:
         return None
     rows = []
-    for model, metrics in zip(record.models, found, strict=True):
+    for model, metrics in zip(evaluated, found, strict=True):
         cells = [model.label, model.role, bytes_text(model.archive_bytes)]
         cells.append(ratio_text(model.file_ratio))
         for name in names:
@@ -215,7 +224,7 @@ def _shown(name: str) -> tuple[str, Callable[[float | None, float | None], str]]
 def plain_tables(record: PlainRecord) -> list[Table]:
     """Keys and values; a group of values is shown one level deep, a list by its length."""
     rows: list[tuple[str, str]] = []
-    extra: dict[str, Any] = record.model_extra or {}
+    extra: dict[str, Any] = {"settings": record.settings} | (record.model_extra or {})
     for key, value in extra.items():
         if key == "record_version":
             continue

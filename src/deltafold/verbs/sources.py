@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from deltafold.archive import MANIFEST_FILE, Archive
+from deltafold.archive import Archive, is_archive
 from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.errors import CheckpointError
 from deltafold.verbs.decode import assembled, check_base_headers, check_codecs, checked_rows
@@ -115,7 +115,7 @@ class Renamed:
 
 def open_source(path: str | Path, base: Checkpoint) -> Source:
     """An archive's folder, or any checkpoint. Raises CheckpointError, ArchiveError, MismatchError."""
-    if (Path(path) / MANIFEST_FILE).is_file():
+    if is_archive(path):
         return ArchiveSource(Path(path), base)
     return CheckpointSource(open_checkpoint(path))
 

@@ -1,0 +1,191 @@
+"""`push_to_hub`: an archive, or a checkpoint that deltafold wrote, becomes a repository of the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from deltafold.archive import MANIFEST_FILE, Archive
+from deltafold.archive.reader import FILES_FOLDER
+from deltafold.checkpoint import Checkpoint
+from deltafold.checkpoint.hub import ARCHIVE_PATTERNS, CHECKPOINT_PATTERNS, unreachable
+from deltafold.errors import DeltafoldError, HubError, UsageError
+from deltafold.publishing.card import card, license_of
+from deltafold.record import Record, read_record
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is pushed: files by their name in the repository, and what the card tells."""
+
+    archive: bool
+    files: dict[str, Path]
+    base: str
+    finetuned: str
+
+
+def push_to_hub(
+    source: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    license: str | None = None,
+    record: str | Path | None = None,
+    message: str | None = None,
+) -> dict[str, Any]:
+    """Push the archive or checkpoint folder `source` to `owner/name[@branch]` of the hub.
+
+    The repository and the branch are made if need be, and all files go in one commit, with a card
+    written from the record that lies beside `source` (or `record`). A checkpoint's own README.md is
+    kept. Files of an earlier push that no longer belong are removed. The record itself stays here: it
+    holds folders of this machine.
+
+    Args:
+        private: only when the repository is made; one that exists stays as it is.
+        license: for the card, e.g. `apache-2.0`; default: what the fine-tune's or base's card says.
+
+    Returns `url`, `commit`, `files` (names) and `n_bytes`. Raises UsageError, HubError, and
+    ArchiveError or CheckpointError where `source` is not whole.
+
+    >>> push_to_hub("math.delta", "me/math-delta", private=True)                # doctest: +SKIP
+    """
+    if not _REPO.fullmatch(repo):
+        raise UsageError(f"{repo!r} is no name on the hub; write it like owner/name.")
+    name, _, branch = repo.partition("@")
+    parcel = packed(Path(source).expanduser())
+    known = _record(Path(source).expanduser(), record)
+    text = None
+    if CARD_FILE not in parcel.files:
+        chosen = license or license_of(parcel.finetuned, parcel.base)
+        text = card(name, parcel.archive, parcel.base, known, chosen)
+    try:
+        return _send(name, branch or None, parcel, text, private, message)
+    except DeltafoldError:
+        raise
+    except Exception as error:  # the hub client raises many kinds; the user needs one sentence
+        raise HubError(_why_not(name, error)) from error
+
+
+def packed(folder: Path) -> Parcel:
+    """The files that belong, and no others. Raises UsageError, ArchiveError, CheckpointError."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; give an archive or a checkpoint folder.")
+    if (folder / MANIFEST_FILE).is_file():
+        with Archive(folder) as archive:
+            manifest = archive.manifest
+            names = [MANIFEST_FILE, *(entry.name for entry in manifest.payload)]
+            names += [
+                f"{FILES_FOLDER}/{entry.name}.zst"
+                for entry in manifest.files
+                if entry.stored != "base"
+            ]
+            files = {name: folder / name for name in names}
+            return Parcel(True, files, manifest.base.label, manifest.finetuned.label)
+    checkpoint = Checkpoint(folder)
+    checkpoint.close()
+    files = {
+        file.name: file
+        for pattern in CHECKPOINT_PATTERNS
+        for file in sorted(folder.glob(pattern))
+        if file.is_file()
+    }
+    if (folder / CARD_FILE).is_file():
+        files[CARD_FILE] = folder / CARD_FILE
+    return Parcel(False, files, *_origins(folder))
+
+
+def _origins(folder: Path) -> tuple[str, str]:
+    """(base, fine-tune) of a checkpoint that a run wrote, as far as its record tells."""
+    try:
+        known = read_record(folder)
+    except DeltafoldError:
+        return "", ""
+    return str(known.get("base") or known.get("model") or ""), str(known.get("finetuned") or "")
+
+
+def _record(folder: Path, given: str | Path | None) -> Record | None:
+    """The record given, or the one beside the folder; None without."""
+    if given is not None:
+        return read_record(Path(given))
+    try:
+        return read_record(folder)
+    except DeltafoldError:
+        return None
+
+
+def _send(
+    repo: str,
+    branch: str | None,
+    parcel: Parcel,
+    text: str | None,
+    private: bool,
+    message: str | None,
+) -> dict[str, Any]:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    if get_token() is None:
+        raise HubError("The hub does not know you; log in with hf auth login, or set HF_TOKEN.")
+    api = HfApi(library_name="deltafold")
+    api.create_repo(repo, private=private or None, exist_ok=True)
+    if branch is not None:
+        api.create_branch(repo, branch=branch, exist_ok=True)
+    contents: dict[str, Path | bytes] = dict(parcel.files)
+    if text is not None:
+        contents[CARD_FILE] = text.encode()
+    there = api.list_repo_files(repo, revision=branch)
+    operations: list[Any] = [
+        CommitOperationAdd(name, str(held) if isinstance(held, Path) else held)
+        for name, held in contents.items()
+    ]
+    operations += [CommitOperationDelete(name) for name in stale(there, list(contents))]
+    made = api.create_commit(
+        repo, operations, commit_message=message or "Push by deltafold", revision=branch
+    )
+    sizes = [h.stat().st_size if isinstance(h, Path) else len(h) for h in contents.values()]
+    return {
+        "url": f"{api.endpoint}/{repo}",
+        "commit": made.oid,
+        "files": sorted(contents),
+        "n_bytes": sum(sizes),
+    }
+
+
+def stale(there: Sequence[str], pushed: Sequence[str]) -> list[str]:
+    """Files of an earlier push that are not among these: weights, parts, side files.
+
+    >>> stale(["payload-00002-of-00002.safetensors", "notes.md"], ["delta.json"])
+    ['payload-00002-of-00002.safetensors']
+    """
+    ours = (*ARCHIVE_PATTERNS, *CHECKPOINT_PATTERNS)
+    return sorted(
+        name
+        for name in there
+        if name not in pushed and any(fnmatch(name, pattern) for pattern in ours)
+    )
+
+
+def _why_not(repo: str, error: Exception) -> str:
+    if reason := unreachable(error):
+        return f"{repo} was not pushed: {reason}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    owner = repo.partition("/")[0]
+    match status:
+        case 401:
+            return "The hub does not accept your token; log in with hf auth login, or set HF_TOKEN."
+        case 403:
+            return (
+                f"You may not write to {repo}; check that {owner} is you or an organization of "
+                "yours, and that your token may write."
+            )
+        case 404:
+            return f"{repo} was not pushed: the hub has no such owner or branch; check {owner}."
+    first = str(error).strip().splitlines()
+    told = f": {first[0]}" if first else ""
+    return f"{repo} was not pushed ({type(error).__name__}{told}); run the same command again."
