@@ -18,6 +18,7 @@ from deltafold.version import __version__
 if TYPE_CHECKING:
     from deltafold.choosing import compress, fold, merge
     from deltafold.evaluation import evaluate
+    from deltafold.verbs.export import export
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
     from deltafold.verbs.plan import plan
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _VERBS = {
     "compress": "deltafold.choosing",
     "restore": "deltafold.verbs.restore",
+    "export": "deltafold.verbs.export",
     "verify": "deltafold.verbs.verify",
     "inspect": "deltafold.verbs.inspect",
     "plan": "deltafold.verbs.plan",
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "export",
     "fold",
     "inspect",
     "load",

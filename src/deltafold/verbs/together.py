@@ -1,0 +1,108 @@
+"""Several fine-tunes over one copy of their base, in this process, through PEFT."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deltafold.checkpoint import local_folder
+from deltafold.engine import Progress
+from deltafold.errors import UsageError, nearest
+from deltafold.verbs.adapters import check_names, find_adapter
+
+BASE = "__base__"  # PEFT's name for a row of a mixed batch without an adapter
+
+
+class Together:
+    """One base in memory and an adapter for each fine-tune. The base answers unless told otherwise.
+
+    >>> model = deltafold.load("llama/", deltas={"math": "math.delta"})         # doctest: +SKIP
+    >>> with model.using("math"):                                               # doctest: +SKIP
+    ...     model.generate(**inputs)
+    >>> model.generate(**inputs, adapter_names=["math", "__base__"])            # doctest: +SKIP
+
+    All else (`device`, `config`, `to`, ...) is the PEFT model's, which is `peft_model`.
+    """
+
+    def __init__(self, peft_model: Any, names: tuple[str, ...]):
+        self.peft_model, self.names = peft_model, names
+        self._using = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "peft_model":  # not set yet: copying and pickling ask before __init__
+            raise AttributeError(name)
+        return getattr(self.peft_model, name)
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[Together]:
+        """Answer as this fine-tune inside the `with` block. Raises UsageError for another name."""
+        if name not in self.names:
+            raise UsageError(f"There is no fine-tune {name!r}; {nearest(name, list(self.names))}")
+        before, self._using = (self._using, self.peft_model.active_adapter), True
+        self.peft_model.set_adapter(name)
+        try:
+            yield self
+        finally:
+            self._using = before[0]
+            self.peft_model.set_adapter(before[1])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._plain(kwargs):
+            return self.peft_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`; `adapter_names` names a fine-tune for each row."""
+        with self._plain(kwargs):
+            return self.peft_model.generate(*args, **kwargs)
+
+    def _plain(self, kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        if names := kwargs.get("adapter_names"):
+            for name in set(names) - {BASE, *self.names}:
+                known = [*self.names, BASE]
+                raise UsageError(f"There is no fine-tune {name!r}; {nearest(name, known)}")
+            return contextlib.nullcontext()
+        return contextlib.nullcontext() if self._using else self.peft_model.disable_adapter()
+
+
+def load_together(
+    base: str | Path,
+    deltas: Mapping[str, str | Path],
+    *,
+    rank: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **from_pretrained: Any,
+) -> Together:
+    """The base, and an adapter of each archive (or PEFT adapter) of `deltas`, by name.
+
+    Adapters are made by `export`, at most of `rank`, and kept in the cache. Raises UsageError
+    without PEFT, and what `export` raises.
+    """
+    check_names(deltas)
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UsageError(
+            "Fine-tunes are loaded together through PEFT: pip install 'deltafold[peft]'."
+        ) from None
+    found = [
+        find_adapter(name, delta, base, rank=rank, workers=workers, progress=progress)
+        for name, delta in deltas.items()
+    ]
+    from transformers import AutoModelForCausalLM
+
+    folder = local_folder(base)
+    made = AutoModelForCausalLM.from_pretrained(folder, **({"dtype": "auto"} | from_pretrained))
+    dtype = made.dtype
+    first, *others = found
+    options: dict[str, Any] = {"autocast_adapter_dtype": False}
+    peft_model: Any = PeftModel.from_pretrained(made, first.folder, first.name, **options)
+    for each in others:
+        peft_model.load_adapter(each.folder, each.name, **options)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data = parameter.data.to(dtype)
+    peft_model.eval()
+    return Together(peft_model, tuple(deltas))
