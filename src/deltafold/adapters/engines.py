@@ -38,7 +38,9 @@ def vllm_rank(rank: int) -> int:
     for size in VLLM_RANKS:
         if rank <= size:
             return size
-    raise UsageError(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, not {rank}; export with --for vllm.")
+    raise UsageError(
+        f"vLLM takes ranks up to {VLLM_RANKS[-1]}, not {rank}; export with --for vllm."
+    )
 
 
 def refusal(engine: str, place: Place, layout: Layout) -> str:

@@ -77,7 +77,7 @@ def find_places(folder: Path, names: Collection[str]) -> Layout:
             twins = [by_parameter[id(parameters[t])] for t in targets]
             owners = dict.fromkeys(name for names in twins for name in names)
             places[source] = [_place(modules, name, group) for name in owners]
-    for name, found in places.items():
+    for found in places.values():
         if not found:
             found.append(Place("", "none", why="the model has no use for it"))
     tied = any(len(found) > 1 for found in places.values())
@@ -121,4 +121,6 @@ def _place(modules: dict[str, nn.Module], parameter: str, group: Group) -> Place
     is_leaf = next(module.children(), None) is None
     if is_leaf and all(each.dim() <= 1 for each in module.parameters()):
         return Place(path, "whole", rest=True)
-    return Place(path, "none", rest=role == "router", why="its module is no layer that takes a pair")
+    return Place(
+        path, "none", rest=role == "router", why="its module is no layer that takes a pair"
+    )

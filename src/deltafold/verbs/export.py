@@ -120,14 +120,16 @@ def export(
     _check_adapter_output(out, overwrite, archive, base)
     check_record_path(record)
     options = Options(text, samples, max_tokens, workers, memory_bytes, progress)
-    with Meter() as meter, Archive(Path(archive)) as opened:
-        with open_checkpoint(base or opened.manifest.base.label) as checkpoint:
-            job = make_job(opened, checkpoint, choice, engine, rest)
-            identity = job.identity() | {"command": "export", "to": to, "text": str(text)}
-            with Workspace(out, identity, restart) as workspace:
-                made = _make(job, workspace, out, to, options)
-                workspace.publish(made.pop("finished"), overwrite)
-            result = _record(job, out, to, made)
+    with contextlib.ExitStack() as stack:
+        meter = stack.enter_context(Meter())
+        opened = stack.enter_context(Archive(Path(archive)))
+        checkpoint = stack.enter_context(open_checkpoint(base or opened.manifest.base.label))
+        job = make_job(opened, checkpoint, choice, engine, rest)
+        identity = job.identity() | {"command": "export", "to": to, "text": str(text)}
+        with Workspace(out, identity, restart) as workspace:
+            made = _make(job, workspace, out, to, options)
+            workspace.publish(made.pop("finished"), overwrite)
+        result = _record(job, out, to, made)
     result |= {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes}
     write_record(result, Path(record) if record else record_path(out))
     return result

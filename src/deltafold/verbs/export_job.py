@@ -81,9 +81,7 @@ def make_job(archive: Archive, base: Checkpoint, choice: Choice, engine: str, re
     check_codecs(archive)
     check_base_headers(archive, base)
     layout = find_places(base.path, list(base.tensors))
-    items = tuple(
-        _item(tensor, base, layout, engine, rest) for tensor in archive.manifest.tensors
-    )
+    items = tuple(_item(tensor, base, layout, engine, rest) for tensor in archive.manifest.tensors)
     if not any(item.how in ("pair", "whole", "fold") for item in items):
         reasons = sorted({item.why for item in items if item.why})
         raise MismatchError(
@@ -141,9 +139,7 @@ def _notes(job: Job) -> list[str]:
         theirs = json.loads(job.archive.side_file(entry, job.base))
         ours = job.base.config()
         changed = sorted(
-            key
-            for key in {*theirs, *ours} - _HARMLESS
-            if theirs.get(key) != ours.get(key)
+            key for key in {*theirs, *ours} - _HARMLESS if theirs.get(key) != ours.get(key)
         )
         if changed and job.rest != "fold":
             notes.append(

@@ -1,8 +1,8 @@
 """The two passes of `export` over tensors: factor every delta, then write what was chosen of each.
 
-    factor   delta -> pair of as many components as may be wanted; its norm    FACTORS/n.safetensors
-    choose   ranks, from the singular values of all                            adapters/ranks.py
-    write    the first components, rounded, into the adapter; what is lost     the error of each
+factor   delta -> pair of as many components as may be wanted; its norm    FACTORS/n.safetensors
+choose   ranks, from the singular values of all                            adapters/ranks.py
+write    the first components, rounded, into the adapter; what is lost     the error of each
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def factor(
         delta = acting_delta(item, job)
         squared, source, values = float(delta.square().sum(dtype=torch.float64)), "", []
         if item.how == "pair":
-            pair, source = _pair(item, job, delta, None if moments is None else moments.get(item.name))
+            pair, source = _pair(
+                item, job, delta, None if moments is None else moments.get(item.name)
+            )
             workspace.save_tensors(
                 f"{files[item.name]}.safetensors", {"a": pair.a, "b": pair.b, "s": pair.s}
             )
@@ -121,9 +123,7 @@ def _memory(item: Item, job: Job) -> int:
     held = 12 * _elements(item)
     if item.how != "pair":
         return held
-    rank = job.choice.components(
-        item.shape, component_bytes(item, job), largest_rank(job.engine)
-    )
+    rank = job.choice.components(item.shape, component_bytes(item, job), largest_rank(job.engine))
     return held + svd_memory_bytes(item.shape, rank)
 
 

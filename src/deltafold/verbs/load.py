@@ -100,9 +100,7 @@ def load(
 
         if base is not None:
             raise UsageError("With deltas give one base, and the archives by name in deltas.")
-        return load_together(
-            archive, deltas, workers=workers, progress=progress, **from_pretrained
-        )
+        return load_together(archive, deltas, workers=workers, progress=progress, **from_pretrained)
     if base is None:
         raise UsageError(f"{archive} needs its base; give it as base.")
     state = load_state(archive, base, workers=workers, progress=progress)
