@@ -26,11 +26,11 @@ from deltafold.adapters.peft_files import (
 )
 from deltafold.adapters.ranks import Choice
 from deltafold.archive import Archive
-from deltafold.checkpoint import open_checkpoint
+from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.writer import CheckpointWriter, TensorSpec, guard_storage
 from deltafold.engine import Progress, Task, run_tasks
-from deltafold.errors import BudgetError, UsageError, nearest
+from deltafold.errors import BudgetError, CheckpointError, UsageError, nearest
 from deltafold.linalg import Moments
 from deltafold.names import block_of, role_of
 from deltafold.record import (
@@ -123,9 +123,11 @@ def export(
     with contextlib.ExitStack() as stack:
         meter = stack.enter_context(Meter())
         opened = stack.enter_context(Archive(Path(archive)))
-        checkpoint = stack.enter_context(open_checkpoint(base or opened.manifest.base.label))
+        checkpoint = stack.enter_context(_open_base(opened, base))
         job = make_job(opened, checkpoint, choice, engine, rest)
-        identity = job.identity() | {"command": "export", "to": to, "text": str(text)}
+        identity = job.identity() | {
+            "command": "export", "to": to, "text": [str(text), samples, max_tokens],
+        }  # fmt: skip
         with Workspace(out, identity, restart) as workspace:
             made = _make(job, workspace, out, to, options)
             workspace.publish(made.pop("finished"), overwrite)
@@ -133,6 +135,19 @@ def export(
     result |= {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes}
     write_record(result, Path(record) if record else record_path(out))
     return result
+
+
+def _open_base(archive: Archive, base: str | Path | None) -> Checkpoint:
+    label = archive.manifest.base.label
+    try:
+        return open_checkpoint(base or label)
+    except CheckpointError as error:
+        if base is not None:
+            raise
+        raise CheckpointError(
+            f"{archive.folder} names {label} as its base, which is not found from here; give it "
+            "with --base."
+        ) from error
 
 
 def _check_adapter_output(

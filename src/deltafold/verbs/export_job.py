@@ -82,6 +82,7 @@ def make_job(archive: Archive, base: Checkpoint, choice: Choice, engine: str, re
     check_base_headers(archive, base)
     layout = find_places(base.path, list(base.tensors))
     items = tuple(_item(tensor, base, layout, engine, rest) for tensor in archive.manifest.tensors)
+    items = tuple(_with_module(item, items) for item in items)
     if not any(item.how in ("pair", "whole", "fold") for item in items):
         reasons = sorted({item.why for item in items if item.why})
         raise MismatchError(
@@ -99,14 +100,22 @@ def _item(tensor: Tensor, base: Checkpoint, layout: Layout, engine: str, rest: s
         return Item(tensor, how, (), tensor.matrix_shape, "the base has no such tensor")
     info = base.tensors[tensor.name]
     rows, columns = min(tensor.matrix_shape[0], info.matrix_shape[0]), tensor.matrix_shape[1]
-    if tensor.tuned == tensor.base:
-        return Item(tensor, "equal", (), (rows, columns))
     places = tuple(layout.places[tensor.name])
+    if tensor.tuned == tensor.base:
+        return Item(tensor, "equal", places, (rows, columns))
     shape = (columns, rows) if any(p.kind == "conv1d" for p in places) else (rows, columns)
     how, why = _how(places, layout, engine, rest)
     if how == "pair" and rows < tensor.matrix_shape[0]:
         why = f"{tensor.matrix_shape[0] - rows} new vocabulary rows do not fit the base"
     return Item(tensor, how, places, shape, why)
+
+
+def _with_module(item: Item, items: tuple[Item, ...]) -> Item:
+    """PEFT wants all parameters of a module that is given whole, those that are equal too."""
+    if item.how != "equal" or any(place.kind != "whole" for place in item.places):
+        return item
+    given = {place.module for each in items if each.how == "whole" for place in each.places}
+    return replace(item, how="whole") if item.places[0].module in given else item
 
 
 def _how(places: tuple[Place, ...], layout: Layout, engine: str, rest: str) -> tuple[How, str]:

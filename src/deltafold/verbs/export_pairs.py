@@ -101,13 +101,13 @@ def factor(
 
 def _pair(item: Item, job: Job, delta: torch.Tensor, moments: Moments | None) -> tuple[Pair, str]:
     limit = largest_rank(job.engine)
-    found = stored_factors(job.archive, item.tensor, job.base)
-    if found is not None:
-        left, right = found[::-1] if item.transposed else found
-        most = min(limit or len(left), job.choice.rank or len(left))
-        if len(left) <= most and (job.choice.takes_stored or job.choice.rank):
-            return stored_pair(left, right), "stored"
     rank = job.choice.components(item.shape, component_bytes(item, job), limit)
+    found = stored_factors(job.archive, item.tensor, job.base)
+    if found is not None and (job.choice.takes_stored or job.choice.rank):
+        left, right = found[::-1] if item.transposed else found
+        rank = min(limit or len(left), job.choice.rank or len(left))
+        if len(left) <= rank:
+            return stored_pair(left, right), "stored"
     key = derive_key(job.archive.manifest.seed, item.name, "export")
     looked_up = any(place.kind == "embedding" for place in item.places)  # no inputs to weigh by
     if moments is not None and not looked_up and len(moments.second) == item.shape[1]:

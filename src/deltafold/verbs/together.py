@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from deltafold.checkpoint import local_folder
 from deltafold.engine import Progress
 from deltafold.errors import UsageError, nearest
-from deltafold.verbs.adapters import check_names, find_adapter
+from deltafold.verbs.adapters import Adapter, check_names, find_adapter
 
 BASE = "__base__"  # PEFT's name for a row of a mixed batch without an adapter
 
@@ -81,12 +83,10 @@ def load_together(
     without PEFT, and what `export` raises.
     """
     check_names(deltas)
-    try:
-        from peft import PeftModel
-    except ImportError:
+    if find_spec("peft") is None:
         raise UsageError(
             "Fine-tunes are loaded together through PEFT: pip install 'deltafold[peft]'."
-        ) from None
+        )
     found = [
         find_adapter(name, delta, base, rank=rank, workers=workers, progress=progress)
         for name, delta in deltas.items()
@@ -95,14 +95,31 @@ def load_together(
 
     folder = local_folder(base)
     made = AutoModelForCausalLM.from_pretrained(folder, **({"dtype": "auto"} | from_pretrained))
-    dtype = made.dtype
-    first, *others = found
-    options: dict[str, Any] = {"autocast_adapter_dtype": False}
-    peft_model: Any = PeftModel.from_pretrained(made, first.folder, first.name, **options)
-    for each in others:
-        peft_model.load_adapter(each.folder, each.name, **options)
+    return Together(_with_adapters(made, found), tuple(deltas))
+
+
+def _with_adapters(model: Any, adapters: list[Adapter]) -> Any:
+    """The model under PEFT with all adapters, in the model's own dtype."""
+    from peft import PeftConfig, PeftModel
+
+    peft_model: Any = None
+    with warnings.catch_warnings():
+        # PEFT advises to tie the pairs of tied embeddings, for merging; see below.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        for each in adapters:
+            config: Any = PeftConfig.from_pretrained(str(each.folder))
+            config.inference_mode = True
+            # PEFT (0.21) ties the head's pair of the first adapter only, and drops the others'. The
+            # files hold the pair at both ends, so that nothing need be tied.
+            config.ensure_weight_tying = False
+            if peft_model is None:
+                peft_model = PeftModel.from_pretrained(
+                    model, str(each.folder), each.name, config=config, autocast_adapter_dtype=False
+                )
+                continue
+            peft_model.add_adapter(each.name, config, autocast_adapter_dtype=False)
+            peft_model.load_adapter(str(each.folder), each.name, autocast_adapter_dtype=False)
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
-            parameter.data = parameter.data.to(dtype)
-    peft_model.eval()
-    return Together(peft_model, tuple(deltas))
+            parameter.data = parameter.data.to(model.dtype)
+    return peft_model.eval()
