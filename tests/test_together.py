@@ -14,7 +14,7 @@ import deltafold
 from deltafold.errors import UsageError
 
 pytestmark = pytest.mark.integration
-FAMILIES = ["llama tied", "qwen3", "gemma3", "gpt2"]
+FAMILIES = ["llama tied", "qwen3", "gemma3", "phi3"]
 ROWS = torch.arange(3, 35).reshape(2, 16)
 
 
@@ -80,6 +80,19 @@ def test_a_mixed_batch(files: Path) -> None:
         rows, adapter_names=["sql", "__base__", "math"], max_new_tokens=2, do_sample=False
     )
     assert made.shape == (3, 18)
+
+
+def test_learned_positions_cannot_mix(tmp_path: Path) -> None:
+    """GPT-2 looks positions up once for all rows of a batch."""
+    build("gpt2").save_pretrained(tmp_path / "base")
+    model = build("gpt2")
+    tune(model)
+    model.save_pretrained(tmp_path / "math")
+    deltafold.compress(tmp_path / "base", tmp_path / "math", tmp_path / "m.delta", "lossless")
+    loaded = deltafold.load(tmp_path / "base", deltas={"math": tmp_path / "m.delta"})
+    with loaded.using("math"):
+        assert torch.isfinite(logits(loaded)).all()
+    refused(UsageError, lambda: logits(loaded, adapter_names=["math", "math"]), "using")
 
 
 def test_one_copy_of_the_base(files: Path) -> None:

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deltafold.checkpoint import local_folder
 from deltafold.engine import Progress
 from deltafold.errors import UsageError, nearest
@@ -59,11 +61,26 @@ class Together:
         with self._plain(kwargs):
             return self.peft_model.generate(*args, **kwargs)
 
+    def _learned_positions(self) -> bool:
+        """True if an adapter changes position embeddings, which are looked up once for all rows."""
+        own = self.peft_model.get_input_embeddings()
+        return any(
+            hasattr(module, "lora_embedding_A")
+            and len(module.lora_embedding_A)
+            and module is not own
+            for module in self.peft_model.modules()
+        )
+
     def _plain(self, kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
         if names := kwargs.get("adapter_names"):
             for name in set(names) - {BASE, *self.names}:
                 known = [*self.names, BASE]
                 raise UsageError(f"There is no fine-tune {name!r}; {nearest(name, known)}")
+            if self._learned_positions():
+                raise UsageError(
+                    "Rows of different fine-tunes cannot share a batch where positions are learned "
+                    f"({self.config.model_type}); answer as one at a time, with `using`."
+                )
             return contextlib.nullcontext()
         return contextlib.nullcontext() if self._using else self.peft_model.disable_adapter()
 
@@ -101,6 +118,7 @@ def load_together(
 def _with_adapters(model: Any, adapters: list[Adapter]) -> Any:
     """The model under PEFT with all adapters, in the model's own dtype."""
     from peft import PeftConfig, PeftModel
+    from peft.utils import ModulesToSaveWrapper
 
     peft_model: Any = None
     with warnings.catch_warnings():
@@ -122,4 +140,27 @@ def _with_adapters(model: Any, adapters: list[Adapter]) -> Any:
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             parameter.data = parameter.data.to(model.dtype)
+    for module in peft_model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            _mix(module)
     return peft_model.eval()
+
+
+def _mix(wrapper: Any) -> None:
+    """Let a norm that is given whole take mixed batches: PEFT does so for linear layers only."""
+    forward = wrapper.forward
+
+    def mixed(states: torch.Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return forward(states, *args, **kwargs)
+        made = None
+        for name in dict.fromkeys(adapter_names):
+            rows = [row for row, each in enumerate(adapter_names) if each == name]
+            known = name in wrapper.modules_to_save
+            norm = wrapper.modules_to_save[name] if known else wrapper.original_module
+            part = norm(states[rows], *args, **kwargs)
+            made = part.new_empty(len(states), *part.shape[1:]) if made is None else made
+            made[rows] = part
+        return made
+
+    wrapper.forward = mixed
