@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import time
 import urllib.error
@@ -174,7 +175,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("serving.log"))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--into", type=Path, help="Markdown file: write the table, measure nothing")
-    parser.add_argument("extra", nargs="*", help="after --: options for vllm serve")
+    parser.add_argument("--engine-options", default="", help="for vllm serve, in one string")
     asked = parser.parse_args()
     if asked.into:
         rewrite_block(asked.into, "serving", table(json.loads(asked.out.read_text())))
@@ -182,7 +183,7 @@ def main() -> None:
     rows = {t.name: read_tasks([t.task], asked.limit)[0].answer_rows for t in asked.tunes}
     serving = prepare(
         asked.base, {t.name: t.archive for t in asked.tunes}, vllm=asked.vllm, rank=asked.rank,
-        port=asked.port, extra=asked.extra,
+        port=asked.port, extra=shlex.split(asked.engine_options),
     )  # fmt: skip
     url = f"http://127.0.0.1:{asked.port}"
     process, start_seconds = engine(serving, url, asked.start_limit, asked.log)
@@ -193,6 +194,7 @@ def main() -> None:
     finally:
         process.terminate()
         process.wait()
+    print(json.dumps(found), flush=True)
     sizes = [sum(f.stat().st_size for f in a.folder.iterdir()) for a in serving.adapters]
     made = {each.name: each for each in serving.adapters}
     record: Record = {

@@ -285,7 +285,7 @@ def _write_peft(
     ]
     try:
         run_tasks("write", tasks, options.workers, options.memory_bytes, options.progress)
-        writer.finish(index=False)
+        writer.finish(indexed=False)
     finally:
         writer.close()
     return errors
