@@ -213,7 +213,7 @@ def main() -> None:
             }
             for t in asked.tunes
         ],
-        "settings": {"base": asked.base, "rank": asked.rank, "limit": asked.limit},
+        "settings": {"base": Path(asked.base).name, "rank": asked.rank, "limit": asked.limit},
         "machine": machine(),
     } | {key: found[key] for key in found if key not in ("alone", "mixed")}
     write_record(record, asked.out)

@@ -79,7 +79,7 @@ def table(record: Record) -> str:
         shown = " | ".join(f"{cell / 1e6:,.0f} MB" for cell in cells)
         lines.append(f"| {row['fine_tunes']} | {shown} |")
     found, used = record["machine"], record["settings"]
-    names = ", ".join(dict.fromkeys(Path(a).name for a in used["archives"]))
+    names = ", ".join(dict.fromkeys(used["archives"]))
     note = (
         f"Base: {record['checkpoint_bytes'] / 1e6:,.0f} MB of weights. Adapters of {names}, "
         f"{record['adapter_bytes'] / 1e6:,.1f} MB each on disk. Resident memory: Python and its "
@@ -114,7 +114,11 @@ def main() -> None:
         "kind": "together",
         "checkpoint_bytes": weight_bytes,
         "adapter_bytes": prepare(asked.base, asked.archives, asked.rank),
-        "settings": {"base": asked.base, "archives": asked.archives, "rank": asked.rank},
+        "settings": {
+            "base": Path(asked.base).name,
+            "archives": [Path(archive).name for archive in asked.archives],
+            "rank": asked.rank,
+        },
         "rows": [],
         "machine": machine(),
     }
