@@ -90,7 +90,7 @@ def make_job(archive: Archive, base: Checkpoint, choice: Choice, engine: str, re
             + ("; ".join(reasons) or "it equals its base")
             + "."
         )
-    made = Job(archive, base, layout, choice, engine, rest, items, ())  # type: ignore[arg-type]
+    made = Job(archive, base, layout, choice, engine, rest, items, ())
     return replace(made, notes=tuple(_notes(made)))
 
 
