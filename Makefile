@@ -53,6 +53,7 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
 	$(BIN)/python benchmarks/memory.py --into README.md
+	$(BIN)/python benchmarks/together.py --into docs/commands/export.md
 	$(BIN)/python benchmarks/mergekit.py --into docs/commands/merge.md
 
 # One stamp a set of extras: it is made again when the project's requirements change.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deltafold.choosing import compress, fold, merge
     from deltafold.evaluation import evaluate
     from deltafold.publishing import push_to_hub
+    from deltafold.verbs.export import export
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
     from deltafold.verbs.plan import plan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _VERBS = {
     "compress": "deltafold.choosing",
     "restore": "deltafold.verbs.restore",
+    "export": "deltafold.verbs.export",
     "verify": "deltafold.verbs.verify",
     "inspect": "deltafold.verbs.inspect",
     "plan": "deltafold.verbs.plan",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "export",
     "fold",
     "inspect",
     "load",

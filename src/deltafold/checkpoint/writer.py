@@ -107,12 +107,12 @@ class CheckpointWriter:
         data = tensor_bytes(rows)
         guard_storage(self.folder, lambda: _write_all(descriptor, data, position))
 
-    def finish(self) -> None:
-        """Flush everything to disk and write the index of a sharded checkpoint."""
+    def finish(self, indexed: bool = True) -> None:
+        """Flush everything to disk and, with `indexed`, write the index of a sharded checkpoint."""
         for descriptor in self._descriptors:
             guard_storage(self.folder, lambda d=descriptor: os.fsync(d))  # type: ignore[misc]
         self.close()
-        if list(self.layout) != [SINGLE_FILE]:
+        if indexed and list(self.layout) != [SINGLE_FILE]:
             weight_map = {spec[0]: file for file, specs in self.layout.items() for spec in specs}
             total = sum(
                 DTYPES[dtype].itemsize * torch.Size(shape).numel()

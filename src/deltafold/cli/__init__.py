@@ -15,6 +15,7 @@ import typer
 from deltafold.cli.compare import compare
 from deltafold.cli.compress import compress
 from deltafold.cli.evaluate import evaluate
+from deltafold.cli.export import export
 from deltafold.cli.fold import fold
 from deltafold.cli.inspect import inspect
 from deltafold.cli.merge import merge
@@ -23,6 +24,7 @@ from deltafold.cli.plan import plan
 from deltafold.cli.push import push
 from deltafold.cli.report import report
 from deltafold.cli.restore import restore
+from deltafold.cli.serve import serve
 from deltafold.cli.verify import verify
 from deltafold.errors import DeltafoldError
 from deltafold.record import COMMAND
@@ -40,7 +42,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    plan, compress, inspect, verify, restore, merge, fold, evaluate, compare, report, push, methods,
+    plan, compress, inspect, verify, restore, export, serve, merge, fold, evaluate, compare, report,
+    push, methods,
 ):  # fmt: skip
     app.command()(command)
 

@@ -171,6 +171,15 @@ class DeltaCodec(Codec):
         Raises ValueError if the parts do not fit together.
         """
 
+    def factors(
+        self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(left r x o, right r x i), fp32, with delta = left^T right; None if it is no such product.
+
+        Raises ValueError if the parts do not fit together.
+        """
+        return None
+
     def trainable(
         self, parts: Parts, settings: Settings, shape: Shape, key: int
     ) -> Trainable | None:

@@ -183,15 +183,20 @@ class Impart(DeltaCodec):
             "kept": torch.from_numpy(np.stack(kept).astype(np.int32)),
         }
 
-    def decode(
+    def factors(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         check_parts(parts, self.layout(shape, settings))
         o, i = shape
         kept = parts["kept"].numpy().astype(np.int64)
         u = _scatter(parts["u"].float(), kept[0], o, key ^ _U_STREAM)
         v = _scatter(parts["v"].float(), kept[1], i, key ^ _V_STREAM)
-        yield from product_rows(u * parts["s"][:, None], v, shape)
+        return u * parts["s"][:, None], v
+
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
 
 
 def _draw(columns: torch.Tensor, kept: NDArray[np.int64], key: int) -> torch.Tensor:

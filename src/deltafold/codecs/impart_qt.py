@@ -210,9 +210,9 @@ class ImpartQt(DeltaCodec):
         runs = [run for pair in zip(right, left, strict=True) for run in pair]
         return settings, {**join(runs, dtype), "s": s}
 
-    def decode(
+    def factors(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         check_parts(parts, self.layout(shape, settings))
         o, i = shape
         s = parts["s"]
@@ -224,8 +224,12 @@ class ImpartQt(DeltaCodec):
             for vectors, mask, kept in ((v, mask_v, kept_v), (u, mask_u, kept_u)):
                 vectors[a:b][mask[a:b]] = reader.take(int(kept[a:b].sum()), width)
         reader.finish()
-        u = u * _gain(kept_u, o) * s.float()[:, None]
-        yield from product_rows(u, v * _gain(kept_v, i), shape)
+        return u * _gain(kept_u, o) * s.float()[:, None], v * _gain(kept_v, i)
+
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
 
 
 def power(x: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:

@@ -81,12 +81,16 @@ class LowRank(DeltaCodec):
             "v": factors.v[:, :r].T.to(dtype).contiguous(),
         }
 
+    def factors(
+        self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_parts(parts, self.layout(shape, settings))
+        return parts["u"].float() * parts["s"][:, None], parts["v"].float()
+
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        check_parts(parts, self.layout(shape, settings))
-        left = parts["u"].float() * parts["s"][:, None]
-        yield from product_rows(left, parts["v"].float(), shape)
+        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
 
     def trainable(
         self, parts: Parts, settings: Settings, shape: Shape, key: int

@@ -126,12 +126,17 @@ class CodedFactors(DeltaCodec):
             runs += [right, coded]
         return settings, {**join(runs, dtype), "s": s}
 
+    def factors(
+        self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_parts(parts, self.layout(shape, settings))
+        u, v = self._vectors(parts, settings, shape)
+        return u * parts["s"].float()[:, None], v
+
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        check_parts(parts, self.layout(shape, settings))
-        u, v = self._vectors(parts, settings, shape)
-        yield from product_rows(u * parts["s"].float()[:, None], v, shape)
+        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
 
     def trainable(
         self, parts: Parts, settings: Settings, shape: Shape, key: int

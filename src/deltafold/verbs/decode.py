@@ -154,6 +154,66 @@ def checked_rows(
         raise not_as_it_was(archive, tensor)
 
 
+def decoded_delta(archive: Archive, tensor: Tensor, base: Checkpoint) -> torch.Tensor:
+    """Fine-tune minus base as the archive says it, fp32, before it is rounded to a stored dtype.
+
+    A matrix (see `Tensor.matrix_shape`) of the rows that the base has too. The caller has checked
+    the base. Raises ArchiveError if parts are damaged or do not fit.
+    """
+    source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    n_rows, columns = base.tensors[tensor.name].matrix_shape
+    whole = torch.zeros(min(n_rows, tensor.matrix_shape[0]), columns)
+    if source.base != tensor.base:  # twins now, not so in the base
+        for start, rows in decoded_rows(archive, tensor, base):
+            _put_difference(whole, start, rows, tensor.name, base)
+        return whole
+    for piece in source.pieces:
+        if piece.codec == "skip":
+            continue
+        try:
+            if not get(piece.codec).lossy:
+                for start, rows in _decoded_piece(archive, source, piece, base):
+                    _put_difference(whole, start, rows, tensor.name, base)
+                continue
+            start, stop = source.piece_rows(piece)
+            codec, parts = _codec_of(archive, piece), archive.parts(source, piece)
+            key = piece_key(archive.manifest.seed, source.name, start)
+            for at, delta in codec.decode(parts, piece.settings, (stop - start, columns), key):
+                whole[start + at : start + at + len(delta)] = delta
+        except _UNSOUND as error:
+            raise _damaged(archive, source, error) from error
+    return whole
+
+
+def _put_difference(
+    whole: torch.Tensor, start: int, rows: torch.Tensor, name: str, base: Checkpoint
+) -> None:
+    stop = min(len(whole), start + len(rows))
+    if start < stop:
+        whole[start:stop] = rows[: stop - start].float() - base.rows(name, start, stop).float()
+
+
+def stored_factors(
+    archive: Archive, tensor: Tensor, base: Checkpoint
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(left r x o, right r x i), fp32, delta = left^T right, where the archive stores just that.
+
+    None for a tensor that is stored in several pieces, or by a codec that has no factors.
+    """
+    source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    if len(source.pieces) != 1 or source.base != tensor.base:
+        return None
+    piece = source.pieces[0]
+    if not get(piece.codec).lossy or source.matrix_shape != base.tensors[tensor.name].matrix_shape:
+        return None
+    key = piece_key(archive.manifest.seed, source.name, 0)
+    try:
+        parts = archive.parts(source, piece)
+        return _codec_of(archive, piece).factors(parts, piece.settings, source.matrix_shape, key)
+    except _UNSOUND as error:
+        raise _damaged(archive, source, error) from error
+
+
 def assembled(tensor: Tensor, rows: Iterator[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """The whole tensor, of its `decoded_rows` or `checked_rows`."""
     whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype])

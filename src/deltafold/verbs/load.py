@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from deltafold.archive import Archive, Tensor
 from deltafold.checkpoint import open_checkpoint
 from deltafold.engine import Progress, Task, run_tasks
-from deltafold.errors import MismatchError
+from deltafold.errors import MismatchError, UsageError
 from deltafold.verbs.decode import (
     assembled,
     check_base_headers,
@@ -79,18 +79,30 @@ def side_files(archive: str | Path, base: str | Path, folder: Path) -> None:
 
 def load(
     archive: str | Path,
-    base: str | Path,
+    base: str | Path | None = None,
     *,
+    deltas: Mapping[str, str | Path] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
     **from_pretrained: Any,
 ) -> Any:
     """A ready `transformers` model: the fine-tune of `archive` on `base`.
 
+    With `deltas` the one argument is the base, and the result holds it once, with an adapter for
+    each fine-tune by name (see `Together`): `load("llama/", deltas={"math": "math.delta"})`.
+
     `from_pretrained` takes what `AutoModelForCausalLM.from_pretrained` takes (dtype, device_map,
     attn_implementation, ...). The dtype defaults to that of the checkpoint. Raises ArchiveError,
-    MismatchError.
+    MismatchError, UsageError.
     """
+    if deltas is not None:
+        from deltafold.verbs.together import load_together
+
+        if base is not None:
+            raise UsageError("With deltas give one base, and the archives by name in deltas.")
+        return load_together(archive, deltas, workers=workers, progress=progress, **from_pretrained)
+    if base is None:
+        raise UsageError(f"{archive} needs its base; give it as base.")
     state = load_state(archive, base, workers=workers, progress=progress)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,0 +1,126 @@
+"""Where in a model the delta of a checkpoint tensor can live as an adapter.
+
+    linear      y = x W^T                     pair: B A is added to W (o x i)
+    conv1d      y = x W, stored transposed    pair: (B A)^T is added to W (i x o)
+    embedding   a row of W for each id        pair: the same, looked up by id
+    whole       a norm                        no pair: the new values as they are
+    none        anything else                 with the reason why
+
+Told from the modules of the base's config, built without weights. A tensor may be two modules' (tied
+embeddings); a module may have another name than its tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from deltafold.calibration.building import build
+from deltafold.calibration.wiring import Group, wire
+from deltafold.errors import CheckpointError, DeltafoldError, MismatchError
+from deltafold.names import role_of
+
+Kind = Literal["linear", "conv1d", "embedding", "whole", "none"]
+PAIRED: tuple[Kind, ...] = ("linear", "conv1d", "embedding")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module that a checkpoint tensor belongs to. `rest`: no projection inside a block."""
+
+    module: str
+    kind: Kind
+    rest: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of every tensor, and all module names that could take a pair."""
+
+    places: dict[str, list[Place]]
+    modules: dict[str, Kind]
+    tied: bool
+    embedding: str  # the module that looks up the embeddings of input ids
+    model_type: str
+    config: dict[str, Any]
+
+
+def find_places(folder: Path, names: Collection[str]) -> Layout:
+    """Places of the checkpoint tensors `names` in the model of a folder's config.
+
+    Raises MismatchError where transformers knows no such model, CheckpointError without a config.
+    """
+    try:
+        model = build(folder)
+    except MismatchError as error:
+        raise MismatchError(
+            f"An adapter needs to know the modules of {folder}, and they cannot be told "
+            f"({_clause(error)}); use restore instead."
+        ) from None
+    except CheckpointError as error:
+        raise CheckpointError(f"No adapter can be made: {error}") from None
+    modules = dict(model.named_modules())
+    by_parameter: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_parameter.setdefault(id(parameter), []).append(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    places: dict[str, list[Place]] = {name: [] for name in names}
+    for group in {id(group): group for group in wire(model, names).values()}.values():
+        for source in group.names:
+            targets = [t for t in group.targets if t in parameters]
+            twins = [by_parameter[id(parameters[t])] for t in targets]
+            owners = dict.fromkeys(name for names in twins for name in names)
+            places[source] = [_place(modules, name, group) for name in owners]
+    for found in places.values():
+        if not found:
+            found.append(Place("", "none", why="the model has no use for it"))
+    tied = any(len(found) > 1 for found in places.values())
+    kinds = {path: _kind(module) for path, module in modules.items()}
+    return Layout(
+        places,
+        {path: kind for path, kind in kinds.items() if kind in PAIRED},
+        tied,
+        next((p for p, m in modules.items() if m is model.get_input_embeddings()), ""),
+        str(model.config.model_type),
+        model.config.to_dict(),
+    )
+
+
+def _clause(error: DeltafoldError) -> str:
+    return re.split(r"[;.] ?$|; ", str(error))[0]
+
+
+def _kind(module: nn.Module) -> Kind:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if type(module).__name__ == "Conv1D":  # GPT-2's; importing it would import all of transformers
+        return "conv1d"
+    return "none"
+
+
+def _place(modules: dict[str, nn.Module], parameter: str, group: Group) -> Place:
+    path, _, leaf = parameter.rpartition(".")
+    module = modules[path]
+    kind, role = _kind(module), role_of(parameter)
+    if group.converter is not None:
+        why = "experts are one parameter to transformers; a pair reaches modules only"
+        return Place(path, "none", why=why)
+    if kind != "none" and leaf == "weight":
+        rest = kind == "embedding" or role in ("embedding", "head")
+        return Place(path, kind, rest=rest)
+    if kind != "none":
+        return Place(path, "none", rest=True, why="the bias of a layer that takes a pair")
+    is_leaf = next(module.children(), None) is None
+    if is_leaf and all(each.dim() <= 1 for each in module.parameters()):
+        return Place(path, "whole", rest=True)
+    return Place(
+        path, "none", rest=role == "router", why="its module is no layer that takes a pair"
+    )

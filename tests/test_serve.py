@@ -1,0 +1,143 @@
+"""What is given to the engine, and what is said to one that runs; the engine itself is played."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import PairFiles
+from refusals import refused
+
+from deltafold.cli.serve import named_paths
+from deltafold.errors import UsageError
+from deltafold.verbs.serve import ServeError, add_adapter, prepare, remove_adapter, served_names
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A PEFT adapter that deltafold did not make, of mixed ranks."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"r": 8, "rank_pattern": {"q": 100}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def vllm(tmp_path: Path) -> Path:
+    """A program that writes down how it was called."""
+    program = tmp_path / "vllm"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/called\n'
+        f"echo $VLLM_ALLOW_RUNTIME_LORA_UPDATING >> {tmp_path}/called\nexit 3\n"
+    )
+    program.chmod(0o755)
+    return program
+
+
+class _Engine(BaseHTTPRequestHandler):
+    names: list[str]
+
+    def do_GET(self) -> None:
+        self._answer(200, {"data": [{"id": name} for name in self.names]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name = body["lora_name"]
+        if self.path == "/v1/load_lora_adapter":
+            assert Path(body["lora_path"], "adapter_config.json").is_file()
+            if name in self.names:
+                self._answer(400, {"error": {"message": f"{name} is there\nalready."}})
+                return
+            self.names.append(name)
+        elif self.path == "/v1/unload_lora_adapter":
+            self.names.remove(name)
+        self._answer(200, {})
+
+    def _answer(self, code: int, body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def engine() -> Iterator[str]:
+    _Engine.names = ["base"]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Engine)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_command_line_of_the_engine(pair: PairFiles, adapter: Path, vllm: Path) -> None:
+    serving = prepare(pair.base, {"math": adapter}, vllm=vllm, port=8123, extra=["--dtype", "half"])
+    assert serving.command == [
+        str(vllm), "serve", str(pair.base), "--host", "127.0.0.1", "--port", "8123",
+        "--enable-lora", "--max-lora-rank", "128", "--max-loras", "1",
+        "--lora-modules", f"math={adapter}", "--dtype", "half",
+    ]  # fmt: skip
+    assert serving.environment == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+
+
+def test_room_for_ranks(pair: PairFiles, adapter: Path, vllm: Path) -> None:
+    roomy = prepare(pair.base, {"math": adapter}, vllm=vllm, max_rank=300)
+    assert roomy.command[roomy.command.index("--max-lora-rank") + 1] == "320"
+    refused(UsageError, lambda: prepare(pair.base, {"m": adapter}, vllm=vllm, max_rank=64), "100")
+    refused(UsageError, lambda: prepare(pair.base, {"m": adapter}, vllm=vllm, max_rank=600), "512")
+
+
+def test_without_vllm(pair: PairFiles, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    refused(UsageError, lambda: prepare(pair.base, {"m": adapter}), "deltafold[serve]", "--vllm")
+    refused(UsageError, lambda: prepare(pair.base, {"m": adapter}, vllm="none/vllm"), "none/vllm")
+
+
+def test_add_and_remove(engine: str, adapter: Path) -> None:
+    add_adapter(engine, "math", adapter)
+    assert served_names(f"{engine}/v1") == ["base", "math"]
+    refused(ServeError, lambda: add_adapter(engine, "math", adapter), "math is there already")
+    remove_adapter(engine, "math")
+    assert served_names(engine) == ["base"]
+
+
+def test_no_engine(adapter: Path) -> None:
+    refused(ServeError, lambda: add_adapter("http://127.0.0.1:9", "math", adapter), "--to")
+    refused(UsageError, lambda: remove_adapter("file:///etc/passwd", "math"), "http://")
+    refused(UsageError, lambda: add_adapter("http://127.0.0.1:9", "math", "none"), "none")
+
+
+def test_names() -> None:
+    refused(UsageError, lambda: named_paths(["math.delta"], "--delta"), "NAME=ARCHIVE")
+    refused(UsageError, lambda: named_paths(["a=x", "a=y"], "--delta"), "twice")
+
+
+@pytest.mark.integration
+def test_the_command(
+    deltafold: Any, pair: PairFiles, adapter: Path, vllm: Path, engine: str, tmp_path: Path
+) -> None:
+    given = f"math={adapter}"
+    shown = deltafold("serve", pair.base, "--delta", given, "--vllm", vllm, "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert "--enable-lora" in shown.stdout and not (tmp_path / "called").exists()
+    ran = deltafold("serve", pair.base, "--delta", given, "--vllm", vllm, "--", "--dtype", "half")
+    assert ran.returncode == 3  # the engine's own
+    called = (tmp_path / "called").read_text()
+    assert called.startswith(f"serve {pair.base}") and called.endswith("--dtype half\nTrue\n")
+    added = deltafold("serve", "--add", given, "--to", engine)
+    assert added.returncode == 0 and "base, math" in added.stdout, added.stderr
+    removed = deltafold("serve", "--remove", "math", "--to", engine)
+    assert removed.returncode == 0 and "math" not in removed.stdout
+    nothing = deltafold("serve", PATH=os.environ["PATH"])
+    assert nothing.returncode == 2 and "--delta" in nothing.stderr
