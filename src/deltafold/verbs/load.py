@@ -1,4 +1,4 @@
-"""`load`: base and archive become a ready `transformers` model in memory; nothing goes to disk."""
+"""`load`: an archive on its base, or a composed model, as a ready `transformers` model in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from deltafold.archive import Archive, Tensor
 from deltafold.checkpoint import open_checkpoint
 from deltafold.engine import Progress, Task, run_tasks
-from deltafold.errors import MismatchError
+from deltafold.errors import MismatchError, UsageError
 from deltafold.verbs.decode import (
     assembled,
     check_base_headers,
@@ -22,6 +22,7 @@ from deltafold.verbs.decode import (
     checked_rows,
     decoded_rows,
 )
+from deltafold.verbs.share_load import is_shared, load_shared
 
 
 def load_state(
@@ -79,18 +80,23 @@ def side_files(archive: str | Path, base: str | Path, folder: Path) -> None:
 
 def load(
     archive: str | Path,
-    base: str | Path,
+    base: str | Path | None = None,
     *,
     workers: int | None = None,
     progress: Progress | None = None,
     **from_pretrained: Any,
 ) -> Any:
-    """A ready `transformers` model: the fine-tune of `archive` on `base`.
+    """A ready `transformers` model: the fine-tune of `archive` on `base`, or a composed model.
 
+    What `share` and `factor` write is whole in itself: `load(folder)`, without a base.
     `from_pretrained` takes what `AutoModelForCausalLM.from_pretrained` takes (dtype, device_map,
     attn_implementation, ...). The dtype defaults to that of the checkpoint. Raises ArchiveError,
-    MismatchError.
+    MismatchError, UsageError.
     """
+    if is_shared(archive):
+        return load_shared(archive, **from_pretrained)
+    if base is None:
+        raise UsageError(f"{archive} is not a model by itself; give the base of the archive, too.")
     state = load_state(archive, base, workers=workers, progress=progress)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
