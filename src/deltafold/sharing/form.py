@@ -11,6 +11,13 @@
 A part is some rows with factors of rank r: A (r, in) and B (rows, r). Null: own. Else the name of the
 factor's owner, such as "model.layers.2.mlp.up_proj.delta.0". Own tensors go by the names NAME.weight,
 NAME.bias, NAME.delta.N.a and NAME.delta.N.b; everything else in the file is the model's as it was.
+
+    "experts": {
+      "model.layers.3.mlp.experts.down_proj":          a parameter of stacked experts, count x out x in
+        {"count": 8, "shape": [4096, 14336], "rank": 200, "mean": true},  ...
+
+Of it stay NAME_delta.mean (out, in) if it has one, NAME_delta.a (count, rank, in) and NAME_delta.b
+(count, out, rank): expert e is mean + B_e A_e.
 """
 
 from __future__ import annotations
@@ -79,12 +86,29 @@ class Linear(_Frozen):
         return sum(math.prod(shape) for _, shape in self.tensors(""))
 
 
+class Experts(_Frozen):
+    """Stacked experts of one parameter; `shape` is (out, in) of one of them."""
+
+    count: int = Field(gt=0)
+    shape: tuple[int, int]
+    rank: int = Field(gt=0)
+    mean: bool = False
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Shape]]:
+        """(name, shape) of what stands for the parameter, in the order in which it is written."""
+        if self.mean:
+            yield f"{name}_delta.mean", self.shape
+        yield f"{name}_delta.a", (self.count, self.rank, self.shape[1])
+        yield f"{name}_delta.b", (self.count, self.shape[0], self.rank)
+
+
 class Form(_Frozen):
     """A whole model's composed layers, by module name; a lender stands before who borrows."""
 
     version: Literal[1] = FORM_VERSION
     method: dict[str, Any] = {}
     linears: dict[str, Linear] = {}
+    experts: dict[str, Experts] = {}
 
     def to_json(self) -> dict[str, Any]:
         """What stands in the config."""

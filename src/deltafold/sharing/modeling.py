@@ -106,6 +106,36 @@ class ComposedLinear(nn.Module):
         return (dense.T if self.transposed else dense).contiguous()
 
 
+class StackedDelta(nn.Module):
+    """Experts as mean + B A each: what stands for a parameter (count, out, in). Made when asked for."""
+
+    def __init__(self, entry: dict[str, Any]):
+        super().__init__()
+        (rows, columns), count, rank = entry["shape"], entry["count"], entry["rank"]
+        self.a = nn.Parameter(torch.empty(count, rank, columns))
+        self.b = nn.Parameter(torch.empty(count, rows, rank))
+        self.mean = nn.Parameter(torch.empty(rows, columns)) if entry.get("mean") else None
+
+    def forward(self) -> torch.Tensor:
+        """(count, out, in)"""
+        made = torch.bmm(self.b, self.a)
+        return made if self.mean is None else made + self.mean
+
+
+def put_experts(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
+    """Let a parameter of stacked experts be computed from its factors; the module keeps its code."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    held = module._parameters.pop(leaf)
+    made = StackedDelta(entry)
+    for each in made.parameters():
+        each.data = each.data.to(held.device, held.dtype)
+    module.add_module(f"{leaf}_delta", made)
+    kind = type(module)
+    computed = property(lambda self: self._modules[f"{leaf}_delta"]())
+    module.__class__ = type(kind.__name__, (kind,), {leaf: computed, "__module__": kind.__module__})
+
+
 def compose(model: nn.Module, form: dict[str, Any]) -> dict[str, nn.Module]:
     """Put composed layers into a model, in place; the layers that stood there, by name.
 
@@ -126,6 +156,8 @@ def compose(model: nn.Module, form: dict[str, Any]) -> dict[str, nn.Module]:
             each.data = each.data.to(held.device, held.dtype)
         put(model, name, made)
         originals[name] = original
+    for name, entry in form.get("experts", {}).items():
+        put_experts(model, name, entry)
     return originals
 
 

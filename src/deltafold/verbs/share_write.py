@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ Tensors = Callable[[str], torch.Tensor]
 class Source:
     """A base checkpoint, the class of its model, and the tensor that each parameter is stored in.
 
-    `stored` leaves out parameters that are made of several tensors (experts that are stacked).
+    `stored` leaves out parameters that are made of several tensors. Of those, `stacks` has stacked
+    experts: their tensors by expert, then by rows.
     """
 
     checkpoint: Checkpoint
     kind: type
     stored: dict[str, str]
+    stacks: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Source:
@@ -49,7 +51,12 @@ class Source:
         stored = {
             name: group.names[0] for name, group in groups.items() if group.converter is None
         }
-        return cls(checkpoint, type(model), stored)
+        stacks = {
+            name: tuple(zip(*group.sources.values(), strict=True))
+            for name, group in groups.items()
+            if group.converter is not None and group.is_experts
+        }
+        return cls(checkpoint, type(model), stored, stacks)
 
     def tensor_of(self, parameter: str) -> str:
         """The checkpoint tensor of a parameter. Raises MismatchError."""
@@ -181,6 +188,14 @@ def _shared(
             _Write((name, dtype, shape), lambda n=name: tensors(n))  # type: ignore[misc]
             for name, shape in owned.items()
         ]
+    for path, entry in form.experts.items():
+        names = [name for expert in source.stacks[path] for name in expert]
+        gone |= set(names)
+        dtype = source.checkpoint.tensors[names[0]].dtype
+        new += [
+            _Write((name, dtype, shape), lambda n=name: tensors(n))  # type: ignore[misc]
+            for name, shape in entry.tensors(path)
+        ]
     return [*_copies(source, gone, replaced), *new]
 
 
@@ -196,15 +211,37 @@ def _dense(
                 "--dense."
             )
         weights[source.tensor_of(f"{path}.weight")] = (path, linear)
+    experts = {
+        name: (path, expert, part)
+        for path in form.experts
+        for expert, names in enumerate(source.stacks[path])
+        for part, name in enumerate(names)
+    }
     made = []
     for each in _copies(source, set(), replaced):
         name = each.spec[0]
-        if name in weights:
+        if name in experts:
+            rows = each.spec[2][0]
+            make_expert: Any = lambda e=experts[name], r=rows: _expert(form, tensors, *e, r)  # noqa: E731
+            made.append(_Write(each.spec, make_expert))
+        elif name in weights:
             path, linear = weights[name]
             make: Any = lambda p=path, e=linear: dense_weight(source, form, tensors, p, e, replaced)  # noqa: E731
             made.append(_Write(each.spec, make))
         else:
             made.append(each)
+    return made
+
+
+def _expert(
+    form: Form, tensors: Tensors, path: str, expert: int, part: int, rows: int
+) -> torch.Tensor:
+    """Some rows of one expert in fp32."""
+    chosen = slice(part * rows, (part + 1) * rows)
+    b, a = tensors(f"{path}_delta.b")[expert, chosen], tensors(f"{path}_delta.a")[expert]
+    made = b.float() @ a.float()
+    if form.experts[path].mean:
+        made += tensors(f"{path}_delta.mean")[chosen].float()
     return made
 
 
