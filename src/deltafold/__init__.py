@@ -16,7 +16,7 @@ from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
 
 if TYPE_CHECKING:
-    from deltafold.choosing import compress, fold, merge
+    from deltafold.choosing import compress, factor, fold, merge
     from deltafold.evaluation import evaluate
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
@@ -33,6 +33,7 @@ _VERBS = {
     "load": "deltafold.verbs.load",
     "merge": "deltafold.choosing",
     "fold": "deltafold.choosing",
+    "factor": "deltafold.choosing",
     "evaluate": "deltafold.evaluation",
 }
 
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "factor",
     "fold",
     "inspect",
     "load",

@@ -13,6 +13,7 @@ import typer
 
 from deltafold.cli.compress import compress
 from deltafold.cli.evaluate import evaluate
+from deltafold.cli.factor import factor
 from deltafold.cli.fold import fold
 from deltafold.cli.inspect import inspect
 from deltafold.cli.merge import merge
@@ -35,7 +36,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, compress, inspect, verify, restore, merge, fold, evaluate, report, methods):
+for command in (
+    plan, compress, inspect, verify, restore, merge, fold, factor, evaluate, report, methods,
+):  # fmt: skip
     app.command()(command)
 
 

@@ -50,6 +50,7 @@ def _roles(job: Job, ranks: Ranks) -> list[Record]:
         dense = sum(unit.dense for unit in units)
         found.append({
             "role": role,
+            "layers": sum(len(unit.rows) for unit in units),
             "units": len(units),
             "dense_units": len(units) - len(factored),
             "blocks_together": max(len(unit.blocks) for unit in units),

@@ -1,0 +1,43 @@
+"""`factor` with what it costs and saves measured on tasks: the model before and after, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltafold.choosing.fold import before_and_after, settled
+from deltafold.record import Record
+from deltafold.verbs.factor_model import factor as factor_verb
+
+
+def factor(
+    model: str | Path,
+    output: str | Path,
+    method: str = "lord",
+    *,
+    tasks: Sequence[str | Path] = (),
+    limit: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+    **settings: Any,
+) -> Record:
+    """Factor a model into the folder `output`; see `deltafold.verbs.factor_model` for `settings`.
+
+    Args:
+        tasks: files of rows, as `evaluate` takes them, that the model answers before and after; at
+            most `limit` rows of each. Then the record also has tokens a second and bytes of weights.
+        dtype, device: of that measurement; `auto` is the model's own.
+
+    Returns the record. Raises DeltafoldError; nothing is left under `output` then.
+
+    >>> factor("smollm2/", "small/", "lord", parameters=0.8, tasks=["sums.jsonl"])  # doctest: +SKIP
+    """
+    if not tasks:
+        return factor_verb(model, output, method, **settings)
+    asked = settled(model, tasks, limit, batch_size, dtype, device)
+    record = factor_verb(model, output, method, **settings)
+    if settings.get("dry_run"):
+        return record
+    return before_and_after(record, asked, model, output, "factored", settings)
