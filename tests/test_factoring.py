@@ -47,9 +47,10 @@ def test_the_error_is_the_tail_of_the_whitened_spectrum(shape: tuple[int, int]) 
     assert torch.allclose(made.s, values[:5], rtol=1e-5)
     plain = whitened_svd(weight, None, 5, key=1)
     assert output_error(weight, plain.q @ plain.a, gram)[0] > 1.01 * error
-    assert output_error(weight, plain.q @ plain.a, None)[0] < output_error(
-        weight, made.q @ made.a, None
-    )[0]
+    assert (
+        output_error(weight, plain.q @ plain.a, None)[0]
+        < output_error(weight, made.q @ made.a, None)[0]
+    )
 
 
 @pytest.mark.parametrize("known", [400, 4, 0])

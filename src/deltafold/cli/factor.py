@@ -17,9 +17,7 @@ def factor(
         str, typer.Option("--method", "-m", help="See docs/commands/factor.md for all.")
     ] = "lord",
     parameters: Annotated[float, typer.Option(help="Share of all parameters to keep.")] = 0.8,
-    group: Annotated[
-        int, typer.Option(help="basis-sharing: blocks with one basis together.")
-    ] = 2,
+    group: Annotated[int, typer.Option(help="basis-sharing: blocks with one basis together.")] = 2,
     grouping: Annotated[
         str, typer.Option(help="basis-sharing: neighbours, or blocks with alike inputs.")
     ] = "neighbours",

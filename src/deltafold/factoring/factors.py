@@ -1,8 +1,8 @@
 """Factors of one matrix: W ~ B A, plain or for its inputs, with a bias for the mean of the outputs.
 
-    plain      truncated SVD of W
-    whitened   truncated SVD of W L, G = L L^T = E[x x^T]                    LoRD (arXiv 2309.14021)
-    centred    the same of the covariance G - mu mu^T, and a bias (W - B A) mu: the mean is exact
+plain      truncated SVD of W
+whitened   truncated SVD of W L, G = L L^T = E[x x^T]                    LoRD (arXiv 2309.14021)
+centred    the same of the covariance G - mu mu^T, and a bias (W - B A) mu: the mean is exact
 """
 
 from __future__ import annotations

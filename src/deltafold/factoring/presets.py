@@ -40,7 +40,9 @@ class Method:
     def of(cls, name: str) -> Method:
         """The row of a name. Raises UsageError with the nearest names."""
         if name not in METHODS:
-            raise UsageError(f"There is no method {name!r} to factor by; {nearest(name, list(METHODS))}")
+            raise UsageError(
+                f"There is no method {name!r} to factor by; {nearest(name, list(METHODS))}"
+            )
         return METHODS[name]
 
 

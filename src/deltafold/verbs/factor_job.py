@@ -125,9 +125,7 @@ def _group_size(method: Method, matrix: Matrix, group: int) -> int:
     return group if shares else 1
 
 
-def _matrices(
-    model: nn.Module, names: Sequence[str], source: Source
-) -> list[Matrix]:
+def _matrices(model: nn.Module, names: Sequence[str], source: Source) -> list[Matrix]:
     """Linear layers and stacked experts of the decoder's blocks, in their order."""
     found = []
     for block, prefix in enumerate(names):

@@ -140,7 +140,7 @@ def factor(
             memory_bytes=memory_bytes, progress=progress,
         )  # fmt: skip
         quality = work.quality(ranks, store) if measure is not None else {}
-        result = (
+        result: Record = (
             {"record_version": RECORD_VERSION, "kind": "factor"}
             | summary(job, ranks)
             | outcome(job, ranks, store)

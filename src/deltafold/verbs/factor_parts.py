@@ -1,8 +1,8 @@
 """The factors of one unit: weights and moments of its matrices in, tensors of the form out.
 
-    NAME.delta.0.a, NAME.delta.0.b   of a layer; A belongs to the first block of a group
-    NAME.bias                        where the mean is kept by a bias
-    NAME_delta.a, .b, .mean          of stacked experts (E, r, i), (E, o, r), (o, i)
+NAME.delta.0.a, NAME.delta.0.b   of a layer; A belongs to the first block of a group
+NAME.bias                        where the mean is kept by a bias
+NAME_delta.a, .b, .mean          of stacked experts (E, r, i), (E, o, r), (o, i)
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def stored_dtype(job: Job, matrix: Matrix) -> torch.dtype:
     return DTYPES[job.checkpoint.tensors[matrix.tensors[0][0]].dtype]
 
 
-def make_unit(
-    job: Job, unit: Unit, rank: int, moments_of: MomentsOf, settings: Settings
-) -> Made:
+def make_unit(job: Job, unit: Unit, rank: int, moments_of: MomentsOf, settings: Settings) -> Made:
     """Factors of a unit at a rank."""
     if job.matrices[unit.name].stacked:
         return _stacked(job, unit, rank, moments_of, settings)
@@ -100,9 +98,7 @@ def make_unit(
     return Made(tensors, lost, whole)
 
 
-def _stacked(
-    job: Job, unit: Unit, rank: int, moments_of: MomentsOf, settings: Settings
-) -> Made:
+def _stacked(job: Job, unit: Unit, rank: int, moments_of: MomentsOf, settings: Settings) -> Made:
     """Experts of one block, with their mean where the method stores it."""
     matrix = job.matrices[unit.name]
     weights = [read_matrix(job, matrix, n) for n in range(len(matrix.tensors))]

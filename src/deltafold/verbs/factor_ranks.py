@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from deltafold.calibration import StreamedModel
-from deltafold.coding.counter import derive_key
 from deltafold.engine import Progress, Step
 from deltafold.errors import UsageError
 from deltafold.factoring import bolaco, lorc, welore
-from deltafold.factoring.factors import input_gram
 from deltafold.factoring.units import Ranks, Unit, ranks_for
 from deltafold.verbs.factor_job import Job
-from deltafold.verbs.factor_parts import MomentsOf, Settings, read_matrix, stored_dtype
+from deltafold.verbs.factor_parts import MomentsOf, Settings, read_matrix
 from deltafold.verbs.factor_store import Candidate, Store
 from deltafold.verbs.fold_states import Probe
-from deltafold.whitening import apply_root, input_root, whitened_svd
 
 Notes = dict[str, Any]
 
@@ -46,9 +41,7 @@ def depth_ranks(job: Job, progress: Progress | None) -> tuple[Ranks, Notes]:
     return ranks, {"weights": [weights[block] for block in sorted(weights)]}
 
 
-def _spectra(
-    job: Job, moments_of: MomentsOf, progress: Progress | None
-) -> list[torch.Tensor]:
+def _spectra(job: Job, moments_of: MomentsOf, progress: Progress | None) -> list[torch.Tensor]:
     """All singular values of every unit (of its first expert, where it has several), descending.
 
     From the smaller Gram matrix, without vectors.
@@ -78,9 +71,7 @@ class Search:
             if progress:
                 progress(Step("reach", unit.name, number + 1, len(self.job.units), 0))
 
-    def _reach(
-        self, number: int, unit: Unit, moments_of: MomentsOf, settings: Settings
-    ) -> None:
+    def _reach(self, number: int, unit: Unit, moments_of: MomentsOf, settings: Settings) -> None:
         from deltafold.verbs.factor_parts import make_unit
 
         made = make_unit(self.job, unit, unit.most, moments_of, settings)
@@ -129,7 +120,9 @@ class _Cut(Candidate):
         if matrix.stacked:
             rows = matrix.shape[0] // len(matrix.tensors[expert])
             b = self.store.tensor(f"{module}_delta.b")[expert, part * rows : (part + 1) * rows]
-            return b[:, :rank].float() @ self.store.tensor(f"{module}_delta.a")[expert, :rank].float()
+            return (
+                b[:, :rank].float() @ self.store.tensor(f"{module}_delta.a")[expert, :rank].float()
+            )
         b = self.store.tensor(f"{module}.delta.0.b")[:, :rank].float()
         made = b @ self.store.tensor(f"{unit.name}.delta.0.a")[:rank].float()
         return made.T.contiguous() if matrix.transposed else made

@@ -97,4 +97,8 @@ def outcome(job: Job, ranks: Ranks, store: Store) -> Record:
     for role in roles:
         found = lost.get(role["role"], [])
         role["relative_error"] = sum(found) / len(found) if found else 0.0
-    return {"units": units, "roles": roles, "error_of": "outputs" if job.method.whitened else "weights"}
+    return {
+        "units": units,
+        "roles": roles,
+        "error_of": "outputs" if job.method.whitened else "weights",
+    }

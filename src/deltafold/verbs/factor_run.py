@@ -114,9 +114,7 @@ class Run:
             rank = self.ranks[number]
             assert rank is not None
             made = make_unit(self.job, self.job.units[number], rank, moments_of, self.settings)
-            return self.store.save(
-                number, made.tensors, {"lost": made.lost, "whole": made.whole}
-            )
+            return self.store.save(number, made.tensors, {"lost": made.lost, "whole": made.whole})
 
         tasks = []
         for number in filter(self._is_open, numbers):

@@ -149,7 +149,9 @@ class Probe:
         """`measure` of the draft whose states are in `started`."""
         return self._measured(self.model.with_weights(draft.tensor), started)
 
-    def without(self, draft: Runnable, started: Pass, positions: Collection[int]) -> dict[str, float]:
+    def without(
+        self, draft: Runnable, started: Pass, positions: Collection[int]
+    ) -> dict[str, float]:
         """`measure` of the draft without the blocks at some positions; `started` is its `start`."""
         model, first = self.model.with_weights(draft.tensor), min(positions)
         rest = [n for p, n in enumerate(draft.numbers) if p > first and p not in positions]

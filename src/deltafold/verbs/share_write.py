@@ -48,9 +48,7 @@ class Source:
         """Raises CheckpointError, MismatchError for what transformers cannot build."""
         model = build(checkpoint.path)
         groups = wire(model, checkpoint.tensors)
-        stored = {
-            name: group.names[0] for name, group in groups.items() if group.converter is None
-        }
+        stored = {name: group.names[0] for name, group in groups.items() if group.converter is None}
         stacks = {
             name: tuple(zip(*group.sources.values(), strict=True))
             for name, group in groups.items()
@@ -222,7 +220,7 @@ def _dense(
         name = each.spec[0]
         if name in experts:
             rows = each.spec[2][0]
-            make_expert: Any = lambda e=experts[name], r=rows: _expert(form, tensors, *e, r)  # noqa: E731
+            make_expert: Any = lambda e=experts[name], r=rows: _expert(form, tensors, e, r)  # noqa: E731
             made.append(_Write(each.spec, make_expert))
         elif name in weights:
             path, linear = weights[name]
@@ -234,9 +232,10 @@ def _dense(
 
 
 def _expert(
-    form: Form, tensors: Tensors, path: str, expert: int, part: int, rows: int
+    form: Form, tensors: Tensors, place: tuple[str, int, int], rows: int
 ) -> torch.Tensor:
-    """Some rows of one expert in fp32."""
+    """Some rows of one expert in fp32; `place` is (parameter, expert, which part of its rows)."""
+    path, expert, part = place
     chosen = slice(part * rows, (part + 1) * rows)
     b, a = tensors(f"{path}_delta.b")[expert, chosen], tensors(f"{path}_delta.a")[expert]
     made = b.float() @ a.float()
@@ -245,9 +244,7 @@ def _expert(
     return made
 
 
-def _copies(
-    source: Source, gone: set[str], replaced: Mapping[str, torch.Tensor]
-) -> list[_Write]:
+def _copies(source: Source, gone: set[str], replaced: Mapping[str, torch.Tensor]) -> list[_Write]:
     return [
         _Write(
             (name, info.dtype, tuple(info.shape)),
