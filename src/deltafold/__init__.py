@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from deltafold.verbs.load import load
     from deltafold.verbs.plan import plan
     from deltafold.verbs.restore import restore
+    from deltafold.verbs.share import share
     from deltafold.verbs.verify import verify
 
 _VERBS = {
@@ -33,6 +34,7 @@ _VERBS = {
     "load": "deltafold.verbs.load",
     "merge": "deltafold.choosing",
     "fold": "deltafold.choosing",
+    "share": "deltafold.verbs.share",
     "evaluate": "deltafold.evaluation",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "merge",
     "plan",
     "restore",
+    "share",
     "verify",
 ]
 
