@@ -45,7 +45,9 @@ def input_root(second: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     diagonal = g if g.ndim == 1 else g.diagonal()
     mean = float(diagonal.mean())
     if not mean > 0:  # no input at all: every direction counts alike
-        return torch.ones(len(g), dtype=torch.float64) if g.ndim == 1 else torch.eye(len(g)).double()
+        return (
+            torch.ones(len(g), dtype=torch.float64) if g.ndim == 1 else torch.eye(len(g)).double()
+        )
     if g.ndim == 1:
         return (g.clamp_min(0) + damping * mean).sqrt()
     while damping <= MOST_DAMPING:

@@ -20,6 +20,7 @@ from deltafold.cli.methods import methods
 from deltafold.cli.plan import plan
 from deltafold.cli.report import report
 from deltafold.cli.restore import restore
+from deltafold.cli.share import share
 from deltafold.cli.verify import verify
 from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
@@ -35,7 +36,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, compress, inspect, verify, restore, merge, fold, evaluate, report, methods):
+for command in (
+    plan, compress, inspect, verify, restore, merge, fold, share, evaluate, report, methods,
+):  # fmt: skip
     app.command()(command)
 
 

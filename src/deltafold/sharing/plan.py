@@ -75,7 +75,9 @@ class Request:
         if not 0.05 <= self.split <= 20:
             raise UsageError(f"split lies between 0.05 and 20, and {self.split:g} does not.")
         if self.method == "drop-mlp" and self.matrices != "mlp":
-            raise UsageError("drop-mlp drops MLPs, so it shares no attention; leave out --matrices.")
+            raise UsageError(
+                "drop-mlp drops MLPs, so it shares no attention; leave out --matrices."
+            )
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,9 @@ def make_plan(
     pairs = _pairs(structure, request, costs)
     parts = MATRICES[request.matrices]
     for block, anchor in pairs:
-        here, there = ([(x.local, x.shape) for x in structure.of(n, parts)] for n in (block, anchor))
+        here, there = (
+            [(x.local, x.shape) for x in structure.of(n, parts)] for n in (block, anchor)
+        )
         if here != there:
             raise MismatchError(
                 f"Blocks {anchor} and {block} of {structure.label} have layers of different shapes, "

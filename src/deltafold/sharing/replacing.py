@@ -83,7 +83,7 @@ class Swap:
         for layer, original in self.layers:
             layer.__dict__.pop("forward", None)
             if not composed:
-                layer.forward = original.forward  # type: ignore[method-assign]
+                layer.forward = original.forward
 
 
 class SharedStudent:
@@ -103,7 +103,7 @@ class SharedStudent:
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Of the student, as last drawn: (b, t) -> (b, t, vocabulary)."""
-        return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+        return self.model(input_ids=ids, use_cache=False).logits
 
     def teacher(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits of the original model."""

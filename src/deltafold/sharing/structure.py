@@ -97,7 +97,10 @@ def read_structure(
         label,
         str(model.config.model_type),
         tuple(names),
-        tuple(tuple(_layers(block, name, heads, groups)) for block, name in zip(blocks, names, strict=True)),
+        tuple(
+            tuple(_layers(block, name, heads, groups))
+            for block, name in zip(blocks, names, strict=True)
+        ),
         any(
             each.dim() == 3 and role_of(f"{name}.{local}") == "expert"
             for block, name in zip(blocks, names, strict=True)
@@ -122,7 +125,9 @@ def _layers(block: nn.Module, name: str, heads: int, groups: int) -> list[Layer]
         transposed = isinstance(module, Conv1D)
         o, i = module.weight.shape[::-1] if transposed else module.weight.shape
         rows = _rows(local, int(o), heads, groups)
-        found.append(Layer(local, part, (int(o), int(i)), rows, transposed, module.bias is not None))
+        found.append(
+            Layer(local, part, (int(o), int(i)), rows, transposed, module.bias is not None)
+        )
     return found
 
 

@@ -142,9 +142,11 @@ class State:
             }
 
         step, best_step = tensors["steps"].tolist()
-        made = [group(name) for name in ("values", "first", "second", "counts", "best")]
         curve, exams = ([tuple(row) for row in tensors[key].tolist()] for key in ("curve", "exams"))
-        return cls(step, *made, best_step, curve, exams)
+        return cls(
+            step, group("values"), group("first"), group("second"), group("counts"), group("best"),
+            best_step, curve, exams,
+        )  # fmt: skip
 
 
 def train(
@@ -271,7 +273,9 @@ class _Run:
     def check(self, state: State) -> None:
         """Look at held-out text, and bring the state up to date."""
         self.student.begin_exam()
-        ce, kl = self.processes.shared(exam(self.student.logits, self.teacher, self.held, self.device))
+        ce, kl = self.processes.shared(
+            exam(self.student.logits, self.teacher, self.held, self.device)
+        )
         state.exams.append((float(state.step), ce, kl))
         state.values = self._values()
         for name, parameter in zip(self.names, self.parameters, strict=True):

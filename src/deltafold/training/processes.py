@@ -75,7 +75,8 @@ class Processes:
 
         box: list[Any] = [thing]
         distributed.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[no-any-return]
+        thing = box[0]
+        return thing
 
     def end(self) -> None:
         """Leave the others."""

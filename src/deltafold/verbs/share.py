@@ -1,10 +1,10 @@
 """`share`: blocks of one model refer to earlier blocks and keep small deltas, which are then trained.
 
-    plan    which blocks refer to which, at what rank                     sharing/plan.py
-    start   factors of what the blocks differ by                          verbs/share_start.py
-    search  (if asked) numbers of the training, by short trainings        verbs/share_search.py
-    train   teacher and student in one model, module after module         verbs/share_train.py, training/
-    write   the base's tensors but those shared, the factors, the form    verbs/share_write.py
+plan    which blocks refer to which, at what rank                     sharing/plan.py
+start   factors of what the blocks differ by                          verbs/share_start.py
+search  (if asked) numbers of the training, by short trainings        verbs/share_search.py
+train   teacher and student in one model, module after module         verbs/share_train.py, training/
+write   the base's tensors but those shared, the factors, the form    verbs/share_write.py
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ def share(
     >>> share("smollm2/", "shared/", parameters=0.88, train="text.jsonl", steps=500)  # doctest: +SKIP
     """
     out = Path(output)
-    request = Request(
-        method, shared, rank, parameters, placement, matrices, tuple(protect), split
-    )
+    request = Request(method, shared, rank, parameters, placement, matrices, tuple(protect), split)
     request.check()
     check_start(start, align, MATRICES[matrices])
     check_tune(tune)

@@ -224,7 +224,9 @@ class Run:
             )  # fmt: skip
             found |= self._curves(state)
             values = rounded(
-                {name: p.detach().cpu() for name, p in student.parameters.items()}, self.source, form
+                {name: p.detach().cpu() for name, p in student.parameters.items()},
+                self.source,
+                form,
             )
             set_values(student, values)
             found["quality"]["trained"] = quality(student, teacher, judged, self.device)
@@ -261,7 +263,9 @@ class Run:
         for first in range(0, len(state.curve), each):
             rows = state.curve[first : first + each]
             means = [sum(values) / len(rows) for values in zip(*rows, strict=True)]
-            curve.append({"step": int(rows[-1][0]), "loss": means[1], "ce": means[2], "kl": means[3]})
+            curve.append(
+                {"step": int(rows[-1][0]), "loss": means[1], "ce": means[2], "kl": means[3]}
+            )
         schedule = self.numbers.schedule
         return {
             "steps_done": state.step,
@@ -276,5 +280,3 @@ class Run:
                 "points": schedule.table(len(self.plan.groups), self.steps),
             },
         }
-
-

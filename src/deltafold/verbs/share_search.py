@@ -117,5 +117,3 @@ def _propose(trial: Any) -> Record:
         "replace_stagger": trial.suggest_float("replace_stagger", 0.0, 0.95),
         "split": trial.suggest_float("split", 0.25, 4.0, log=True),
     }
-
-

@@ -26,7 +26,9 @@ def check_start(how: str, align: bool, plan_parts: Sequence[str]) -> None:
     if how not in INITIALISATIONS:
         raise UsageError(f"There is no start {how!r}; {nearest(how, list(INITIALISATIONS))}")
     if align and "mlp" not in plan_parts:
-        raise UsageError("Only neurons of MLPs are aligned, and none are shared; leave out --align.")
+        raise UsageError(
+            "Only neurons of MLPs are aligned, and none are shared; leave out --align."
+        )
 
 
 @dataclass
@@ -42,7 +44,9 @@ class Start:
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def factors(
-        self, workers: int | None = None, memory_bytes: int | None = None,
+        self,
+        workers: int | None = None,
+        memory_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> dict[str, torch.Tensor]:
         """All factors by name, fp32."""
@@ -83,12 +87,16 @@ class Start:
         self, path: str, entry: Linear, weight: torch.Tensor, orders: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         if entry.weight is not None:
-            weight = weight - self.source.checkpoint.tensor(
-                self.source.tensor_of(f"{entry.weight}.weight")
-            ).float()
+            weight = (
+                weight
+                - self.source.checkpoint.tensor(
+                    self.source.tensor_of(f"{entry.weight}.weight")
+                ).float()
+            )
         weight = weight.T if entry.transposed else weight
         second = self._second(path, entry, orders)
-        made, start = {}, 0
+        made: dict[str, torch.Tensor] = {}
+        start = 0
         for number, part in enumerate(entry.parts):
             name = f"{path}.delta.{number}"
             rows = weight[start : start + part.rows]
@@ -146,5 +154,3 @@ def _ordered(
     assert split is not None
     kinds = [kind for kind in units if kind.name in orders]
     return rearranged(kinds, orders, split[1], tensor)
-
-

@@ -125,20 +125,18 @@ def fill(
     """Values for what composed layers own: factors in fp32, biases of the layers that stood there."""
     for name in form.factors():
         parent, _, leaf = name.rpartition(".")
-        module = model.get_submodule(parent)
+        module: Any = model.get_submodule(parent)
         held = getattr(module, leaf)
         # A copy: what is trained must not move the values that others start from.
         setattr(module, leaf, nn.Parameter(factors[name].to(held.device, torch.float32, copy=True)))
     for path, linear in form.linears.items():
         if linear.bias:
-            bias = model.get_submodule(path).bias
-            given = changed.get(f"{path}.bias")
-            bias.data = (originals[path].bias if given is None else given).to(bias).clone()
+            layer: Any = model.get_submodule(path)
+            given = changed.get(f"{path}.bias", originals[path].bias)
+            layer.bias.data = given.to(layer.bias).clone()  # type: ignore[operator]
 
 
-def rounded(
-    values: dict[str, torch.Tensor], source: Source, form: Form
-) -> dict[str, torch.Tensor]:
+def rounded(values: dict[str, torch.Tensor], source: Source, form: Form) -> dict[str, torch.Tensor]:
     """Values as the file will hold them."""
     made = {}
     for name, value in values.items():

@@ -46,9 +46,7 @@ class Source:
         """Raises CheckpointError, MismatchError for what transformers cannot build."""
         model = build(checkpoint.path)
         groups = wire(model, checkpoint.tensors)
-        stored = {
-            name: group.names[0] for name, group in groups.items() if group.converter is None
-        }
+        stored = {name: group.names[0] for name, group in groups.items() if group.converter is None}
         return cls(checkpoint, type(model), stored)
 
     def tensor_of(self, parameter: str) -> str:
@@ -208,9 +206,7 @@ def _dense(
     return made
 
 
-def _copies(
-    source: Source, gone: set[str], replaced: Mapping[str, torch.Tensor]
-) -> list[_Write]:
+def _copies(source: Source, gone: set[str], replaced: Mapping[str, torch.Tensor]) -> list[_Write]:
     return [
         _Write(
             (name, info.dtype, tuple(info.shape)),
