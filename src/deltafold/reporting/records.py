@@ -19,6 +19,7 @@ from deltafold.reporting.evaluate_record import EvaluateRecord
 from deltafold.reporting.fold_record import FoldRecord
 from deltafold.reporting.merge_record import MergeRecord
 from deltafold.reporting.record_parts import Number, Part, Run
+from deltafold.reporting.share_record import ShareRecord
 
 # --- benchmark ----------------------------------------------------------------------------------
 
@@ -99,6 +100,7 @@ KnownRecord = (
     | FrontierRecord
     | MergeRecord
     | FoldRecord
+    | ShareRecord
     | PlainRecord
 )
 KINDS: dict[str, type[KnownRecord]] = {
@@ -108,6 +110,7 @@ KINDS: dict[str, type[KnownRecord]] = {
     "frontier": FrontierRecord,
     "merge": MergeRecord,
     "fold": FoldRecord,
+    "share": ShareRecord,
     "restore": PlainRecord,
     "verify": PlainRecord,
     "plan": PlainRecord,
