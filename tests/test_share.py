@@ -142,7 +142,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         "--steps", 4,
     ]  # fmt: skip
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", "0", "-m", "deltafold", *arguments,
     ]  # fmt: skip
