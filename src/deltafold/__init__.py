@@ -16,13 +16,12 @@ from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
 
 if TYPE_CHECKING:
-    from deltafold.choosing import compress, fold, merge
+    from deltafold.choosing import compress, fold, merge, share
     from deltafold.evaluation import evaluate
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
     from deltafold.verbs.plan import plan
     from deltafold.verbs.restore import restore
-    from deltafold.verbs.share import share
     from deltafold.verbs.verify import verify
 
 _VERBS = {
@@ -34,7 +33,7 @@ _VERBS = {
     "load": "deltafold.verbs.load",
     "merge": "deltafold.choosing",
     "fold": "deltafold.choosing",
-    "share": "deltafold.verbs.share",
+    "share": "deltafold.choosing",
     "evaluate": "deltafold.evaluation",
 }
 

@@ -3,5 +3,6 @@
 from deltafold.choosing.compress import compress
 from deltafold.choosing.fold import fold
 from deltafold.choosing.merge import merge
+from deltafold.choosing.share import share
 
-__all__ = ["compress", "fold", "merge"]
+__all__ = ["compress", "fold", "merge", "share"]
