@@ -50,6 +50,10 @@ def write_composed(folder: Path, family: str, form: Form | None = None, **option
     write_deep(folder / "base", family)
     with open_checkpoint(folder / "base") as checkpoint:
         write_shared(
-            Source.of(checkpoint), form, random_factors(form).__getitem__, folder / "shared", **options
+            Source.of(checkpoint),
+            form,
+            random_factors(form).__getitem__,
+            folder / "shared",
+            **options,
         )
     return form

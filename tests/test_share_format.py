@@ -48,7 +48,9 @@ def test_a_layer_by_hand() -> None:
 
 
 def test_a_borrowed_factor_is_owned_once() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Linear(4, 6, bias=False))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 6, bias=False), torch.nn.Linear(4, 6, bias=False)
+    )
     part = Part(rows=6, rank=2)
     form = Form(
         linears={
@@ -79,9 +81,7 @@ def test_every_family_loads_both_ways_and_takes_what_its_specs_say(
     with open_checkpoint(tmp_path / "base") as checkpoint:
         source = Source.of(checkpoint)
         specs = shared_specs(source, form)
-        write_shared(
-            source, form, random_factors(form).__getitem__, tmp_path / "dense", dense=True
-        )
+        write_shared(source, form, random_factors(form).__getitem__, tmp_path / "dense", dense=True)
     files = sorted((tmp_path / "shared").glob("*.safetensors"))
     assert len(files) > 1
     assert sum(map(_data_bytes, files)) == stored_bytes(specs)

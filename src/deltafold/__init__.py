@@ -16,7 +16,7 @@ from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
 
 if TYPE_CHECKING:
-    from deltafold.choosing import compress, factor, fold, merge
+    from deltafold.choosing import compress, factor, fold, merge, share
     from deltafold.evaluation import evaluate
     from deltafold.verbs.inspect import inspect
     from deltafold.verbs.load import load
@@ -34,6 +34,7 @@ _VERBS = {
     "merge": "deltafold.choosing",
     "fold": "deltafold.choosing",
     "factor": "deltafold.choosing",
+    "share": "deltafold.choosing",
     "evaluate": "deltafold.evaluation",
 }
 
@@ -49,6 +50,7 @@ __all__ = [
     "merge",
     "plan",
     "restore",
+    "share",
     "verify",
 ]
 

@@ -4,5 +4,6 @@ from deltafold.choosing.compress import compress
 from deltafold.choosing.factor import factor
 from deltafold.choosing.fold import fold
 from deltafold.choosing.merge import merge
+from deltafold.choosing.share import share
 
-__all__ = ["compress", "factor", "fold", "merge"]
+__all__ = ["compress", "factor", "fold", "merge", "share"]

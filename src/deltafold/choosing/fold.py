@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,70 +53,55 @@ def fold(
     """
     if not tasks:
         return fold_verb(model, output, method, **settings)
-    asked = settled(model, tasks, limit, batch_size, dtype, device)
+    wanted = choose_dtype(dtype)
+    request = Request(tuple(map(str, tasks)), batch_size=batch_size, limit=limit)
+    read_tasks(request.tasks, limit)  # a broken file, and a missing tokenizer, are told of first
+    load_tokenizer(model)
+    where = choose_device(device)
     record = fold_verb(model, output, method, **settings)
     if settings.get("dry_run"):
         return record
-    return before_and_after(record, asked, model, output, "folded", settings)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to be measured before and after, and in what; `dtype` None is the model's own."""
-
-    request: Request
-    dtype: torch.dtype | None
-    device: str
-
-
-def settled(
-    model: str | Path,
-    tasks: Sequence[str | Path],
-    limit: int | None,
-    batch_size: int,
-    dtype: str,
-    device: str | None,
-) -> Asked:
-    """The measurement; a broken file, and a missing tokenizer, are told of before any work."""
-    request = Request(tuple(map(str, tasks)), batch_size=batch_size, limit=limit)
-    asked = Asked(request, choose_dtype(dtype), choose_device(device))
-    read_tasks(request.tasks, limit)
-    load_tokenizer(model)
-    return asked
-
-
-def before_and_after(
-    record: Record,
-    asked: Asked,
-    model: str | Path,
-    output: str | Path,
-    label: str,
-    settings: dict[str, Any],
-) -> Record:
-    """The record with its scores: rows `whole` and `label`, whose KL is on the answers' tokens."""
     with Meter() as meter:
-        record["scores"] = _scores(asked, model, output, label, settings.get("progress"))
+        record["scores"] = before_and_after(
+            request,
+            model,
+            output,
+            wanted,
+            where,
+            settings.get("progress"),
+        )
     record["score_seconds"] = meter.seconds
     write_record(record, Path(settings.get("record") or record_path(Path(output))))
     return record
 
 
-def _scores(
-    asked: Asked, model: str | Path, output: str | Path, label: str, progress: Progress | None
+def before_and_after(
+    request: Request,
+    model: str | Path,
+    output: str | Path,
+    dtype: torch.dtype | None,
+    device: str,
+    progress: Progress | None,
+    labels: tuple[str, str] = ("whole", "folded"),
 ) -> list[dict[str, Any]]:
-    def tell(name: str, done: int) -> None:
+    """A row for each of the two models; that of the second has KL and agreement with the first, too."""
+    before, after = labels
+
+    def tell(label: str, done: int) -> None:
         if progress:
-            progress(Step("score", name, done, 2, 0))
+            progress(Step("score", label, done, 2, 0))
 
     with quiet():
         tokenizer = load_tokenizer(model)
-        plan = Plan(asked.request, tokenizer, end_token_ids(model, tokenizer))
-        tell("whole", 0)
-        with loaded("whole", model, None, asked.dtype, asked.device) as whole:
+        plan = Plan(request, tokenizer, end_token_ids(model, tokenizer))
+        tell(before, 0)
+        with loaded(before, model, None, dtype, device) as whole:
+            if plan.request.texts:
+                plan.cut_texts(whole)
             rows = [_row(plan, whole, None, model)]
-            tell(label, 1)
-            with loaded(label, output, None, asked.dtype, asked.device) as made:
-                rows.append(_row(plan, made, whole, output))
+            tell(after, 1)
+            with loaded(after, output, None, dtype, device) as folded:
+                rows.append(_row(plan, folded, whole, output))
     tell("", 2)
     return rows
 

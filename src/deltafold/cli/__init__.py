@@ -21,6 +21,7 @@ from deltafold.cli.methods import methods
 from deltafold.cli.plan import plan
 from deltafold.cli.report import report
 from deltafold.cli.restore import restore
+from deltafold.cli.share import share
 from deltafold.cli.verify import verify
 from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
@@ -37,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    plan, compress, inspect, verify, restore, merge, fold, factor, evaluate, report, methods,
+    plan, compress, inspect, verify, restore, merge, fold, share, factor, evaluate, report, methods,
 ):  # fmt: skip
     app.command()(command)
 

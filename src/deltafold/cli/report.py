@@ -40,7 +40,7 @@ def report(
 ) -> None:
     """Show what runs did, as tables and figures drawn from their records.
 
-    Takes the records of compress, fold, evaluate, restore, verify, plan and of benchmarks.
+    Takes the records of compress, fold, share, evaluate, restore, verify, plan and of benchmarks.
     Tables go to the terminal; --markdown and --into write them as Markdown, --figures draws.
     """
     from deltafold.cli.show import out

@@ -20,6 +20,7 @@ from deltafold.reporting.factor_record import FactorRecord
 from deltafold.reporting.fold_record import FoldRecord
 from deltafold.reporting.merge_record import MergeRecord
 from deltafold.reporting.record_parts import Number, Part, Run
+from deltafold.reporting.share_record import ShareRecord
 
 # --- benchmark ----------------------------------------------------------------------------------
 
@@ -101,6 +102,7 @@ KnownRecord = (
     | MergeRecord
     | FoldRecord
     | FactorRecord
+    | ShareRecord
     | PlainRecord
 )
 KINDS: dict[str, type[KnownRecord]] = {
@@ -111,6 +113,7 @@ KINDS: dict[str, type[KnownRecord]] = {
     "merge": MergeRecord,
     "fold": FoldRecord,
     "factor": FactorRecord,
+    "share": ShareRecord,
     "restore": PlainRecord,
     "verify": PlainRecord,
     "plan": PlainRecord,

@@ -16,6 +16,7 @@ from deltafold.reporting.fold_tables import fold_tables
 from deltafold.reporting.frontier_tables import frontier_tables
 from deltafold.reporting.merge_tables import merge_tables
 from deltafold.reporting.records import KnownRecord, PlainRecord, understood
+from deltafold.reporting.share_tables import share_tables
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import (
     MISSING,
@@ -235,6 +236,7 @@ MAKERS: dict[str, Callable[[Any], list[Table]]] = {
     "merge": merge_tables,
     "fold": fold_tables,
     "factor": factor_tables,
+    "share": share_tables,
     "restore": plain_tables,
     "verify": plain_tables,
     "plan": plain_tables,

@@ -29,7 +29,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deltafold.errors import CheckpointError
-from deltafold.sharing.modeling import FORM_VERSION
 
 KEY = "deltafold"
 OWN = "own"
@@ -105,7 +104,7 @@ class Experts(_Frozen):
 class Form(_Frozen):
     """A whole model's composed layers, by module name; a lender stands before who borrows."""
 
-    version: Literal[1] = FORM_VERSION
+    version: Literal[1] = 1
     method: dict[str, Any] = {}
     linears: dict[str, Linear] = {}
     experts: dict[str, Experts] = {}

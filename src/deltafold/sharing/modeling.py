@@ -55,11 +55,11 @@ class ComposedLinear(nn.Module):
     as those of GPT-2 do; factors never do.
     """
 
-    def __init__(self, entry: dict[str, Any], anchor: nn.Module | None, parts: list[LowRank]):
+    def __init__(self, entry: dict[str, Any], anchor: nn.Module | None, parts: list[Any]):
         super().__init__()
         self.out_features, self.in_features = entry["shape"]
         self.transposed = bool(entry.get("transposed"))
-        self.anchor = () if anchor is None else (anchor,)
+        self.anchor: tuple[Any, ...] = () if anchor is None else (anchor,)
         shape = (self.in_features, self.out_features) if self.transposed else tuple(entry["shape"])
         if entry.get("weight") == "own":
             self.weight = nn.Parameter(torch.empty(shape))
@@ -100,7 +100,7 @@ class ComposedLinear(nn.Module):
             dense = (weight.T if self.transposed else weight).float().clone()
         start = 0
         for part in self.delta:
-            a, b = part.factors()
+            a, b = part.factors()  # type: ignore[operator]
             dense[start : start + len(b)] += (b.float() @ a.float()).to(dense.device)
             start += len(b)
         return (dense.T if self.transposed else dense).contiguous()
@@ -171,18 +171,20 @@ def _linear(model: nn.Module, entry: dict[str, Any]) -> ComposedLinear:
     columns = entry["shape"][1]
     parts = []
     for part in entry.get("parts", ()):
-        lent = [None if part.get(f) is None else model.get_submodule(part[f]) for f in "ab"]
+        lent: list[Any] = [part.get(f) and model.get_submodule(part[f]) for f in "ab"]
         parts.append(LowRank(part["rows"], columns, part["rank"], *lent))
     weight = entry.get("weight")
     anchor = None if weight in (None, "own") else model.get_submodule(weight)
     return ComposedLinear(entry, anchor, parts)
 
 
-def composed_class(base: type) -> type:
+def composed_class(base: Any) -> Any:
     """The subclass of a transformers model class whose layers are as `config.deltafold` says."""
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        compose(self, config.deltafold)
+    class Composed(base):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            compose(self, config.deltafold)
 
-    return type(f"Deltafold{base.__name__}", (base,), {"__init__": __init__})
+    Composed.__name__ = Composed.__qualname__ = f"Deltafold{base.__name__}"
+    return Composed

@@ -35,7 +35,7 @@ def load_shared(folder: str | Path, **from_pretrained: Any) -> Any:
             "version that the model was made with."
         )
     base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    kind: Any = composed_class(base)
+    kind = composed_class(base)
     options = {"dtype": "auto", "local_files_only": True} | from_pretrained
     try:
         model, info = kind.from_pretrained(

@@ -231,9 +231,7 @@ def _dense(
     return made
 
 
-def _expert(
-    form: Form, tensors: Tensors, place: tuple[str, int, int], rows: int
-) -> torch.Tensor:
+def _expert(form: Form, tensors: Tensors, place: tuple[str, int, int], rows: int) -> torch.Tensor:
     """Some rows of one expert in fp32; `place` is (parameter, expert, which part of its rows)."""
     path, expert, part = place
     chosen = slice(part * rows, (part + 1) * rows)
