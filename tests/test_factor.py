@@ -290,7 +290,8 @@ def test_a_candidate_without_factors_is_the_model(llama: tuple[Path, Path]) -> N
 def test_the_command(llama: tuple[Path, Path], tmp_path: Path, deltafold: Any) -> None:
     from deltafold.reporting.tables import tables_of
 
-    model, out = llama[0], tmp_path / "out"
+    model, text = llama
+    out = tmp_path / "out"
     planned = deltafold("factor", model, "-o", out, "--parameters", "0.7", "--dry-run")
     assert planned.returncode == 0, planned.stderr
     assert "122,304 of 174,784 parameters stay (70.0%)" in planned.stdout and not out.exists()

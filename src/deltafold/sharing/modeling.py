@@ -126,7 +126,8 @@ def put_experts(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
     """Let a parameter of stacked experts be computed from its factors; the module keeps its code."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    held = module._parameters.pop(leaf)
+    held = module.get_parameter(leaf)
+    del module._parameters[leaf]
     made = StackedDelta(entry)
     for each in made.parameters():
         each.data = each.data.to(held.device, held.dtype)

@@ -129,7 +129,7 @@ def factor(
         }
         workspace = stack.enter_context(Workspace(out, identity, restart))
         resources = Resources(workers, memory_bytes, progress)
-        work = stack.enter_context(contextlib.closing(_Work(job, asked, workspace, resources)))
+        work = _Work(job, asked, workspace, resources)
         work.read(measure)
         job, ranks, notes = work.ranks()
         store = work.factored(ranks)
@@ -187,7 +187,7 @@ def _check(asked: Asked, method: Method) -> None:
 
 
 class _Work:
-    """One run's text, model and steps. Close it."""
+    """One run's text, model and steps."""
 
     def __init__(self, job: Job, asked: Asked, workspace: Workspace, resources: Resources):
         self.job, self.asked, self.workspace, self.resources = job, asked, workspace, resources
@@ -196,10 +196,6 @@ class _Work:
         self.measured: list[Sample] = []
         self._model: StreamedModel | None = None
         self._calibration: Calibration | None = None
-
-    def close(self) -> None:
-        """Nothing is held open beyond a step; the checkpoint belongs to the caller."""
-        self._model = None
 
     @property
     def sizes(self) -> dict[str, int] | None:

@@ -12,7 +12,7 @@ from deltafold.errors import UsageError
 from deltafold.factoring import bolaco, lorc, welore
 from deltafold.factoring.units import Ranks, Unit, ranks_for
 from deltafold.verbs.factor_job import Job
-from deltafold.verbs.factor_parts import MomentsOf, Settings, read_matrix
+from deltafold.verbs.factor_parts import MomentsOf, Settings, make_unit, read_matrix
 from deltafold.verbs.factor_store import Candidate, Store
 from deltafold.verbs.fold_states import Probe
 
@@ -72,8 +72,6 @@ class Search:
                 progress(Step("reach", unit.name, number + 1, len(self.job.units), 0))
 
     def _reach(self, number: int, unit: Unit, moments_of: MomentsOf, settings: Settings) -> None:
-        from deltafold.verbs.factor_parts import make_unit
-
         made = make_unit(self.job, unit, unit.most, moments_of, settings)
         self.reach.save(number, made.tensors, {})
 
@@ -109,9 +107,6 @@ class Search:
 
 class _Cut(Candidate):
     """A candidate whose factors are the first columns of larger ones."""
-
-    def __init__(self, job: Job, reach: Store, ranks: Ranks):
-        super().__init__(job, reach, ranks)
 
     def _weight(self, matrix: Any, expert: int, part: int) -> torch.Tensor:
         number, unit = self._units[matrix.module]
