@@ -9,6 +9,7 @@ one unit.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from deltafold.verbs.factor_ranks import Search, depth_ranks, shared_ranks, thre
 from deltafold.verbs.factor_record import outcome, summary
 from deltafold.verbs.factor_run import Run
 from deltafold.verbs.factor_store import Candidate, Store
-from deltafold.verbs.fold_states import Probe, States
+from deltafold.verbs.fold_states import Probe, States, is_held
 from deltafold.verbs.share_write import SHARD_BYTES, shared_specs, stored_bytes, write_shared
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 from deltafold.whitening import DAMPING
@@ -195,7 +196,6 @@ class _Work:
         self.samples: list[Sample] = []
         self.measured: list[Sample] = []
         self._model: StreamedModel | None = None
-        self._calibration: Calibration | None = None
 
     @property
     def sizes(self) -> dict[str, int] | None:
@@ -241,17 +241,18 @@ class _Work:
         grouped_alike = self.job.method.grouped and self.asked.grouping == "alike"
         return self.asked.sequential and not grouped_alike
 
-    @property
+    @functools.cached_property
     def calibration(self) -> Calibration:
         """Moments of the model as it was, on disk."""
-        if self._calibration is None:
-            self._calibration = calibrate(
-                self.job.checkpoint.path,
-                self.samples,
-                memory_bytes=self.resources.memory_bytes,
-                progress=self.resources.progress,
-            )
-        return self._calibration
+        return self._calibrated(self.samples)
+
+    def _calibrated(self, samples: list[Sample]) -> Calibration:
+        return calibrate(
+            self.job.checkpoint.path,
+            samples,
+            memory_bytes=self.resources.memory_bytes,
+            progress=self.resources.progress,
+        )
 
     def ranks(self) -> tuple[Job, Ranks, Record]:
         """The job with its groups, a rank for each unit, and how they were found."""
@@ -270,15 +271,18 @@ class _Work:
         return self.job, ranks, notes
 
     def _searched(self) -> tuple[Ranks, Record]:
+        """Trials are judged on samples that their factors have not seen."""
         if self.workspace.has("search.json"):
             found = self.workspace.load_json("search.json")
             return found["ranks"], found["notes"]
-        states = States(self.model, self.samples)
-        whole = Candidate(self.job, None, [])
-        with contextlib.closing(Probe(self.model, whole, states.few())) as probe:
+        whole, count = Candidate(self.job, None, []), len(self.samples)
+        held = States(self.model, States(self.model, self.samples).held_out()).few()
+        seen = [each for n, each in enumerate(self.samples) if not is_held(n, count)]
+        with contextlib.closing(Probe(self.model, whole, held)) as probe:
             reach = Store(self.job, self.workspace, "reach")
             search = Search(self.job, self.model, probe, reach)
-            search.prepare(self.calibration.moments, self.settings, self.resources.progress)
+            moments = self._calibrated(seen).moments
+            search.prepare(moments, self.settings, self.resources.progress)
             ranks, notes = search.run(self.asked.trials, self.asked.seed, self.resources.progress)
         self.workspace.save_json("search.json", {"ranks": ranks, "notes": notes})
         return ranks, notes
