@@ -86,6 +86,21 @@ def test_all_weights_can_be_trained(tmp_path: Path) -> None:
     assert not torch.equal(after, stored)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputing_changes_nothing_and_bf16_little(tmp_path: Path, family: str) -> None:
+    base, text = model_and_text(tmp_path, family)
+    options = TINY | {"train": text, "steps": 6, "rank": 2, "replace_until": 0.0}
+    plain = share(base, tmp_path / "plain", **options)
+    again = share(base, tmp_path / "again", recompute=True, **options)
+    half = share(base, tmp_path / "half", bf16=True, **options)
+    assert [row["loss"] for row in again["curve"]] == pytest.approx(
+        [row["loss"] for row in plain["curve"]], rel=1e-5
+    )
+    losses = [row["loss"] for row in half["curve"]]
+    assert losses == pytest.approx([row["loss"] for row in plain["curve"]], rel=0.05)
+    assert losses != [row["loss"] for row in plain["curve"]]
+
+
 def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     base, text = model_and_text(tmp_path)
     options = TINY | {"train": text, "steps": 8}

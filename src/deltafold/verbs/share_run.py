@@ -26,6 +26,9 @@ STATE, TRIALS = "training.safetensors", "trials.json"
 COST_ROWS = 8  # held-out rows on which the placement `searched` judges a block
 
 
+Tensors = dict[str, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Texts:
     """Where text comes from: to train on, and to measure on."""
@@ -91,9 +94,7 @@ class Run:
         if self.settings["search"] and learn is not None and held is not None:
             found["search"] = self._search(costs, learn, held)
         self.plan = make_plan(self.structure, self.numbers.request, costs)
-        start = self._start(self.plan)
-        self.values = start.factors(self.workers, self.memory_bytes, self.progress)
-        self.changed = start.changed
+        self.values, self.changed = self._start(self.plan)
         if costs is not None:
             found["costs"] = [{"block": block, "kl": kl} for block, kl in sorted(costs.items())]
         if judged is not None:
@@ -132,7 +133,15 @@ class Run:
 
     # --- start --------------------------------------------------------------------------------
 
-    def _start(self, plan: Plan) -> Start:
+    def _start(self, plan: Plan) -> tuple[Tensors, Tensors]:
+        """(factors, biases that moved with their neurons), made by the main process for all."""
+        found: tuple[Tensors, Tensors] = ({}, {})
+        if self.processes.is_main:
+            start = self._starter(plan)
+            found = (start.factors(self.workers, self.memory_bytes, self.progress), start.changed)
+        return self.processes.shared(found)
+
+    def _starter(self, plan: Plan) -> Start:
         calibration = None
         if self.settings["start"] == "activation":
             text = "general" if self.texts.train is None else self.texts.train
@@ -162,9 +171,7 @@ class Run:
         for block in free:
             place = Place(block, block - 1, sample.read_rank, sample.write_rank)
             plan = Plan(self.structure, request, (place,))
-            start = self._start(plan)
-            factors = start.factors(self.workers, self.memory_bytes)
-            student = self.model.student(plan, factors, start.changed, self.numbers.schedule, 1, 0)
+            student = self.model.student(plan, *self._start(plan), self.numbers.schedule, 1, 0)
             student.begin_exam()
             costs[block] = exam(student.logits, self.model.teacher(student), rows, self.device)[1]
             self.model.close()
@@ -179,10 +186,8 @@ class Run:
 
         def short(numbers: Numbers) -> float:
             plan = make_plan(self.structure, numbers.request, costs)
-            start = self._start(plan)
-            factors = start.factors(self.workers, self.memory_bytes)
             student = self.model.student(
-                plan, factors, start.changed, numbers.schedule, steps, numbers.settings.seed
+                plan, *self._start(plan), numbers.schedule, steps, numbers.settings.seed
             )
             state = train(
                 student, self.model.teacher(student), learn, held, numbers.settings,

@@ -69,6 +69,8 @@ class Model:
             for module in made.model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
+                elif hasattr(module, "attention_dropout"):
+                    module.attention_dropout = 0.0
             made.model.gradient_checkpointing_enable({"use_reentrant": False})
         return made
 
