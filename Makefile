@@ -36,6 +36,7 @@ bench: $(VENV)/.model
 	$(BIN)/python benchmarks/merging.py smollm2 --rows 60
 	$(BIN)/python benchmarks/merging.py demo
 	$(BIN)/python benchmarks/factoring.py
+	$(BIN)/python benchmarks/factoring.py demo
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/mergekit.py --base demo/models/base --models demo/models/add demo/models/sort
 	$(MAKE) tables
@@ -54,6 +55,7 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
 	$(BIN)/python benchmarks/factoring.py --into docs/commands/factor.md
+	$(BIN)/python benchmarks/factoring.py demo --into docs/commands/factor.md
 	$(BIN)/python benchmarks/memory.py --into README.md
 	$(BIN)/python benchmarks/mergekit.py --into docs/commands/merge.md
 

@@ -1,11 +1,13 @@
 """Every way to factor a model, at two sizes: what is saved, what it costs.
 
     python benchmarks/factoring.py                       # goes on where it stopped
+    python benchmarks/factoring.py demo                  # the small model of the demo, in a minute
     python benchmarks/factoring.py --into docs/commands/factor.md
 
-The model is SmolLM2-135M-Instruct (`smollm2.py prepare`). Factors are fitted to the general text that
+`smollm2` is SmolLM2-135M-Instruct (`smollm2.py prepare`). Factors are fitted to the general text that
 comes with deltafold; what is measured is the text that `folding.py` measures on, the topics of
 Python's own help: perplexity, KL from the whole model and agreement with it, of the folder as written.
+`demo` is fitted to pages of the demo's training text and measured on its held-out text.
 """
 
 from __future__ import annotations
@@ -42,6 +44,18 @@ from deltafold.verbs.factor_model import factor
 
 HERE = Path(__file__).parent
 SHARES = (0.8, 0.6)
+DEMO = HERE.parent / "demo"
+DEMO_PAGES = 200
+MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct (134.5 M parameters, bf16, tied embeddings)",
+    "demo": "the demo's base (3.2 M parameters, bf16, tied embeddings)",
+}
+ABOUT = {
+    "smollm2": "Factors fitted to the general text of deltafold. Measured on Python's help. "
+    "Embeddings are 28.3 M of the parameters and stay as they are.",
+    "demo": f"Factors fitted to {DEMO_PAGES} pages of the demo's training text. Measured on its "
+    "held-out text.",
+}
 # label -> method and settings beside the defaults
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "svd": ("svd", {}),
@@ -72,8 +86,7 @@ def remember(model: Any) -> None:
 class Bench:
     """The whole model in memory, and the windows of text that all are compared on."""
 
-    def __init__(self, model: Path, whole: Subject, folder: Path):
-        _, text = write_data(folder)
+    def __init__(self, model: Path, whole: Subject, text: Path, calibration: str):
         tokenizer = load_tokenizer(model)
         request = Request((), (str(text),), batch_size=1, max_length=MAX_LENGTH)
         self.plan = Plan(request, tokenizer, end_token_ids(model, tokenizer))
@@ -81,7 +94,7 @@ class Bench:
         assert self.plan.texts is not None
         cut = self.plan.texts.segments[:: max(1, len(self.plan.texts.segments) // WINDOWS)]
         object.__setattr__(self.plan.texts, "segments", cut[:WINDOWS])
-        self.model, self.whole = model, whole
+        self.model, self.whole, self.calibration = model, whole, calibration
         remember(whole.model)
 
     def figures(self, subject: Subject) -> Record:
@@ -92,6 +105,21 @@ class Bench:
         if teacher is not None:
             figures |= {"kl": found["kl_text"], "agreement": found["agreement_text"]}
         return figures
+
+
+def texts(model: str, folder: Path) -> tuple[Path, str]:
+    """(text to measure on, calibration): never the same text."""
+    if model == "smollm2":
+        return write_data(folder)[1], "general"
+    sys.path.insert(0, str(DEMO))
+    from data import DOCUMENTS_A_PAGE
+    from world import documents
+
+    found = documents(0, "train", DEMO_PAGES * DOCUMENTS_A_PAGE, frozenset())
+    pages = [found[n : n + DOCUMENTS_A_PAGE] for n in range(0, len(found), DOCUMENTS_A_PAGE)]
+    path = folder / "pages.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "\n".join(each)}) for each in pages) + "\n")
+    return DEMO / "tasks" / "text.txt", str(path)
 
 
 def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) -> None:
@@ -114,14 +142,17 @@ def cell(bench: Bench, label: str, share: float) -> Record:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "factored"
         try:
-            made = factor(bench.model, folder, method, parameters=share, **settings)
+            made = factor(
+                bench.model, folder, method, parameters=share, calibration=bench.calibration,
+                **settings,
+            )  # fmt: skip
         except DeltafoldError as error:
             return {"unmet": str(error)}
         with quiet(), loaded("factored", folder, None, torch.float32, "cpu") as subject:
             figures = bench.figures(subject)
         return figures | {
             "method": made["method"]["name"],
-            "settings": made["settings"],
+            "settings": made["settings"] | {"calibration": Path(bench.calibration).name},
             "parameters": made["parameters"],
             "roles": made["roles"],
             "samples": made["samples"],
@@ -148,10 +179,9 @@ def tables(record: Record) -> list[Table]:
         made.append(Table(f"{share:.0%} of parameters", columns, rows))
     about = record["machine"]
     made[-1].notes += [
-        f"Model: {record['model']}. Factors fitted to the general text of deltafold. Perplexity, KL "
-        f"and agreement with the whole model: {WINDOWS} windows of {MAX_LENGTH} tokens of Python's "
-        "help. After ±: one standard error. Bold: least perplexity. Embeddings are 28.3 M of the "
-        "parameters and stay as they are. Weights: bytes of the weight file.",
+        f"Model: {record['model']}. {record['about']} At most {WINDOWS} windows of {MAX_LENGTH} "
+        "tokens; KL and agreement: with the whole model. After ±: one standard error. Bold: least "
+        "perplexity. Weights: bytes of the weight file.",
         f"Machine: {about['cpu']}, one core of {about['cores']}, shared with other work, so seconds "
         f"are upper bounds; deltafold {about['deltafold']}.",
     ]
@@ -176,31 +206,33 @@ def line(name: str, row: Record, best: bool = False) -> list[Cell]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", default="smollm2", choices=list(MODELS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--cache", type=Path, default=default_cache())
-    parser.add_argument("--record", type=Path, default=HERE / "records" / "factoring-smollm2.json")
+    parser.add_argument("--record", type=Path, help="Default: records/factoring-MODEL.json")
     parser.add_argument("--into", type=Path, help="Markdown file: write tables, measure nothing")
     options = parser.parse_args()
+    options.record = options.record or HERE / "records" / f"factoring-{options.model}.json"
     if options.into:
         record = json.loads(options.record.read_text(encoding="utf-8"))
-        rewrite_block(options.into, "factoring-smollm2", page(tables(record)))
+        rewrite_block(options.into, f"factoring-{options.model}", page(tables(record)))
         return 0
     record = {
         "record_version": RECORD_VERSION, "kind": "factoring-benchmark", "whole": {}, "rows": [],
-        "model": "SmolLM2-135M-Instruct (134.5 M parameters, bf16, tied embeddings)",
     }  # fmt: skip
     if options.record.is_file():
         record = json.loads(options.record.read_text(encoding="utf-8"))
-    record |= {"machine": machine()}
-    model = options.cache / "smollm2-base"
+    record |= {"machine": machine(), "model": MODELS[options.model], "about": ABOUT[options.model]}
+    model = options.cache / "smollm2-base" if options.model == "smollm2" else DEMO / "models/base"
     try:
         with (
             quiet(),
             tempfile.TemporaryDirectory() as name,
             loaded("whole", model, None, torch.float32, "cpu") as whole,
         ):
-            run(Bench(model, whole, Path(name)), record, options.record, options)
+            bench = Bench(model, whole, *texts(options.model, Path(name)))
+            run(bench, record, options.record, options)
     except DeltafoldError as error:
         print(error, file=sys.stderr)
         return error.exit_code
