@@ -64,6 +64,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "basis-sharing": ("basis-sharing", {}),
     "bolaco": ("bolaco", {"trials": 16}),
     "lord, model's own inputs": ("lord", {"sequential": False}),
+    "lord, damping 0.01": ("lord", {"damping": 0.01}),
     "lord, centred": ("lord", {"centre": True}),
     "basis-sharing, alike": ("basis-sharing", {"grouping": "alike"}),
 }
