@@ -35,6 +35,8 @@ bench: $(VENV)/.model
 	$(BIN)/python benchmarks/frontier.py demo --rows 60
 	$(BIN)/python benchmarks/merging.py smollm2 --rows 60
 	$(BIN)/python benchmarks/merging.py demo
+	$(BIN)/python benchmarks/factoring.py
+	$(BIN)/python benchmarks/factoring.py demo
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/mergekit.py --base demo/models/base --models demo/models/add demo/models/sort
 	$(MAKE) tables
@@ -52,6 +54,8 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/merging.py demo --into docs/commands/merge.md
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
+	$(BIN)/python benchmarks/factoring.py --into docs/commands/factor.md
+	$(BIN)/python benchmarks/factoring.py demo --into docs/commands/factor.md
 	$(BIN)/python benchmarks/memory.py --into README.md
 	$(BIN)/python benchmarks/together.py --into docs/commands/export.md
 	$(BIN)/python benchmarks/mergekit.py --into docs/commands/merge.md

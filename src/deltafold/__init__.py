@@ -16,7 +16,7 @@ from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
 
 if TYPE_CHECKING:
-    from deltafold.choosing import compress, fold, merge
+    from deltafold.choosing import compress, factor, fold, merge, share
     from deltafold.evaluation import evaluate
     from deltafold.publishing import push_to_hub
     from deltafold.verbs.export import export
@@ -36,6 +36,8 @@ _VERBS = {
     "load": "deltafold.verbs.load",
     "merge": "deltafold.choosing",
     "fold": "deltafold.choosing",
+    "factor": "deltafold.choosing",
+    "share": "deltafold.choosing",
     "evaluate": "deltafold.evaluation",
     "push_to_hub": "deltafold.publishing",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "factor",
     "fold",
     "inspect",
     "load",
@@ -53,6 +56,7 @@ __all__ = [
     "plan",
     "push_to_hub",
     "restore",
+    "share",
     "verify",
 ]
 

@@ -27,7 +27,7 @@ from deltafold.calibration.building import (
     quiet,
     stored_buffers,
 )
-from deltafold.calibration.wiring import Weights, wire
+from deltafold.calibration.wiring import Group, Weights, wire
 from deltafold.errors import CheckpointError, DeltafoldWarning, MismatchError
 
 
@@ -74,6 +74,15 @@ class Skeleton:
             if owner in numbers or owner in inside:
                 parts[name] = numbers.get(owner)
         return parts
+
+    def add_bias(self, path: str) -> None:
+        """Give the linear layer `path` a bias, which its weights are then asked for as PATH.bias."""
+        module, name = self.model.get_submodule(path), f"{path}.bias"
+        empty = torch.empty(module.weight.shape[0], device="meta")
+        module.bias = nn.Parameter(empty, requires_grad=False)
+        self._parameters[name] = module.bias
+        self._parts[name] = self._parts[f"{path}.weight"]
+        self.groups[name] = Group((name,), {name: (name,)})
 
     def block(self, number: int) -> list[str]:
         """Parameters of one block."""

@@ -64,7 +64,7 @@ def fold(
     if settings.get("dry_run"):
         return record
     with Meter() as meter:
-        record["scores"] = _scores(
+        record["scores"] = before_and_after(
             request,
             model,
             output,
@@ -77,15 +77,17 @@ def fold(
     return record
 
 
-def _scores(
+def before_and_after(
     request: Request,
     model: str | Path,
     output: str | Path,
     dtype: torch.dtype | None,
     device: str,
     progress: Progress | None,
+    labels: tuple[str, str] = ("whole", "folded"),
 ) -> list[dict[str, Any]]:
-    """Rows `whole` and `folded`; the latter has KL and agreement too, on the answers' tokens."""
+    """A row for each of the two models; that of the second has KL and agreement with the first, too."""
+    before, after = labels
 
     def tell(label: str, done: int) -> None:
         if progress:
@@ -94,11 +96,13 @@ def _scores(
     with quiet():
         tokenizer = load_tokenizer(model)
         plan = Plan(request, tokenizer, end_token_ids(model, tokenizer))
-        tell("whole", 0)
-        with loaded("whole", model, None, dtype, device) as whole:
+        tell(before, 0)
+        with loaded(before, model, None, dtype, device) as whole:
+            if plan.request.texts:
+                plan.cut_texts(whole)
             rows = [_row(plan, whole, None, model)]
-            tell("folded", 1)
-            with loaded("folded", output, None, dtype, device) as folded:
+            tell(after, 1)
+            with loaded(after, output, None, dtype, device) as folded:
                 rows.append(_row(plan, folded, whole, output))
     tell("", 2)
     return rows

@@ -16,6 +16,7 @@ from deltafold.cli.compare import compare
 from deltafold.cli.compress import compress
 from deltafold.cli.evaluate import evaluate
 from deltafold.cli.export import export
+from deltafold.cli.factor import factor
 from deltafold.cli.fold import fold
 from deltafold.cli.inspect import inspect
 from deltafold.cli.merge import merge
@@ -25,6 +26,7 @@ from deltafold.cli.push import push
 from deltafold.cli.report import report
 from deltafold.cli.restore import restore
 from deltafold.cli.serve import serve
+from deltafold.cli.share import share
 from deltafold.cli.verify import verify
 from deltafold.errors import DeltafoldError
 from deltafold.record import COMMAND
@@ -42,8 +44,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    plan, compress, inspect, verify, restore, export, serve, merge, fold, evaluate, compare, report,
-    push, methods,
+    plan, compress, inspect, verify, restore, export, serve, merge, fold, share, factor, evaluate,
+    compare, report, push, methods,
 ):  # fmt: skip
     app.command()(command)
 

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from deltafold.cli import options as o
+from deltafold.cli.share import (
+    SHARING,
+    MatricesOption,
+    ParametersOption,
+    PlacementOption,
+    ProtectOption,
+    RankOption,
+    SharedOption,
+    SplitOption,
+    plan_share,
+)
+from deltafold.errors import UsageError
 
 
 def plan(
-    base: o.BaseArgument,
-    finetuned: o.FinetunedArgument,
-    method: o.MethodOption = "auto",
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Base checkpoint; for a method of share a folder or config.json."
+        ),
+    ],
+    finetuned: Annotated[
+        str | None,
+        typer.Argument(metavar="[FINETUNED]", help="Fine-tuned checkpoint: folder or hub id."),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option("--method", "-m", help="A codec (see `methods`), or deltallm and the like."),
+    ] = "auto",
+    shared: SharedOption = None,
+    rank: RankOption = None,
+    parameters: ParametersOption = None,
+    placement: PlacementOption = "alternating",
+    matrices: MatricesOption = "mlp",
+    protect: ProtectOption = "0,1,-2,-1",
+    split: SplitOption = 1.0,
     file_ratio: o.FileRatioOption = None,
     nominal_ratio: o.NominalRatioOption = None,
     n_bytes: o.BytesOption = None,
@@ -20,7 +52,23 @@ def plan(
     setting: o.SetOption = None,
     json_output: o.JsonOption = False,
 ) -> None:
-    """Show what compress would do, from headers alone: roles, sizes, what does not match."""
+    """Show what compress would do, from headers alone: roles, sizes, what does not match.
+
+    With a method of share: which blocks would refer to which, and exact counts, from the config alone.
+    """
+    if method in SHARING:
+        if finetuned is not None:
+            raise UsageError(f"{method} is for one model, so {finetuned} is not needed.")
+        plan_share(
+            base, method, shared, rank, parameters, placement, matrices, protect, split, json_output
+        )
+        return
+    if finetuned is None:
+        raise UsageError(
+            f"Give the fine-tune of {base}, too; or a method of share: {', '.join(SHARING)}."
+        )
+    if any(each is not None for each in (shared, rank, parameters)):
+        raise UsageError(f"--shared, --rank and --parameters are for {', '.join(SHARING)}.")
     budget = {
         "file_ratio": file_ratio,
         "nominal_ratio": nominal_ratio,

@@ -47,9 +47,9 @@ def report(
 ) -> None:
     """Show what runs did, as tables and figures drawn from their records.
 
-    Takes the records of compress, fold, evaluate, restore, verify, plan and of benchmarks.
-    Tables go to the terminal; --markdown and --into write them as Markdown, --figures draws,
-    --page makes a page to look at.
+    Takes the records of compress, fold, share, factor, evaluate, restore, verify, plan and of
+    benchmarks. Tables go to the terminal; --markdown and --into write them as Markdown, --figures
+    draws, --page makes a page to look at.
     """
     from deltafold.cli.show import out
     from deltafold.errors import UsageError

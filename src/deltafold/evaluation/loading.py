@@ -16,6 +16,7 @@ from deltafold.archive import is_archive
 from deltafold.checkpoint import local_folder
 from deltafold.errors import CheckpointError, DeltafoldError, UsageError, nearest
 from deltafold.evaluation.segments import Subject
+from deltafold.verbs.share_load import is_shared, load_shared
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -120,6 +121,8 @@ def model_folder(source: str | Path) -> Path:
 
 def _load_folder(source: str | Path, dtype: torch.dtype | None) -> Any:
     folder = model_folder(source)
+    if is_shared(folder):
+        return load_shared(folder, dtype=dtype or "auto")
     try:
         # Any: with output_loading_info it is a pair, which the annotation of the library omits.
         pair: Any = AutoModelForCausalLM.from_pretrained(

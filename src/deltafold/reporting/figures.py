@@ -19,6 +19,7 @@ from deltafold.reporting.drawings import (
     folding,
     frontier,
     role_bytes,
+    sharing,
     size_quality,
     spectra,
 )
@@ -38,6 +39,7 @@ FIGURES: tuple[Draw, ...] = (
     spectra.draw,
     delta_cosines.draw,
     folding.draw,
+    sharing.draw,
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from deltafold.reporting.evaluate_record import Metric
-from deltafold.reporting.fold_record import FoldRecord
+from deltafold.reporting.fold_record import FoldRecord, FoldScore, TextQuality
 from deltafold.reporting.table import Table
 from deltafold.reporting.units import MISSING, bytes_text, kl_text, number_text, percent_text
 from deltafold.reporting.wording import run_note
@@ -11,7 +13,12 @@ from deltafold.reporting.wording import run_note
 
 def fold_tables(record: FoldRecord) -> list[Table]:
     """Totals; figures on text before and after; steps."""
-    return [_totals(record), *_quality(record), *_scores(record), *_steps(record)]
+    return [
+        _totals(record),
+        *quality_tables(record.quality),
+        *score_tables(record.scores),
+        *_steps(record),
+    ]
 
 
 def _totals(record: FoldRecord) -> Table:
@@ -30,24 +37,25 @@ def _totals(record: FoldRecord) -> Table:
     return Table(f"fold {record.title}", ("", ""), rows, notes=[run_note(record)], left=2)
 
 
-def _quality(record: FoldRecord) -> list[Table]:
-    if not record.quality:
+def quality_tables(quality: Mapping[str, TextQuality]) -> list[Table]:
+    """Figures on text, stage by stage; no table where nothing was measured."""
+    if not quality:
         return []
     rows = [
         (stage, number_text(found.perplexity, None), kl_text(found.kl, None),
          percent_text(found.agreement))
-        for stage, found in record.quality.items()
+        for stage, found in quality.items()
     ]  # fmt: skip
     return [Table("on held-out text", ("stage", "perplexity", "KL", "agreement"), rows, left=1)]
 
 
-def _scores(record: FoldRecord) -> list[Table]:
+def score_tables(scores: Sequence[FoldScore]) -> list[Table]:
     """Before and after: tasks, KL on their answers, speed, size."""
-    if not record.scores:
+    if not scores:
         return []
-    tasks = list(record.scores[0].metrics.tasks)
+    tasks = list(scores[0].metrics.tasks)
     rows = []
-    for model in record.scores:
+    for model in scores:
         cells = [model.label]
         for name in tasks:
             found = model.metrics.tasks[name]

@@ -16,9 +16,11 @@ from deltafold.errors import DeltafoldError, nearest
 from deltafold.record import RECORD_VERSION, Record, read_record
 from deltafold.reporting.compress_record import CompressRecord
 from deltafold.reporting.evaluate_record import EvaluateRecord
+from deltafold.reporting.factor_record import FactorRecord
 from deltafold.reporting.fold_record import FoldRecord
 from deltafold.reporting.merge_record import MergeRecord
 from deltafold.reporting.record_parts import Number, Part, Run
+from deltafold.reporting.share_record import ShareRecord
 
 # --- benchmark ----------------------------------------------------------------------------------
 
@@ -99,6 +101,8 @@ KnownRecord = (
     | FrontierRecord
     | MergeRecord
     | FoldRecord
+    | FactorRecord
+    | ShareRecord
     | PlainRecord
 )
 KINDS: dict[str, type[KnownRecord]] = {
@@ -108,6 +112,8 @@ KINDS: dict[str, type[KnownRecord]] = {
     "frontier": FrontierRecord,
     "merge": MergeRecord,
     "fold": FoldRecord,
+    "factor": FactorRecord,
+    "share": ShareRecord,
     "restore": PlainRecord,
     "verify": PlainRecord,
     "plan": PlainRecord,

@@ -11,10 +11,12 @@ from deltafold.record import Record
 from deltafold.reporting.benchmark_tables import benchmark_tables
 from deltafold.reporting.compress_record import CompressRecord, TensorLine
 from deltafold.reporting.evaluate_record import EvaluatedModel, EvaluateRecord, Metric, Metrics
+from deltafold.reporting.factor_tables import factor_tables
 from deltafold.reporting.fold_tables import fold_tables
 from deltafold.reporting.frontier_tables import frontier_tables
 from deltafold.reporting.merge_tables import merge_tables
 from deltafold.reporting.records import KnownRecord, PlainRecord, understood
+from deltafold.reporting.share_tables import share_tables
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import (
     MISSING,
@@ -242,6 +244,8 @@ MAKERS: dict[str, Callable[[Any], list[Table]]] = {
     "frontier": frontier_tables,
     "merge": merge_tables,
     "fold": fold_tables,
+    "factor": factor_tables,
+    "share": share_tables,
     "restore": plain_tables,
     "verify": plain_tables,
     "plan": plain_tables,

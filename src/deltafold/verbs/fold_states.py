@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -132,17 +132,26 @@ def _stretches(states: torch.Tensor, pieces: int, pool: Pool) -> torch.Tensor:
     return torch.stack(means, dim=1)
 
 
+class Runnable(Protocol):
+    """What can be run: a draft, or the same blocks with other tensors."""
+
+    @property
+    def numbers(self) -> list[int]: ...
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
 class Probe:
     """How good a draft's predictions are on some samples, against the text and the model's own."""
 
-    def __init__(self, model: StreamedModel, whole: Draft, samples: Sequence[Sample]):
+    def __init__(self, model: StreamedModel, whole: Runnable, samples: Sequence[Sample]):
         self.model = model
         self.batches = make_batches(samples)
         self._targets = torch.cat([_targets(batch) for batch in self.batches])
         self._norms: list[torch.Tensor] = []
         self._logits = self._learn(whole)
 
-    def _learn(self, whole: Draft) -> TensorStore:
+    def _learn(self, whole: Runnable) -> TensorStore:
         model = self.model.with_weights(whole.tensor)
         with model.forward(self.batches, blocks=whole.numbers) as done:
             shapes = [(len(rows), model.vocabulary) for _, rows in model.row_chunks(done)]
@@ -160,23 +169,25 @@ class Probe:
     def tokens(self) -> int:
         return len(self._targets)
 
-    def start(self, draft: Draft) -> Pass:
+    def start(self, draft: Runnable) -> Pass:
         """The draft's states on these samples, kept, for `nll`, `kl` and `without`."""
         return self.model.with_weights(draft.tensor).forward(
             self.batches, keep=True, blocks=draft.numbers
         )
 
-    def measure(self, draft: Draft) -> dict[str, float]:
+    def measure(self, draft: Runnable) -> dict[str, float]:
         """Perplexity, KL to the model in nats, and agreement with it, over all predictions."""
         model = self.model.with_weights(draft.tensor)
         with model.forward(self.batches, blocks=draft.numbers) as done:
             return self._measured(model, done)
 
-    def reached(self, draft: Draft, started: Pass) -> dict[str, float]:
+    def reached(self, draft: Runnable, started: Pass) -> dict[str, float]:
         """`measure` of the draft whose states are in `started`."""
         return self._measured(self.model.with_weights(draft.tensor), started)
 
-    def without(self, draft: Draft, started: Pass, positions: Collection[int]) -> dict[str, float]:
+    def without(
+        self, draft: Runnable, started: Pass, positions: Collection[int]
+    ) -> dict[str, float]:
         """`measure` of the draft without the blocks at some positions; `started` is its `start`."""
         model, first = self.model.with_weights(draft.tensor), min(positions)
         rest = [n for p, n in enumerate(draft.numbers) if p > first and p not in positions]

@@ -1,4 +1,4 @@
-"""`load`: base and archive become a ready `transformers` model in memory; nothing goes to disk."""
+"""`load`: an archive on its base, or a composed model, as a ready `transformers` model in memory."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from deltafold.verbs.decode import (
     checked_rows,
     decoded_rows,
 )
+from deltafold.verbs.share_load import is_shared, load_shared
 
 
 def load_state(
@@ -86,10 +87,11 @@ def load(
     progress: Progress | None = None,
     **from_pretrained: Any,
 ) -> Any:
-    """A ready `transformers` model: the fine-tune of `archive` on `base`.
+    """A ready `transformers` model: the fine-tune of `archive` on `base`, or a composed model.
 
     With `deltas` the one argument is the base, and the result holds it once, with an adapter for
     each fine-tune by name (see `Together`): `load("llama/", deltas={"math": "math.delta"})`.
+    What `share` and `factor` write is whole in itself: `load(folder)`, without a base.
 
     `from_pretrained` takes what `AutoModelForCausalLM.from_pretrained` takes (dtype, device_map,
     attn_implementation, ...). The dtype defaults to that of the checkpoint. Raises ArchiveError,
@@ -101,8 +103,10 @@ def load(
         if base is not None:
             raise UsageError("With deltas give one base, and the archives by name in deltas.")
         return load_together(archive, deltas, workers=workers, progress=progress, **from_pretrained)
+    if is_shared(archive):
+        return load_shared(archive, **from_pretrained)
     if base is None:
-        raise UsageError(f"{archive} needs its base; give it as base.")
+        raise UsageError(f"{archive} is not a model by itself; give the base of the archive, too.")
     state = load_state(archive, base, workers=workers, progress=progress)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

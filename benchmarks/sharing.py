@@ -1,0 +1,286 @@
+"""DeltaLLM against its controls and against folding, at equal stored parameters, trained alike.
+
+    python benchmarks/sharing.py demo                   # minutes; goes on where it stopped
+    python benchmarks/sharing.py smollm2                # hours on two cores
+    python benchmarks/sharing.py demo --into docs/sharing.md
+
+Every model is measured before and after the same number of steps on the same text: what the whole
+model wrote itself. What it is measured on is other text. `delta` trains the low-rank factors alone, as
+DeltaLLM does; `all` trains every weight, as the folded models are healed. A folded model has the number
+of blocks whose parameters are nearest to the share asked for; sub-layers that jointdrop silences are
+not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pydoc_data.topics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from smollm2 import default_cache
+
+import deltafold
+from deltafold.calibration import gather_samples
+from deltafold.errors import DeltafoldError
+from deltafold.record import RECORD_VERSION, Record, machine, write_record
+from deltafold.reporting.markdown import page, rewrite_block
+from deltafold.reporting.table import Cell, Strong, Table
+from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text, seconds_text
+from deltafold.training import Rows, Settings, exam, pack, train
+from deltafold.verbs.share_train import load_model
+
+HERE = Path(__file__).parent
+PEERS = ("shortgpt", "laco", "jointdrop")
+SHARES = (0.88, 0.76)
+# (method, start, what is trained)
+SHARED = (
+    ("deltallm", "svd", "delta"),
+    ("deltallm", "activation", "delta"),
+    ("deltallm", "zero", "delta"),
+    ("deltallm", "activation", "all"),
+    ("no-anchor", "activation", "delta"),
+    ("no-anchor", "activation", "all"),
+    ("drop-mlp", "activation", "delta"),
+    ("drop-mlp", "activation", "all"),
+    ("tie", "activation", "delta"),
+    ("tie", "activation", "all"),
+)
+RATES = {"delta": 1e-3, "all": 2e-4}
+TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and how it is trained and measured."""
+
+    name: str
+    title: str
+    folder: Path
+    protect: tuple[int, ...]
+    samples: int
+    row_tokens: int
+    steps: int
+    batch: int
+
+
+def subject_of(name: str, cache: Path) -> Subject:
+    if name == "demo":
+        folder = HERE.parent / "demo" / "models" / "base"
+        title = "the demo's base (3.2 M parameters, 4 blocks)"
+        return Subject(name, title, folder, (), 512, 64, 150, 8)
+    title = "SmolLM2-135M-Instruct (134.5 M parameters, 30 blocks)"
+    return Subject(name, title, cache / "smollm2-base", (0, 1, -2, -1), 512, 256, 400, 8)
+
+
+def measured_text(subject: Subject, folder: Path) -> Path:
+    """Text that no training saw."""
+    if subject.name == "demo":
+        return HERE.parent / "demo" / "tasks" / "text.txt"
+    path = folder / "help.txt"
+    found = pydoc_data.topics.topics
+    path.write_text("\n\n".join(found[name] for name in TOPICS if name in found), encoding="utf-8")
+    return path
+
+
+class Bench:
+    """One model's text, and the cells that are measured on it."""
+
+    def __init__(self, subject: Subject, folder: Path, options: argparse.Namespace):
+        self.subject, self.options = subject, options
+        self.steps = options.steps or subject.steps
+        self.text = measured_text(subject, folder)
+        self.judged = self.rows(self.text, 1_000_000)
+
+    def rows(self, source: str | Path, samples: int) -> Rows:
+        found = gather_samples(
+            self.subject.folder, source, samples=samples, max_tokens=self.subject.row_tokens
+        )
+        return pack(found, self.subject.row_tokens)
+
+    def shared(self, share: float, method: str, start: str, tune: str) -> Record:
+        """One `share` run."""
+        subject = self.subject
+        with tempfile.TemporaryDirectory() as name:
+            made = deltafold.share(
+                subject.folder, Path(name) / "shared", method, parameters=share,
+                protect=subject.protect, start=start, train="self", steps=self.steps,
+                samples=subject.samples, max_tokens=subject.row_tokens, batch=subject.batch,
+                rate=RATES[tune], tune=tune, measure=self.text,
+            )  # fmt: skip
+        keep = ("parameters", "quality", "seconds", "peak_memory_bytes", "best_step", "curve",
+                "tokens_per_second_training", "weight_bytes", "exams")  # fmt: skip
+        return {key: made[key] for key in keep}
+
+    def folded(self, share: float, method: str) -> Record:
+        """One fold, healed by the same loop on the same text, every weight of it."""
+        subject = self.subject
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "folded"
+            plan = deltafold.fold(subject.folder, folder, method, blocks=1, dry_run=True)
+            blocks = max(1, round((1 - share) * plan["parameters"] / plan["block_parameters"]))
+            made = deltafold.fold(subject.folder, folder, method, blocks=blocks)
+            model = load_model(folder, torch.float32, torch.device("cpu"))
+        whole = load_model(subject.folder, torch.float32, torch.device("cpu"))
+        student = Plain(model)
+        gone = made["removed"]["parameters"] + round(
+            made["silenced_parameter_share"] * made["parameters"]
+        )
+        found: Record = {
+            "parameters": made["parameters"] - gone,
+            "quality": {"start": self.figures(student, whole)},
+        }
+        learn, held = self.rows("self", subject.samples).split(0)
+        settings = Settings(self.steps, RATES["all"], subject.batch)
+        state = train(student, Plain(whole).logits, learn, held, settings)
+        found["quality"]["trained"] = self.figures(student, whole)
+        return found | {
+            "best_step": state.best_step,
+            "tokens_per_second_training": state.tokens_per_second,
+            "exams": [{"step": int(s), "ce": ce, "kl": kl} for s, ce, kl in state.exams],
+        }
+
+    def figures(self, student: Plain, whole: Any) -> Record:
+        """Perplexity and KL on the measured text."""
+        ce, kl = exam(student.logits, Plain(whole).logits, self.judged, torch.device("cpu"))
+        return {"perplexity": math.exp(ce), "kl": kl}
+
+    def whole(self) -> Record:
+        """Perplexity of the whole model."""
+        plain = Plain(load_model(self.subject.folder, torch.float32, torch.device("cpu")))
+        ce, _ = exam(plain.logits, None, self.judged, torch.device("cpu"))
+        return {
+            "perplexity": math.exp(ce),
+            "parameters": sum(p.numel() for p in plain.model.parameters()),
+        }
+
+
+class Plain:
+    """An ordinary model as a student: every weight is trained."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.parameters = dict(model.named_parameters())
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+    def begin_step(self, step: int) -> None:
+        """Nothing is drawn."""
+
+    def begin_exam(self) -> None:
+        """It is always as it will be."""
+
+
+def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) -> None:
+    """Measure what the record lacks; it is written after each cell."""
+    record["whole"] = record["whole"] or bench.whole()
+    cells = [(share, *row) for share in options.shares for row in SHARED]
+    cells += [(share, peer, "fold", "all") for share in options.shares for peer in PEERS]
+    for share, method, start, tune in cells:
+        key = {"share": share, "method": method, "start": start, "tune": tune, "steps": bench.steps}
+        if options.methods and method not in options.methods:
+            continue
+        if any(all(row[k] == key[k] for k in key) for row in record["rows"]):
+            continue
+        try:
+            made = (
+                bench.folded(share, method)
+                if start == "fold"
+                else bench.shared(share, method, start, tune)
+            )
+        except DeltafoldError as error:
+            made = {"unmet": str(error)}
+        record["rows"].append(key | made)
+        write_record(record, out)
+        shown = {k: v for k, v in record["rows"][-1].items() if k not in ("curve", "exams")}
+        print(json.dumps(shown), flush=True)
+
+
+# --- the tables -------------------------------------------------------------------------------
+
+
+def tables(record: Record) -> list[Table]:
+    """One a share of parameters, least KL after training first."""
+    made = []
+    for share in sorted({row["share"] for row in record["rows"]}, reverse=True):
+        found = [row for row in record["rows"] if row["share"] == share and "unmet" not in row]
+        found.sort(key=lambda row: row["quality"]["trained"]["kl"])
+        whole = record["whole"]
+        first: list[Cell] = ["whole model", MISSING, f"{whole['parameters'] / 1e6:.2f} M",
+                             MISSING, number_text(whole["perplexity"]), MISSING, MISSING, MISSING]  # fmt: skip
+        rows = [first, *(line(row, best=row is found[0], whole=whole) for row in found)]
+        columns = ("method", "trained", "parameters", "perplexity before", "perplexity after",
+                   "KL before", "KL after", "time")  # fmt: skip
+        made.append(Table(f"{percent_text(share)} of parameters", columns, rows, left=2))
+    if made:
+        about, steps = record["machine"], sorted({row["steps"] for row in record["rows"]})
+        made[-1].notes += [
+            f"Model: {record['model']}. {', '.join(map(str, steps))} steps of {record['batch']} rows "
+            f"of {record['row_tokens']} tokens that the whole model wrote, for every row of the table; "
+            "before and after them. KL from the whole model, nats a token. Bold: least KL after.",
+            f"Machine: {about['cpu']}, {about['cores']} cores, deltafold {about['deltafold']}.",
+        ]
+    return made
+
+
+def line(row: Record, best: bool, whole: Record) -> list[Cell]:
+    quality, name = row["quality"], row["method"]
+    if row["start"] not in ("fold", "activation"):
+        name += f", {row['start']}"
+    share = row["parameters"] / whole["parameters"]
+    cells: list[Cell] = [
+        f"{name} (fold)" if row["start"] == "fold" else name,
+        row["tune"],
+        f"{row['parameters'] / 1e6:.2f} M ({percent_text(share)})",
+        number_text(quality["start"]["perplexity"]),
+        number_text(quality["trained"]["perplexity"]),
+        kl_text(quality["start"]["kl"], None),
+        kl_text(quality["trained"]["kl"], None),
+        seconds_text(row["seconds"]) if "seconds" in row else MISSING,
+    ]
+    return [Strong(each) if best and n in (0, 6) else each for n, each in enumerate(cells)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", choices=("demo", "smollm2"))
+    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
+    parser.add_argument("--methods", nargs="+", help="Only these")
+    parser.add_argument("--steps", type=int, help="Of every training")
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--into", type=Path, help="Markdown file: write tables, measure nothing")
+    options = parser.parse_args()
+    subject = subject_of(options.model, options.cache)
+    out = options.record or HERE / "records" / f"sharing-{subject.name}.json"
+    if options.into:
+        record = json.loads(out.read_text(encoding="utf-8"))
+        rewrite_block(options.into, f"sharing-{subject.name}", page(tables(record)))
+        return 0
+    record = {
+        "record_version": RECORD_VERSION, "kind": "sharing-benchmark", "model": subject.title,
+        "batch": subject.batch, "row_tokens": subject.row_tokens, "whole": {}, "rows": [],
+    }  # fmt: skip
+    if out.is_file():
+        record = json.loads(out.read_text(encoding="utf-8"))
+    record |= {"machine": machine()}
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            run(Bench(subject, Path(name), options), record, out, options)
+    except DeltafoldError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""`factor` with what it costs and saves measured on tasks: the model before and after, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltafold.choosing.fold import before_and_after
+from deltafold.evaluation.data import read_tasks
+from deltafold.evaluation.loading import choose_device, choose_dtype, load_tokenizer
+from deltafold.evaluation.plan import Request
+from deltafold.record import Meter, Record, record_path, write_record
+from deltafold.verbs.factor_model import factor as factor_verb
+
+
+def factor(
+    model: str | Path,
+    output: str | Path,
+    method: str = "lord",
+    *,
+    tasks: Sequence[str | Path] = (),
+    limit: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+    **settings: Any,
+) -> Record:
+    """Factor a model into the folder `output`; see `deltafold.verbs.factor_model` for `settings`.
+
+    Args:
+        tasks: files of rows, as `evaluate` takes them, that the model answers before and after; at
+            most `limit` rows of each. Then the record also has tokens a second and bytes of weights.
+        dtype, device: of that measurement; `auto` is the model's own.
+
+    Returns the record. Raises DeltafoldError; nothing is left under `output` then.
+
+    >>> factor("smollm2/", "small/", "lord", parameters=0.8, tasks=["sums.jsonl"])  # doctest: +SKIP
+    """
+    if not tasks:
+        return factor_verb(model, output, method, **settings)
+    wanted, where = choose_dtype(dtype), choose_device(device)
+    request = Request(tuple(map(str, tasks)), batch_size=batch_size, limit=limit)
+    read_tasks(request.tasks, limit)  # a broken file, and a missing tokenizer, are told of first
+    load_tokenizer(model)
+    record = factor_verb(model, output, method, **settings)
+    if settings.get("dry_run"):
+        return record
+    with Meter() as meter:
+        record["scores"] = before_and_after(
+            request, model, output, wanted, where, settings.get("progress"), ("whole", "factored")
+        )
+    record["score_seconds"] = meter.seconds
+    write_record(record, Path(settings.get("record") or record_path(Path(output))))
+    return record

@@ -1,0 +1,59 @@
+"""`share` with what it costs measured on tasks and texts: the model before and after, side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltafold.choosing.fold import before_and_after
+from deltafold.evaluation.data import read_tasks
+from deltafold.evaluation.loading import choose_device, choose_dtype, load_tokenizer
+from deltafold.evaluation.plan import Request
+from deltafold.record import Meter, Record, record_path, write_record
+from deltafold.verbs.share import share as share_verb
+
+
+def share(
+    model: str | Path,
+    output: str | Path,
+    method: str = "deltallm",
+    *,
+    tasks: Sequence[str | Path] = (),
+    texts: Sequence[str | Path] = (),
+    limit: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+    **settings: Any,
+) -> Record:
+    """Share weights between blocks; see `deltafold.verbs.share.share` for `settings`.
+
+    Args:
+        tasks, texts: files, as `evaluate` takes them, that the model is measured on before and after;
+            of a task at most `limit` rows. Then the record also has tokens a second.
+        dtype, device: of that measurement; `auto` is the model's own.
+
+    Returns the record. Raises DeltafoldError; nothing is left under `output` then.
+
+    >>> share("smollm2/", "shared/", parameters=0.88, texts=["held.txt"])       # doctest: +SKIP
+    """
+    if not tasks and not texts:
+        return share_verb(model, output, method, **settings)
+    wanted, where = choose_dtype(dtype), choose_device(device)
+    request = Request(
+        tuple(map(str, tasks)), tuple(map(str, texts)), batch_size=batch_size, limit=limit
+    )
+    read_tasks(request.tasks, limit)  # a broken file, and a missing tokenizer, are told of first
+    load_tokenizer(model)
+    record = share_verb(model, output, method, **settings)
+    if settings.get("dry_run") or os.environ.get("RANK", "0") != "0":
+        return record
+    with Meter() as meter:
+        record["scores"] = before_and_after(
+            request, model, output, wanted, where, settings.get("progress"), ("whole", "shared")
+        )
+    record["score_seconds"] = meter.seconds
+    write_record(record, Path(settings.get("record") or record_path(Path(output))))
+    return record

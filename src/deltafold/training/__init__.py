@@ -1,0 +1,10 @@
+"""Training a whole model against a teacher: text in rows, one loop, one or several processes.
+
+Knows nothing of what is trained: any student that gives logits and names its parameters will do.
+"""
+
+from deltafold.training.loop import Settings, State, exam, train
+from deltafold.training.processes import Processes
+from deltafold.training.rows import Rows, pack
+
+__all__ = ["Processes", "Rows", "Settings", "State", "exam", "pack", "train"]

@@ -1,0 +1,156 @@
+"""The factors that a shared model starts from, read off the checkpoint, a layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from deltafold.calibration import Calibration
+from deltafold.engine import Progress, Task, run_tasks
+from deltafold.errors import UsageError, nearest
+from deltafold.folding.align import match
+from deltafold.folding.layout import Layout
+from deltafold.folding.units import Units, features, rearranged
+from deltafold.sharing.form import Linear
+from deltafold.sharing.initialise import INITIALISATIONS
+from deltafold.sharing.plan import Place, Plan
+from deltafold.sharing.structure import Layer
+from deltafold.verbs.fold_job import read_layout
+from deltafold.verbs.share_write import Source
+
+
+def check_start(how: str, align: bool, plan_parts: Sequence[str]) -> None:
+    """Raises UsageError for a start that cannot be."""
+    if how not in INITIALISATIONS:
+        raise UsageError(f"There is no start {how!r}; {nearest(how, list(INITIALISATIONS))}")
+    if align and "mlp" not in plan_parts:
+        raise UsageError(
+            "Only neurons of MLPs are aligned, and none are shared; leave out --align."
+        )
+
+
+@dataclass
+class Start:
+    """Makes the factors of a plan. `changed` collects biases whose neurons were put in order."""
+
+    source: Source
+    plan: Plan
+    how: str = "svd"
+    align: bool = False
+    calibration: Calibration | None = None
+    seed: int = 0
+    changed: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def factors(
+        self,
+        workers: int | None = None,
+        memory_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """All factors by name, fp32."""
+        form, made = self.plan.form(), {}
+        layout, units = read_layout(self.source.checkpoint) if self.align else (None, [])
+        orders = {place: self._orders(place, layout, units) for place in self.plan.places}
+
+        def one(place: Place, layer: Layer) -> None:
+            path = self.plan.structure.path(place.block, layer.local)
+            weight = self._weight(path, orders[place], layout, units)
+            if layer.bias and orders[place]:
+                name = self.source.tensor_of(f"{path}.bias")
+                held = self.source.checkpoint.tensor(name)
+                self.changed[f"{path}.bias"] = _ordered(name, held, orders[place], layout, units)
+            made.update(self._layer(path, form.linears[path], weight, orders[place]))
+
+        tasks = [
+            Task(
+                self.plan.structure.path(place.block, layer.local),
+                lambda p=place, e=layer: one(p, e),  # type: ignore[misc]
+                memory_bytes=32 * layer.weights,
+                work=float(layer.weights * max(1, place.read_rank)),
+            )
+            for place in self.plan.places
+            for layer in self.plan.structure.of(place.block, self.plan.parts)
+        ]
+        run_tasks("start", tasks, workers, memory_bytes, progress)
+        return {name: made[name] for name in form.factors()}
+
+    def _weight(
+        self, path: str, orders: dict[str, torch.Tensor], layout: Layout | None, units: list[Units]
+    ) -> torch.Tensor:
+        name = self.source.tensor_of(f"{path}.weight")
+        held = self.source.checkpoint.tensor(name).float()
+        return _ordered(name, held, orders, layout, units) if orders else held
+
+    def _layer(
+        self, path: str, entry: Linear, weight: torch.Tensor, orders: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        if entry.weight is not None:
+            weight = (
+                weight
+                - self.source.checkpoint.tensor(
+                    self.source.tensor_of(f"{entry.weight}.weight")
+                ).float()
+            )
+        weight = weight.T if entry.transposed else weight
+        second = self._second(path, entry, orders)
+        made: dict[str, torch.Tensor] = {}
+        start = 0
+        for number, part in enumerate(entry.parts):
+            name = f"{path}.delta.{number}"
+            rows = weight[start : start + part.rows]
+            a, b = INITIALISATIONS[self.how](rows, part.rank, second, name, self.seed)
+            made |= {f"{name}.a": a, f"{name}.b": b}
+            start += part.rows
+        return made
+
+    def _second(
+        self, path: str, entry: Linear, orders: dict[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """E[x x^T] of the layer's inputs, its neurons in the order that they are put in."""
+        if self.calibration is None:
+            return None
+        moments = self.calibration.moments(self.source.tensor_of(f"{path}.weight"))
+        if moments is None:
+            return None
+        second = moments.second
+        for order in orders.values():
+            writes = any(
+                layer.writes and path.endswith(f".{layer.local}")
+                for layer in self.plan.structure.layers[0]
+            )
+            if writes and len(order) == entry.shape[1]:
+                second = second[order] if second.ndim == 1 else second[order][:, order]
+        return second
+
+    def _orders(
+        self, place: Place, layout: Layout | None, units: list[Units]
+    ) -> dict[str, torch.Tensor]:
+        """For each kind of neuron the order that brings it nearest to the anchor's."""
+        if layout is None or place.anchor is None:
+            return {}
+        read = self.source.checkpoint.tensor
+        here, there = place.block, place.anchor
+        return {
+            kind.name: match(
+                features(kind, lambda local: read(layout.name(there, local))),
+                features(kind, lambda local: read(layout.name(here, local))),
+            )
+            for kind in units
+            if kind.name != "heads"
+        }
+
+
+def _ordered(
+    name: str,
+    tensor: torch.Tensor,
+    orders: dict[str, torch.Tensor],
+    layout: Layout | None,
+    units: list[Units],
+) -> torch.Tensor:
+    assert layout is not None
+    split = layout.split(name)
+    assert split is not None
+    kinds = [kind for kind in units if kind.name in orders]
+    return rearranged(kinds, orders, split[1], tensor)

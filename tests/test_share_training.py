@@ -1,0 +1,265 @@
+"""Invariants of shared models under training, over all families; the loop; the schedule by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folding_models import write_deep
+from sharing_models import IDS
+from tiny_models import FAMILIES
+
+from deltafold.checkpoint import open_checkpoint
+from deltafold.errors import NonFiniteError, UsageError
+from deltafold.sharing.initialise import INITIALISATIONS
+from deltafold.sharing.plan import Request, make_plan
+from deltafold.sharing.replacing import Schedule, SharedStudent
+from deltafold.training import Rows, Settings, State, pack, train
+from deltafold.training.loop import batch_rows, losses
+from deltafold.verbs.share_job import structure_of
+from deltafold.verbs.share_start import Start
+from deltafold.verbs.share_train import Model
+from deltafold.verbs.share_write import Source
+
+MOE = ("mixtral", "qwen2 moe")
+CPU = torch.device("cpu")
+
+
+def make_student(
+    folder: Path, family: str, start: str = "svd", align: bool = False, **request: Any
+) -> tuple[Model, SharedStudent, Any]:
+    write_deep(folder / "base", family)
+    matrices = "attention" if family in MOE else "mlp"
+    asked = {"shared": 1, "rank": 4, "protect": (0, 1, -1), "matrices": matrices} | request
+    plan = make_plan(structure_of(folder / "base"), Request(**asked))
+    with open_checkpoint(folder / "base") as checkpoint:
+        begin = Start(Source.of(checkpoint), plan, start, align and family not in MOE)
+        factors = begin.factors()
+        model = Model.load(folder / "base", False, CPU)
+        student = model.student(plan, factors, begin.changed, Schedule(), 100, 0)
+    return model, student, plan
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("family", FAMILIES)
+def test_invariants(tmp_path: Path, family: str) -> None:
+    model, student, plan = make_student(tmp_path, family, rank=64)
+    whole = Model.load(tmp_path / "base", False, CPU).model
+    expected = whole(IDS).logits
+    # full rank and svd: the base model
+    student.begin_exam()
+    assert torch.allclose(student.logits(IDS), expected, atol=2e-4 * float(expected.abs().max()))
+    # nothing replaced: the teacher bit for bit
+    assert torch.equal(student.teacher(IDS), expected)
+    for swap in student.swaps:
+        swap.use(False)
+    assert torch.equal(student.logits(IDS), expected)
+    # only A and B are trained, and they get gradients
+    student.begin_exam()
+    student.logits(IDS).square().mean().backward()
+    trained = {name for name, p in model.model.named_parameters() if p.grad is not None}
+    assert trained == set(plan.form().factors()) == set(student.parameters)
+    # frozen tensors are in memory once
+    held = sum(p.numel() for p in model.model.parameters())
+    assert held == plan.parameters
+    # and the old layers come back
+    model.close()
+    assert torch.equal(model.model(IDS).logits, expected)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_zero_delta_is_the_anchors_module(tmp_path: Path, family: str) -> None:
+    model, _, plan = make_student(tmp_path, family, start="zero")
+    place = plan.places[0]
+    generator = torch.Generator().manual_seed(3)
+    for layer in plan.structure.of(place.block, plan.parts):
+        here = model.model.get_submodule(plan.structure.path(place.block, layer.local))
+        there = model.model.get_submodule(plan.structure.path(place.anchor, layer.local))
+        x = torch.randn(2, 5, layer.shape[1], generator=generator)
+        bias = 0.0 if here.bias is None else here.bias - there.bias
+        assert torch.allclose(here(x), there(x) + bias, atol=1e-5)
+        if here.bias is None:
+            assert torch.equal(here(x), there(x))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_aligned_neurons_at_full_rank_are_the_base_model_too(tmp_path: Path, family: str) -> None:
+    _, student, _ = make_student(tmp_path, family, rank=64, align=True)
+    expected = Model.load(tmp_path / "base", False, CPU).model(IDS).logits
+    student.begin_exam()
+    found = student.logits(IDS)
+    assert torch.allclose(found, expected, atol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.integration
+def test_alignment_brings_the_matrices_nearer(tmp_path: Path) -> None:
+    """Block 3's neurons are block 2's in another order: aligned, their difference is nothing."""
+    from folding_models import build_deep
+
+    built = build_deep("llama")
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(2))
+    anchor, delta = built.model.layers[2].mlp, built.model.layers[3].mlp
+    for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        weight = getattr(anchor, name).weight.data
+        getattr(delta, name).weight.data = weight.index_select(axis, order).clone()
+    built.save_pretrained(tmp_path / "base")
+    plan = make_plan(structure_of(tmp_path / "base"), Request(shared=1, rank=2, protect=(0, 1, -1)))
+    sizes = {}
+    with open_checkpoint(tmp_path / "base") as checkpoint:
+        for align in (False, True):
+            made = Start(Source.of(checkpoint), plan, "svd", align).factors()
+            sizes[align] = sum(float(value.abs().sum()) for value in made.values())
+    assert sizes[True] < 1e-3 * sizes[False]
+
+
+def test_initialisations_by_hand() -> None:
+    difference = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+    a, b = INITIALISATIONS["svd"](difference, 1, None, "x", 0)
+    assert torch.allclose(b @ a, torch.tensor([[3.0, 0.0], [0.0, 0.0]]), atol=1e-6)
+    assert float(a.norm()) == pytest.approx(float(b.norm())) == pytest.approx(math.sqrt(3))
+    # The second input is ten times as large: its column costs more to leave out.
+    second = torch.diag(torch.tensor([1.0, 100.0]))
+    a, b = INITIALISATIONS["activation"](difference, 1, second, "x", 0)
+    assert torch.allclose(b @ a, torch.tensor([[0.0, 0.0], [0.0, 2.0]]), atol=1e-5)
+    a, b = INITIALISATIONS["zero"](difference, 1, None, "x", 0)
+    assert not b.any()
+    assert a.any()
+    same, _ = INITIALISATIONS["zero"](difference, 1, None, "x", 0)
+    assert torch.equal(a, same)
+
+
+def test_schedule_by_hand() -> None:
+    schedule = Schedule(0.3, 0.5, 0.5)  # T = 100, n = 3: ramps of 25 steps, starts at 0, 12.5, 25
+    for step, place, expected in (
+        (0, 0, 0.3), (10, 0, 0.58), (25, 0, 1.0), (12, 1, 0.0), (13, 1, 0.3 + 0.7 * 0.5 / 25),
+        (24, 2, 0.0), (25, 2, 0.3), (50, 2, 1.0), (99, 2, 1.0),
+    ):  # fmt: skip
+        assert schedule.probability(step, place, 3, 100) == pytest.approx(expected)
+    linear = Schedule(0.3, 0.5, 0.0)
+    assert [linear.probability(25, place, 3, 100) for place in range(3)] == pytest.approx(
+        [0.65] * 3
+    )
+    assert Schedule(0.3, 0.0, 0.5).probability(0, 2, 3, 100) == 1.0
+    with pytest.raises(UsageError, match="stagger"):
+        Schedule(stagger=1.0).check()
+
+
+@pytest.mark.integration
+def test_draws_follow_their_probabilities_and_are_the_same_again(tmp_path: Path) -> None:
+    _, student, _ = make_student(tmp_path, "llama")
+    student.steps = 2000
+    drawn = []
+    for step in range(400):
+        student.begin_step(step)
+        drawn.append(student._used[0])
+    expected = sum(student.schedule.probability(t, 0, 1, 2000) for t in range(400))
+    assert abs(sum(drawn) - expected) < 4 * math.sqrt(400) / 2
+    student.begin_step(7)
+    assert student._used[0] == drawn[7]
+
+
+class Toy:
+    """Logits that are a table, of which every entry is trained."""
+
+    def __init__(self, vocabulary: int = 5):
+        generator = torch.Generator().manual_seed(0)
+        self.table = torch.nn.Parameter(torch.randn(vocabulary, vocabulary, generator=generator))
+        self.parameters = {"table": self.table}
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table[ids]
+
+    def begin_step(self, step: int) -> None: ...
+
+    def begin_exam(self) -> None: ...
+
+
+def toy_rows(count: int = 24) -> Rows:
+    ids = (torch.arange(count * 8) * 7 % 11 % 5).view(count, 8)
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    counted[:, 0] = False
+    return Rows(ids, counted)
+
+
+def teacher(ids: torch.Tensor) -> torch.Tensor:
+    return 2.0 * torch.nn.functional.one_hot((ids + 1) % 5, 5).float()
+
+
+def test_the_loss_by_hand() -> None:
+    student = Toy(2)
+    student.table.data = torch.tensor([[0.0, 0.0], [0.0, math.log(3.0)]])
+    ids, counted = torch.tensor([[0, 1, 1]]), torch.tensor([[False, True, True]])
+    p = torch.tensor([[0.0, math.log(3.0)], [0.0, math.log(3.0)]])
+    with torch.no_grad():
+        ce, kl = losses(student.logits, lambda n: p[n], ids, counted, Settings(1, temperature=1.0))
+    # after 0: q = (1/2, 1/2), p = (1/4, 3/4); after 1: q = p = (1/4, 3/4); the next is 1 twice
+    assert float(ce) == pytest.approx(math.log(2) - math.log(0.75), rel=1e-5)
+    assert float(kl) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-5)
+
+
+def test_the_loop_learns_and_goes_on_where_it_was() -> None:
+    learn, held = toy_rows().split(0)
+    settings = Settings(40, rate=0.05, batch_rows=4, check_steps=10, kl_share=1.0)
+    whole = Toy()
+    done = train(whole, teacher, learn, held, settings)
+    assert done.exams[-1][2] < 0.3 * done.exams[0][2]
+    assert len(done.curve) == 40
+
+    class KilledError(Exception): ...
+
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def save(state: State) -> None:
+        kept.append({k: v.clone() for k, v in state.to_tensors().items()})
+        if state.step == 20:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(Toy(), teacher, learn, held, settings, save=save)
+    again = Toy()
+    resumed = train(again, teacher, learn, held, settings, state=State.from_tensors(kept[-1]))
+    assert torch.equal(again.table, whole.table)
+    assert resumed.curve == done.curve
+    assert resumed.exams == done.exams
+
+
+def test_it_stops_when_held_out_text_does_not_gain() -> None:
+    learn, held = toy_rows().split(0)
+    settings = Settings(400, rate=0.5, batch_rows=4, check_steps=5, patience=2, kl_share=0.0)
+    state = train(Toy(), teacher, learn, held, settings)  # CE pulls away from the teacher
+    assert state.step < 400
+    assert state.best_step + 2 * 5 == state.step or state.best_step == 0
+
+
+def test_a_loss_that_is_not_finite_is_told() -> None:
+    learn, held = toy_rows().split(0)
+    student = Toy()
+
+    def broken(ids: torch.Tensor) -> torch.Tensor:
+        return teacher(ids) * torch.nan
+
+    with pytest.raises(NonFiniteError, match="lower the rate"):
+        train(student, broken, learn, held, replace(Settings(3), kl_share=1.0))
+
+
+def test_rows_come_once_each_before_any_comes_again() -> None:
+    settings = Settings(9, batch_rows=3, seed=4)
+    seen = [n for step in range(4) for n in batch_rows(6, settings, step)]
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+    assert seen[:6] != seen[6:]
+
+
+def test_packing() -> None:
+    from deltafold.calibration import Sample
+
+    rows = pack([Sample((1, 2, 3, 4), 2), Sample((5, 6, 7)), Sample((8, 9))], 4)
+    assert rows.ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert rows.counted.tolist() == [[False, False, True, True], [False, True, True, False]]
+    with pytest.raises(UsageError, match="two are needed"):
+        pack([Sample((1, 2))], 4).split(0)
