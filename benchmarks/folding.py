@@ -1,10 +1,11 @@
 """Every way to fold a model, at several depths: what is saved, what it costs.
 
     python benchmarks/folding.py                       # goes on where it stopped
-    python benchmarks/folding.py --into docs/folding.md
+    python benchmarks/folding.py --into docs/commands/fold.md
+    python benchmarks/folding.py --join a.json b.json      # records of parts become one
 
-The model is SmolLM2-135M-Instruct (`smollm2.py prepare`). Blocks are chosen and healed on the general
-text that comes with deltafold; what is measured is other text: the topics of Python's own help for
+The model is SmolLM2-135M-Instruct (`smollm2.py prepare`). Blocks are chosen and healed on the pages
+that come with deltafold; what is measured is other text: the topics of Python's own help for
 perplexity and KL from the whole model, and records to read a field from, with three solved examples
 before each, as a multiple choice and as a generative task with exact answers.
 """
@@ -24,7 +25,7 @@ from tasks import Row, make_rows, write_jsonl
 
 import deltafold
 from deltafold.choosing.fold import speed
-from deltafold.errors import DeltafoldError
+from deltafold.errors import DeltafoldError, UsageError
 from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded, quiet
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
@@ -37,8 +38,8 @@ from deltafold.reporting.units import MISSING, kl_text, number_text, percent_tex
 HERE = Path(__file__).parent
 BLOCKS = (2, 4, 6, 8)
 HEALED = ("mka", "shortgpt", "reverse", "random")  # also with closed-form healing
-ROWS, SHOTS, WINDOWS, MAX_LENGTH = 60, 3, 24, 256
-SAMPLES = 256
+ROWS, SHOTS, WINDOWS, MAX_LENGTH = 40, 3, 24, 256
+SAMPLES = 128
 TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
 
 
@@ -111,6 +112,25 @@ def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) ->
                 print(json.dumps(record["rows"][-1]), flush=True)
 
 
+def key_of(row: Record) -> tuple[str, int, str | None]:
+    """What tells one row from another."""
+    return row["method"], row["blocks"], row["healing"]
+
+
+def join(record: Record, files: list[Path]) -> None:
+    """Take in what other records have and this one lacks. Raises UsageError for another model."""
+    for file in files:
+        other = json.loads(file.read_text(encoding="utf-8"))
+        if other["model"] != record["model"]:
+            raise UsageError(f"{file} is of {other['model']}, not of {record['model']}.")
+        record["whole"] = record["whole"] or other["whole"]
+        record.setdefault("machine", other["machine"])
+        known = {key_of(row) for row in record["rows"]}
+        record["rows"] += [row for row in other["rows"] if key_of(row) not in known]
+    places = {name: place for place, name in enumerate(METHODS)}
+    record["rows"].sort(key=lambda r: (r["blocks"], places[r["method"]], r["healing"] or ""))
+
+
 def cell(bench: Bench, method: str, blocks: int, healing: str | None) -> Record:
     """One fold, and what it is worth."""
     with tempfile.TemporaryDirectory() as name:
@@ -146,7 +166,7 @@ def tables(record: Record) -> list[Table]:
         made.append(Table(f"{blocks} of 30 blocks gone", columns, rows))
     about = record["machine"]
     made[-1].notes += [
-        f"Model: {record['model']}. Blocks chosen and healed on the general text of deltafold. "
+        f"Model: {record['model']}. Blocks chosen and healed on {SAMPLES} samples of the pages that come with deltafold. "
         f"Perplexity, KL and agreement with the whole model: {WINDOWS} windows of {MAX_LENGTH} "
         f"tokens of Python's help. Choice, exact match: {ROWS} records to read a field from, "
         f"{SHOTS} examples before each. After ±: one standard error. Bold: least perplexity.",
@@ -180,6 +200,7 @@ def main() -> int:
     parser.add_argument("--blocks", nargs="+", type=int, default=list(BLOCKS))
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--record", type=Path, default=HERE / "records" / "folding-smollm2.json")
+    parser.add_argument("--join", nargs="+", type=Path, help="take in rows of these records")
     parser.add_argument("--into", type=Path, help="Markdown file: write tables, measure nothing")
     options = parser.parse_args()
     if options.into:
@@ -192,6 +213,10 @@ def main() -> int:
     }  # fmt: skip
     if options.record.is_file():
         record = json.loads(options.record.read_text(encoding="utf-8"))
+    if options.join:
+        join(record, options.join)
+        write_record(record, options.record)
+        return 0
     record |= {"machine": machine()}
     model = options.cache / "smollm2-base"
     try:
