@@ -166,7 +166,8 @@ def tables(record: Record) -> list[Table]:
         made.append(Table(f"{blocks} of 30 blocks gone", columns, rows))
     about = record["machine"]
     made[-1].notes += [
-        f"Model: {record['model']}. Blocks chosen and healed on {SAMPLES} samples of the pages that come with deltafold. "
+        f"Model: {record['model']}. Blocks chosen and healed on {SAMPLES} samples of the pages that "
+        f"come with deltafold. "
         f"Perplexity, KL and agreement with the whole model: {WINDOWS} windows of {MAX_LENGTH} "
         f"tokens of Python's help. Choice, exact match: {ROWS} records to read a field from, "
         f"{SHOTS} examples before each. After ±: one standard error. Bold: least perplexity.",

@@ -167,6 +167,67 @@ def test_healing_brings_states_nearer(reach: str, llama: Path, text: Path, tmp_p
     assert plain["removed"] == record["removed"] and not plain["patches"]
 
 
+def test_attention_is_healed_as_well_after_the_first_cut(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    record = run(llama, tmp_path / "out", "angular", text, blocks=1, protect=[0, -1],
+                 closed_form="through")  # fmt: skip
+    cut = record["removed"]["blocks"][0] - 1
+    parts = {(row["block"], row["part"]) for row in record["patches"]}
+    later = [number for number in record["kept"] if number > cut]
+    assert parts == {(cut, "mlp")} | {(n, p) for n in later for p in ("attention", "mlp")}
+    attention = [row for row in record["patches"] if row["part"] == "attention" and row["kept"]]
+    assert attention
+    old, new = weights(llama), weights(tmp_path / "out")
+    for row in attention:
+        place = record["kept"].index(row["block"])
+        name = "self_attn.o_proj.weight"
+        assert not torch.equal(
+            new[f"model.layers.{place}.{name}"], old[f"model.layers.{row['block']}.{name}"]
+        )
+
+
+def test_training_what_is_left_brings_it_nearer(llama: Path, text: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    much = write_text(tmp_path / "much.txt", samples=200)
+    record = run(llama, out, "reverse", much, blocks=2, heal=40, measure=text)
+    exams = record["healing"]["exams"]
+    assert exams[0]["step"] == 0 and min(e["kl"] for e in exams) < exams[0]["kl"]
+    assert record["quality"]["healed"]["kl"] < record["quality"]["folded"]["kl"]
+    plain = run(llama, tmp_path / "plain", "reverse", text, blocks=2)
+    assert plain["kept"] == record["kept"]
+    one, two = weights(out), weights(tmp_path / "plain")
+    assert one.keys() == two.keys()
+    assert all(one[name].dtype == two[name].dtype for name in one)
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 3
+
+
+def test_training_broken_off_goes_on_to_the_same_bytes(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    def stop(step: Any) -> None:
+        if step.stage == "heal" and step.done == 7:
+            raise KeyboardInterrupt
+
+    def healed(out: Path, **settings: Any) -> None:
+        run(llama, out, "reverse", text, blocks=2, heal=12, **settings)
+
+    with pytest.raises(KeyboardInterrupt):
+        healed(tmp_path / "broken", progress=stop)
+    assert not (tmp_path / "broken").exists()
+    seen: list[float] = []
+    healed(
+        tmp_path / "broken",
+        progress=lambda step: seen.append(step.done) if step.stage == "heal" else None,
+    )
+    assert seen[0] == 7  # the last look was after step 6
+    healed(tmp_path / "whole")
+    one, two = weights(tmp_path / "broken"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
 def test_replace_me_solves_its_equation(llama: Path, text: Path, tmp_path: Path) -> None:
     """On the very samples: with the patch the block's output is nearer to the last removed one's."""
     from deltafold.calibration import StreamedModel, gather_samples, make_batches
@@ -193,7 +254,7 @@ def test_auto_takes_the_candidate_with_the_least_kl(
 ) -> None:
     record = run(llama, tmp_path / "out", "auto", text, blocks=2)
     rows = record["candidates"]
-    assert len(rows) >= 3
+    assert len(rows) >= 2 and rows[-1]["way"].endswith("healed through")
     best = min(rows, key=lambda row: row["kl"])
     assert record["chosen"] == best["way"] and record["removed"]["blocks"] == best["removed"]
 

@@ -34,6 +34,9 @@ def fold(
         str | None,
         typer.Option(help="Heal by least squares: none, at each cut, or through the rest."),
     ] = None,
+    heal: Annotated[
+        int, typer.Option(help="Steps of training what is left towards the model.")
+    ] = 0,
     calibration: Annotated[
         str, typer.Option(help="Text: a file, datasets:NAME, pages, self, or none.")
     ] = "pages",
@@ -113,6 +116,7 @@ def fold(
             rule=rule,
             protect=block_numbers(protect),
             closed_form=closed_form,
+            heal=heal,
             calibration=calibration,
             samples=samples,
             max_tokens=max_tokens,

@@ -24,6 +24,7 @@ from deltafold.record import (
     record_path,
     write_record,
 )
+from deltafold.verbs.fold_distill import distill_folder
 from deltafold.verbs.fold_explain import check_explain, write_explanation
 from deltafold.verbs.fold_job import make_job
 from deltafold.verbs.fold_quantize import check_quantize, perplexity_of, quantize_folder
@@ -49,6 +50,7 @@ def fold(
     rule: str | None = None,
     protect: Sequence[int] = (),
     closed_form: str | None = None,
+    heal: int = 0,
     calibration: str | Path = "pages",
     samples: int = 256,
     max_tokens: int = 128,
@@ -69,7 +71,8 @@ def fold(
     """Fold a model into the folder `output`, by `blocks` that go or the share of `parameters` kept.
 
     `closed_form` heals by least squares: `none`, at each `cut`, or from there `through` the model;
-    None leaves it to the method. `quantize` is `int8` or `int4`, by torchao.
+    None leaves it to the method. `heal` is a number of steps in which what is left is trained
+    towards the model, both in memory. `quantize` is `int8` or `int4`, by torchao.
     `measure` is a text to measure perplexity and KL on, which should not be that of `calibration`.
     `dry_run` reads headers only and writes nothing. Returns the record. Raises DeltafoldError;
     nothing is left under `output` then.
@@ -79,7 +82,7 @@ def fold(
     """
     out = Path(output)
     chosen = Method.of(method, similarity, selection, rule)
-    _check_settings(closed_form, pool, seed)
+    _check_settings(closed_form, heal, pool, seed)
     check_quantize(quantize)
     if not dry_run:
         check_output(out, overwrite, [model])
@@ -87,6 +90,7 @@ def fold(
         check_explain(explain)
     settings = {
         "closed_form": closed_form,
+        "heal": heal,
         "protect": list(protect),
         "calibration": str(calibration),
         "samples": samples,
@@ -114,18 +118,28 @@ def fold(
         texts = Texts(calibration, measure, samples, max_tokens)
         run = Run(job, checkpoint, texts, seed, pool, memory_bytes, progress, workspace.folder)
         stack.enter_context(contextlib.closing(run))
-        run.read_text(closed_form)
+        run.read_text(closed_form, heal)
         folded = run.fold(closed_form)
-        quality = run.quality(folded)
         points = run.manifold() if explain is not None else None
-        folder = workspace.folder / "folded"
-        write_draft(folded.draft, checkpoint, folder, shard_bytes, workers, memory_bytes, progress)
+        done, healed = workspace.folder / "folded", None
+        write_draft(folded.draft, checkpoint, done, shard_bytes, workers, memory_bytes, progress)
+        if heal:
+            run.release()
+            made = workspace.folder / "healed"
+            assert run.states is not None
+            folded.notes["healing"] = distill_folder(
+                checkpoint.path, done, made, run.states.samples, heal, seed, workspace,
+                shard_bytes, progress,
+            )  # fmt: skip
+            done, healed = made, stack.enter_context(contextlib.closing(open_checkpoint(made)))
+        quality = run.quality(folded, healed)
         if quantize is not None:
             made = workspace.folder / "quantised"
-            quantize_folder(folder, made, quantize)
+            quantize_folder(done, made, quantize)
             if run.measured:
                 quality["quantised"] = {"perplexity": perplexity_of(made, run.measured)}
-        workspace.publish("folded" if quantize is None else "quantised", overwrite)
+            done = made
+        workspace.publish(done.name, overwrite)
         if explain is not None:
             write_explanation(Path(explain), folded, points)
     result = (
@@ -146,7 +160,9 @@ def fold(
     return result
 
 
-def _check_settings(closed_form: str | None, pool: str, seed: int) -> None:
+def _check_settings(closed_form: str | None, heal: int, pool: str, seed: int) -> None:
+    if heal < 0:
+        raise UsageError(f"{heal} steps of healing cannot be; give 0 or more.")
     if closed_form is not None and closed_form not in HEALINGS:
         raise UsageError(
             f"There is no healing {closed_form!r}; {nearest(closed_form, list(HEALINGS))}"

@@ -4,9 +4,9 @@
     contiguous   the blocks in a row whose absence costs least KL
     angular      the blocks in a row that turn the last token least
 
-All are dropped and healed by least squares at the cuts, and compared by their KL to the model on
-samples that no least squares saw. The best is healed again, from the first cut through to the end,
-and keeps what of the two does better.
+All are dropped and healed by least squares on a part of the text, at the cuts, and compared by their
+KL to the model on samples that no least squares saw. The best is healed on all the text, from the
+first cut through to the end.
 """
 
 from __future__ import annotations
@@ -58,36 +58,55 @@ def fold_best(
     progress: Progress | None = None,
 ) -> Folded:
     """The best of the candidates, with every candidate's figures in its notes."""
-    first: Reach | None = None if closed_form == "none" else "cut"
-    if closed_form == "through":
-        first = "through"
-    patcher = Patcher(states, whole)
+    unhealed = _choices(job, states, whole, probe, seed, progress)
     found: list[Candidate] = []
-    with contextlib.closing(Probe(states.model, whole, states.held_out())) as judge:
+    with (
+        contextlib.closing(Probe(states.model, whole, states.held_out())) as judge,
+        contextlib.closing(states.thinned()) as part,
+    ):
 
-        def candidate(name: str, folded: Folded, reach: Reach | None) -> Candidate:
+        def candidate(
+            name: str, folded: Folded, text: States | None, reach: Reach | None
+        ) -> Candidate:
             made = replace(folded, patches=[])
-            if reach is not None:
-                made.unhealed = folded.draft
-                made.draft, made.patches = patcher.patched(folded.draft, "heal", reach)
-            label = f"{name}, healed {reach}" if reach else name
-            return Candidate(label, made, judge.measure(made.draft))
+            if text is None or reach is None:
+                return Candidate(name, made, judge.measure(made.draft))
+            made.unhealed = folded.draft
+            made.draft, made.patches = Patcher(text, whole).patched(folded.draft, "heal", reach)
+            extent = "" if text is states else " on a part"
+            return Candidate(f"{name}, healed {reach}{extent}", made, judge.measure(made.draft))
 
-        unhealed: dict[tuple[int, ...], tuple[str, Folded]] = {}
-        for name, preset in WAYS.items():
-            way = replace(job, method=Method(name, preset))
-            with contextlib.suppress(MismatchError):  # no stretch of blocks is free
-                folded = Folder(way, states, probe, seed, progress=progress).fold(whole)
-                unhealed.setdefault(tuple(_gone(folded)), (name, folded))
-        if not unhealed:
-            raise MismatchError("No choice of blocks is left; protect fewer, or ask for fewer.")
-        found = [candidate(name, folded, first) for name, folded in unhealed.values()]
-        if closed_form is None:
+        if closed_form == "none":
+            found = [candidate(*each, None, None) for each in unhealed]
+        else:
+            found = [candidate(*each, part, "cut") for each in unhealed]
             best = min(range(len(found)), key=lambda number: found[number].kl)
-            found.append(candidate(*list(unhealed.values())[best], "through"))
+            part.close()
+            reach: Reach = "cut" if closed_form == "cut" else "through"
+            found.append(candidate(*unhealed[best], states, reach))
     chosen = min(found, key=lambda each: each.kl)
     chosen.folded.notes = {"candidates": [each.row() for each in found], "chosen": chosen.label}
     return chosen.folded
+
+
+def _choices(
+    job: Job,
+    states: States,
+    whole: Draft,
+    probe: Callable[[], Probe],
+    seed: int,
+    progress: Progress | None,
+) -> list[tuple[str, Folded]]:
+    """Every way's choice of blocks, dropped; equal ones once. Raises MismatchError for none."""
+    found: dict[tuple[int, ...], tuple[str, Folded]] = {}
+    for name, preset in WAYS.items():
+        way = replace(job, method=Method(name, preset))
+        with contextlib.suppress(MismatchError):  # no stretch of blocks is free
+            folded = Folder(way, states, probe, seed, progress=progress).fold(whole)
+            found.setdefault(tuple(_gone(folded)), (name, folded))
+    if not found:
+        raise MismatchError("No choice of blocks is left; protect fewer, or ask for fewer.")
+    return list(found.values())
 
 
 def _gone(folded: Folded) -> list[int]:

@@ -63,8 +63,13 @@ def quantize_folder(folder: Path, target: Path, kind: str) -> None:
             f"torchao cannot quantise this model to {kind} ({first_line(error)}); fold it without "
             "--quantize."
         ) from error
+    copy_side_files(folder, target)
+
+
+def copy_side_files(folder: Path, target: Path, replace: bool = False) -> None:
+    """Everything but weights that `target` lacks; with `replace` also what it has."""
     for file in folder.iterdir():
-        if not (target / file.name).exists() and ".safetensors" not in file.name:
+        if (replace or not (target / file.name).exists()) and ".safetensors" not in file.name:
             guard_storage(target, lambda f=file: shutil.copy2(f, target / f.name))  # type: ignore[misc]
 
 

@@ -17,10 +17,15 @@ from deltafold.errors import UsageError
 from deltafold.folding.draft import Draft
 from deltafold.folding.mka import embeddings
 from deltafold.verbs.fold_auto import fold_best
+from deltafold.verbs.fold_distill import draft_of
 from deltafold.verbs.fold_job import Job
 from deltafold.verbs.fold_patch import Patcher
 from deltafold.verbs.fold_states import Pool, Probe, States, pooled_rows
 from deltafold.verbs.fold_work import Folded, Folder
+
+
+LEAST_MEMORY = 1 << 28
+"""Hidden states in memory may take as much as the model's file, or this; the rest is in a file."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,13 @@ class Run:
 
     def close(self) -> None:
         """Free states and what the probe holds."""
+        self.release()
+
+    def release(self) -> None:
+        """Free what can be computed again."""
         if self._probe is not None:
             self._probe.close()
+            self._probe = None
         if self.states is not None:
             self.states.close()
 
@@ -70,7 +80,7 @@ class Run:
         tokens = sum(len(sample.ids) for sample in self.states.samples)
         return {"samples": len(self.states.samples), "tokens": tokens}
 
-    def read_text(self, closed_form: str | None) -> None:
+    def read_text(self, closed_form: str | None, heal: int = 0) -> None:
         """Samples, as far as they are needed. Raises UsageError where a method may have none."""
         if self.texts.measure is not None:
             self.measured = self._samples(self.texts.measure)
@@ -81,20 +91,22 @@ class Run:
             or method.chooser.needs != "nothing"
             or method.rule.patch != "none"
             or closed_form not in (None, "none")
+            or heal
         )
         if not needed:
             return
         if str(self.texts.calibration) == "none":
             raise UsageError(
-                f"{method.name} looks at what the model does on text; give --calibration a file, "
-                "or leave it out for the text that comes with deltafold."
+                f"{'--heal' if heal else method.name} looks at what the model does on text; give "
+                "--calibration a file, or leave it out for the text that comes with deltafold."
             )
         self.states = States(self.model, self._samples(self.texts.calibration))
 
     @functools.cached_property
     def model(self) -> StreamedModel:
         """The model, to be run block by block."""
-        return StreamedModel(self.checkpoint, memory_bytes=self.memory_bytes, scratch=self.scratch)
+        memory = self.memory_bytes or max(LEAST_MEMORY, self.checkpoint.weight_bytes)
+        return StreamedModel(self.checkpoint, memory_bytes=memory, scratch=self.scratch)
 
     def _samples(self, source: str | Path) -> list[Sample]:
         return gather_samples(
@@ -106,11 +118,15 @@ class Run:
             memory_bytes=self.memory_bytes,
         )
 
-    def quality(self, folded: Folded) -> dict[str, dict[str, float]]:
+    def quality(
+        self, folded: Folded, healed: Checkpoint | None = None
+    ) -> dict[str, dict[str, float]]:
         """Perplexity, KL to the model, and agreement with it, stage by stage; none without a text."""
         if not self.measured:
             return {}
         stages = {"model": self.whole, "unhealed": folded.unhealed, "folded": folded.draft}
+        if healed is not None:
+            stages["healed"] = draft_of(folded.draft, healed)
         with contextlib.closing(Probe(self.model, self.whole, self.measured)) as probe:
             return {
                 name: probe.measure(draft) | {"tokens": probe.tokens}

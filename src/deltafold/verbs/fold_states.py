@@ -22,6 +22,10 @@ ROWS = 256
 """Rows that a manifold or a kernel wants. Where there are fewer samples each gives several."""
 PROBE_TOKENS = 512
 """Tokens that the cost of an absence is measured on: it is measured many times."""
+JUDGE_TOKENS = 2048
+"""Tokens that candidates are compared on: the model's predictions of them are kept."""
+SCREEN_TOKENS = 6144
+"""Tokens that candidates are healed on for a first look."""
 HELD_EVERY = 4
 """One sample in so many is held out."""
 
@@ -88,15 +92,39 @@ class States:
         return total / count
 
     def held_out(self) -> list[Sample]:
-        """Samples that no closed form is fitted to; all of them where there are too few."""
+        """Samples that no closed form is fitted to, at most about JUDGE_TOKENS tokens of them.
+
+        All samples where there are too few to hold some out.
+        """
         held = [each for n, each in enumerate(self.samples) if is_held(n, len(self.samples))]
-        return held or self.samples
+        return _spread(held or self.samples, JUDGE_TOKENS)
 
     def few(self) -> list[Sample]:
         """Samples of about PROBE_TOKENS tokens, evenly spread."""
-        tokens = sum(len(each.ids) for each in self.samples)
-        step = max(1, round(tokens / PROBE_TOKENS))
-        return self.samples[step // 2 :: step] or self.samples[:1]
+        return _spread(self.samples, PROBE_TOKENS)
+
+    def thinned(self) -> States:
+        """Samples of about SCREEN_TOKENS tokens, for a first look. Close it, too.
+
+        Those held out here are held out there, so that they can judge.
+        """
+        learn, held = (
+            [each for n, each in enumerate(self.samples) if is_held(n, len(self.samples)) == held]
+            for held in (False, True)
+        )
+        learn = _spread(learn, SCREEN_TOKENS)
+        held = _spread(held, SCREEN_TOKENS // (HELD_EVERY - 1))
+        mixed: list[Sample] = []
+        while len(learn) >= HELD_EVERY - 1 and held:
+            mixed += [*learn[: HELD_EVERY - 1], held[0]]
+            learn, held = learn[HELD_EVERY - 1 :], held[1:]
+        return States(self.model, mixed or self.samples)
+
+
+def _spread(samples: Sequence[Sample], tokens: int) -> list[Sample]:
+    """Some of the samples, evenly spread, with about so many tokens in all."""
+    step = max(1, round(sum(len(each.ids) for each in samples) / tokens))
+    return list(samples[step // 2 :: step] or samples[:1])
 
 
 def is_held(number: int, total: int) -> bool:

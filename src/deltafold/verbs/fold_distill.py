@@ -1,0 +1,147 @@
+"""`--heal STEPS`: what is left of a folded model, trained towards the whole one.
+
+    loss   mean over tokens of KL(p || q)      p: the model's next token, q: the folded model's
+
+Every weight moves; the rows held out say which state was the best. Both models are in memory for
+this, the folded one in fp32 with two more numbers a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltafold.calibration import Sample
+from deltafold.calibration.building import first_line, quiet
+from deltafold.checkpoint import Checkpoint
+from deltafold.checkpoint.writer import guard_storage
+from deltafold.engine import Progress, Step
+from deltafold.errors import CheckpointError
+from deltafold.folding.draft import Block, Draft, Read
+from deltafold.record import Record
+from deltafold.training import Settings, State, pack, train
+from deltafold.verbs.fold_quantize import copy_side_files
+from deltafold.verbs.workspace import Workspace
+
+STATE = "healing.safetensors"
+ROW_TOKENS = 128
+RATE, BATCH_ROWS = 3e-4, 8
+
+
+@dataclass
+class _Folded:
+    """The folded model as a student: all its weights move."""
+
+    model: Any
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return made
+
+    def begin_step(self, step: int) -> None:
+        """Nothing is drawn."""
+
+    def begin_exam(self) -> None:
+        """The student is always as it will be."""
+
+
+def distill_folder(
+    whole: Path,
+    folder: Path,
+    target: Path,
+    samples: Sequence[Sample],
+    steps: int,
+    seed: int,
+    workspace: Workspace,
+    shard_bytes: int,
+    progress: Progress | None = None,
+) -> Record:
+    """Train the model of `folder` towards that of `whole`, into `target`; rows for the record.
+
+    A run that was broken off goes on from its last look at held-out text. Raises UsageError for too
+    little text, CheckpointError, NonFiniteError, StorageError.
+    """
+    teacher, model = _load(whole, torch.float32), _load(folder, torch.float32)
+    student = _Folded(model)
+    for name, parameter in model.named_parameters():
+        if bool(parameter.any()):  # a sub-layer that was dropped stays so
+            student.parameters[name] = parameter.requires_grad_(True)
+    learn, held = pack(samples, ROW_TOKENS).split(seed)
+    settings = Settings(
+        steps, RATE, BATCH_ROWS, kl_share=1.0, temperature=1.0, seed=seed,
+        check_steps=max(1, min(25, steps // 4)),
+    )  # fmt: skip
+    saved = workspace.load_tensors(STATE) if workspace.has(STATE) else None
+
+    def report(state: State) -> None:
+        if progress:
+            words = f"held-out KL {state.best_kl:.3f}, {state.tokens_per_second:.0f} tokens/s"
+            progress(Step("heal", words, float(state.step), float(steps), 0))
+
+    state = train(
+        student,
+        lambda ids: teacher(input_ids=ids, use_cache=False).logits,
+        learn,
+        held,
+        settings,
+        state=State.from_tensors(saved) if saved else None,
+        save=lambda now: workspace.save_tensors(STATE, now.to_tensors()),
+        report=report,
+    )
+    _write(model, folder, target, shard_bytes)
+    return {
+        "steps": state.step,
+        "best_step": state.best_step,
+        "training_tokens": learn.tokens,
+        "exams": [{"step": int(step), "ce": ce, "kl": kl} for step, ce, kl in state.exams],
+    }
+
+
+def draft_of(folded: Draft, checkpoint: Checkpoint) -> Draft:
+    """The draft `folded` with the tensors of what was written of it, to be measured like others."""
+    layout = folded.layout
+
+    def reader(place: int) -> Read:
+        return lambda local: checkpoint.tensor(layout.name(place, local))
+
+    blocks = tuple(
+        Block(block.number, reader(place), block.parts, changed=True)
+        for place, block in enumerate(folded.blocks)
+    )
+    return Draft(layout, checkpoint.tensor, blocks)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True
+            )
+    except Exception as error:  # the many ways in which a folder can be broken
+        raise CheckpointError(
+            f"{folder} cannot be loaded as a causal language model ({first_line(error)}); fold "
+            "without --heal."
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def _write(model: Any, folder: Path, target: Path, shard_bytes: int) -> None:
+    """The trained model in the dtype of its folder, with the side files as they were."""
+    with Checkpoint(folder) as stored:
+        config = stored.config()
+    named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    dtype = getattr(torch, named.removeprefix("torch."), torch.float32)
+    with quiet():
+        guard_storage(
+            target,
+            lambda: model.to(dtype).save_pretrained(target, max_shard_size=shard_bytes),
+        )
+    copy_side_files(folder, target, replace=True)
