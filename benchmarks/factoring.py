@@ -4,8 +4,8 @@
     python benchmarks/factoring.py demo                  # the small model of the demo, in a minute
     python benchmarks/factoring.py --into docs/commands/factor.md
 
-`smollm2` is SmolLM2-135M-Instruct (`smollm2.py prepare`). Factors are fitted to the general text that
-comes with deltafold; what is measured is the text that `folding.py` measures on, the topics of
+`smollm2` is SmolLM2-135M-Instruct (`smollm2.py prepare`). Factors are fitted to the pages that come
+with deltafold; what is measured is the text that `folding.py` measures on, the topics of
 Python's own help: perplexity, KL from the whole model and agreement with it, of the folder as written.
 `demo` is fitted to pages of the demo's training text and measured on its held-out text.
 """
@@ -51,7 +51,7 @@ MODELS = {
     "demo": "the demo's base (3.2 M parameters, bf16, tied embeddings)",
 }
 ABOUT = {
-    "smollm2": "Factors fitted to the general text of deltafold. Measured on Python's help. "
+    "smollm2": "Factors fitted to the pages that come with deltafold. Measured on Python's help. "
     "Embeddings are 28.3 M of the parameters and stay as they are.",
     "demo": f"Factors fitted to {DEMO_PAGES} pages of the demo's training text. Measured on its "
     "held-out text.",

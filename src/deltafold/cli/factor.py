@@ -35,10 +35,10 @@ def factor(
     ] = None,
     trials: Annotated[int, typer.Option(help="bolaco: splits that are tried.")] = 24,
     calibration: Annotated[
-        str, typer.Option(help="Text: a file, datasets:NAME, general, self, or none.")
-    ] = "general",
-    samples: Annotated[int, typer.Option(help="Samples of the text, at most.")] = 128,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 256,
+        str, typer.Option(help="Text: a file, datasets:NAME, pages, self, or none.")
+    ] = "pages",
+    samples: Annotated[int, typer.Option(help="Samples of the text, at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of samples and of the search.")] = 0,
     measure: Annotated[
         str | None, typer.Option(help="Text for perplexity and KL, not that of --calibration.")

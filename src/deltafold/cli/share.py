@@ -52,7 +52,7 @@ def share(
     ] = False,
     train: Annotated[
         str | None,
-        typer.Option(help="Text to train on: a file, datasets:NAME, general, or self (default)."),
+        typer.Option(help="Text to train on: a file, datasets:NAME, pages, or self (default)."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of training; 0: none.")] = 0,
     rate: Annotated[float, typer.Option(help="Learning rate, at its highest.")] = 5e-4,
@@ -268,7 +268,11 @@ def _show(result: dict[str, Any], where: Path) -> None:
     say(f"  weights {size(result['base_weight_bytes'])} -> {size(result['weight_bytes'])} on disk")
     if "text" in result and result["settings"]["steps"]:
         text = result["text"]
-        said = {"self": "the model's own text", "general": "the general text of deltafold"}
+        said = {
+            "self": "the model's own text",
+            "pages": "the pages that come with deltafold",
+            "general": "the general text of deltafold",
+        }
         source = said.get(text["source"], text["source"])
         say(
             f"  trained for {result['steps_done']} steps on {source} ({text['tokens']:,} tokens), "

@@ -144,7 +144,7 @@ class Run:
     def _starter(self, plan: Plan) -> Start:
         calibration = None
         if self.settings["start"] == "activation":
-            text = "general" if self.texts.train is None else self.texts.train
+            text = "pages" if self.texts.train is None else self.texts.train
             calibration = calibrate(
                 self.source.checkpoint.path,
                 text,
