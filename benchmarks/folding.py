@@ -38,7 +38,8 @@ from deltafold.reporting.units import MISSING, kl_text, number_text, percent_tex
 HERE = Path(__file__).parent
 BLOCKS = (2, 4, 6, 8)
 HEALED = ("mka", "shortgpt", "reverse", "random")  # also with closed-form healing
-ROWS, SHOTS, WINDOWS, MAX_LENGTH = 40, 3, 24, 256
+ROWS, CHOICES, SHOTS, WINDOWS, MAX_LENGTH = 24, 16, 3, 24, 256
+OPTIONS = 4  # of a multiple choice, at most
 SAMPLES = 128
 TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
 
@@ -52,9 +53,11 @@ def write_data(folder: Path) -> tuple[list[Path], Path]:
     write_jsonl(exact, folder / "extraction.jsonl")
     choices = folder / "choice.jsonl"
     lines = []
-    for row in exact:
+    for row in exact[:CHOICES]:
         record = row["prompt"].rsplit("Record: ", 1)[1].split(".\n")[0]
         values = [" " + pair.split(" = ")[1] for pair in record.split(", ")]
+        at = values.index(row["answer"])
+        values = values[max(0, at - OPTIONS + 1) :][:OPTIONS]
         options = {"choices": values, "answer": values.index(row["answer"])}
         lines.append(json.dumps({"prompt": row["prompt"], **options}))
     choices.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -169,8 +172,8 @@ def tables(record: Record) -> list[Table]:
         f"Model: {record['model']}. Blocks chosen and healed on {SAMPLES} samples of the pages that "
         f"come with deltafold. "
         f"Perplexity, KL and agreement with the whole model: {WINDOWS} windows of {MAX_LENGTH} "
-        f"tokens of Python's help. Choice, exact match: {ROWS} records to read a field from, "
-        f"{SHOTS} examples before each. After ±: one standard error. Bold: least perplexity.",
+        f"tokens of Python's help. Choice among {OPTIONS}: {CHOICES} records to read a field from; "
+        f"exact match: {ROWS}; {SHOTS} examples before each. After ±: one standard error. Bold: least perplexity.",
         f"Machine: {about['cpu']}, one core of {about['cores']}, deltafold {about['deltafold']}.",
     ]
     return made
