@@ -37,6 +37,7 @@ bench: $(VENV)/.model
 	$(BIN)/python benchmarks/merging.py demo
 	$(BIN)/python benchmarks/factoring.py
 	$(BIN)/python benchmarks/factoring.py demo
+	$(BIN)/python benchmarks/folding.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/mergekit.py --base demo/models/base --models demo/models/add demo/models/sort
 	$(MAKE) tables
@@ -52,6 +53,8 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/frontier.py demo --into docs/frontier.md
 	$(BIN)/python benchmarks/merging.py smollm2 --into README.md
 	$(BIN)/python benchmarks/merging.py demo --into docs/commands/merge.md
+	$(BIN)/python benchmarks/folding.py --blocks 6 --into README.md
+	$(BIN)/python benchmarks/folding.py --into docs/commands/fold.md
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
 	$(BIN)/python benchmarks/factoring.py --into docs/commands/factor.md

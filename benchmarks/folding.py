@@ -173,7 +173,8 @@ def tables(record: Record) -> list[Table]:
         f"come with deltafold. "
         f"Perplexity, KL and agreement with the whole model: {WINDOWS} windows of {MAX_LENGTH} "
         f"tokens of Python's help. Choice among {OPTIONS}: {CHOICES} records to read a field from; "
-        f"exact match: {ROWS}; {SHOTS} examples before each. After ±: one standard error. Bold: least perplexity.",
+        f"exact match: {ROWS}; {SHOTS} examples before each. After ±: one standard error. Bold: "
+        f"least perplexity.",
         f"Machine: {about['cpu']}, one core of {about['cores']}, deltafold {about['deltafold']}.",
     ]
     return made
@@ -209,6 +210,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.into:
         record = json.loads(options.record.read_text(encoding="utf-8"))
+        record["rows"] = [row for row in record["rows"] if row["blocks"] in options.blocks]
         rewrite_block(options.into, "folding-smollm2", page(tables(record)))
         return 0
     record = {

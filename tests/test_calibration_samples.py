@@ -23,7 +23,13 @@ from evaluation_models import (
 
 from deltafold.calibration import selftext
 from deltafold.calibration.batches import Sample
-from deltafold.calibration.samples import SampleError, check_limits, cut_windows, read_samples
+from deltafold.calibration.samples import (
+    SampleError,
+    check_limits,
+    cut_windows,
+    page_samples,
+    read_samples,
+)
 from deltafold.calibration.selftext import Text, pick, write_texts
 from deltafold.calibration.stream import StreamedModel
 from deltafold.calibration.tokens import Encoder, end_ids, load_tokenizer
@@ -113,6 +119,18 @@ def test_windows_lose_nothing() -> None:
     assert max(map(len, pieces)) <= 20
     assert "".join("".join(pieces).split()) == "".join(text.split())
     assert pieces[0] == "one two three\n\nfour"
+
+
+def test_pages_of_the_package_are_cut_into_samples(encoder: Encoder) -> None:
+    """Long pages give several samples, whole without a gap; few are drawn by the seed."""
+    short, long = Encoder(encoder.tokenizer, 20), Encoder(encoder.tokenizer, 4096)
+    every, pages = page_samples(short, 10**6, 0), page_samples(long, 10**6, 0)
+    assert len(pages) > 150 and max(len(each.ids) for each in every) == 20
+    first = pages[0].ids
+    pieces = [every[n].ids for n in range(len(first) // 20)]
+    assert [token for piece in pieces for token in piece] == list(first[: 20 * len(pieces)])
+    few = page_samples(short, 7, 1)
+    assert len(few) == 7 and few == page_samples(short, 7, 1) != page_samples(short, 7, 2)
 
 
 def test_what_is_too_much_is_thinned_out_by_the_seed(tmp_path: Path, encoder: Encoder) -> None:

@@ -145,3 +145,12 @@ def test_runs() -> None:
     assert runs([]) == []
     assert [step.gone for step in runs([0, 1, 4, 6, 7])] == [(6, 7), (4,), (0, 1)]
     assert runs([0])[0].keep is None
+
+
+def test_a_stretch_is_the_cheapest_run() -> None:
+    """Runs of two cost 10 more than their blocks: 1 + 2, 2 + 3, 3 + 0, 0 + 5. Of equals the later."""
+    costs = dict(enumerate((1.0, 2.0, 3.0, 0.0, 5.0)))
+    stretch = SELECTIONS["stretch"].choose
+    assert stretch(Known(5, costs=costs), 2) == [Step(1, (2, 3), -13.0)]
+    assert stretch(Known(5, {2}, costs=costs), 2) == [Step(None, (0, 1), -13.0)]
+    assert stretch(Known(5, {1, 3}, costs=costs), 2) == []

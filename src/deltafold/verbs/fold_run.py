@@ -23,7 +23,6 @@ from deltafold.verbs.fold_patch import Patcher
 from deltafold.verbs.fold_states import Pool, Probe, States, pooled_rows
 from deltafold.verbs.fold_work import Folded, Folder
 
-
 LEAST_MEMORY = 1 << 28
 """Hidden states in memory may take as much as the model's file, or this; the rest is in a file."""
 
