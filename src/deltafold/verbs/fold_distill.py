@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from deltafold.calibration import Sample
-from deltafold.calibration.building import first_line, quiet
+from deltafold.calibration.building import quiet
 from deltafold.checkpoint import Checkpoint
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.engine import Progress, Step
-from deltafold.errors import CheckpointError
 from deltafold.folding.draft import Block, Draft, Read
 from deltafold.record import Record
 from deltafold.training import Settings, State, pack, train
 from deltafold.verbs.fold_quantize import copy_side_files
+from deltafold.verbs.share_train import load_model
 from deltafold.verbs.workspace import Workspace
 
 STATE = "healing.safetensors"
@@ -67,7 +67,9 @@ def distill_folder(
     A run that was broken off goes on from its last look at held-out text. Raises UsageError for too
     little text, CheckpointError, NonFiniteError, StorageError.
     """
-    teacher, model = _load(whole, torch.float32), _load(folder, torch.float32)
+    teacher, model = (
+        load_model(each, torch.float32, torch.device("cpu")) for each in (whole, folder)
+    )
     student = _Folded(model)
     for name, parameter in model.named_parameters():
         if bool(parameter.any()):  # a sub-layer that was dropped stays so
@@ -115,22 +117,6 @@ def draft_of(folded: Draft, checkpoint: Checkpoint) -> Draft:
         for place, block in enumerate(folded.blocks)
     )
     return Draft(layout, checkpoint.tensor, blocks)
-
-
-def _load(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True
-            )
-    except Exception as error:  # the many ways in which a folder can be broken
-        raise CheckpointError(
-            f"{folder} cannot be loaded as a causal language model ({first_line(error)}); fold "
-            "without --heal."
-        ) from error
-    return model.eval().requires_grad_(False)
 
 
 def _write(model: Any, folder: Path, target: Path, shard_bytes: int) -> None:
