@@ -63,7 +63,7 @@ def compress(
         list[Path] | None,
         typer.Option(help="Rows that base, fine-tune and archive answer; as evaluate takes them."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows of a task.")] = None,
+    limit: o.LimitOption = None,
     answers: o.AnswersOption = 4,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read headers only and show what would be done.")

@@ -43,25 +43,18 @@ def factor(
     measure: Annotated[
         str | None, typer.Option(help="Text for perplexity and KL, not that of --calibration.")
     ] = None,
-    task: Annotated[
-        list[Path] | None,
-        typer.Option(help="Rows to answer before and after, as evaluate takes them."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows of a task.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows answered at a time, at most.")] = 8,
-    dtype: Annotated[
-        str, typer.Option(help="To answer in: auto (the model's own), fp32, bf16 or fp16.")
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="To answer on: cpu or cuda. Default: cuda if there is one.")
-    ] = None,
+    task: o.TaskOption = None,
+    limit: o.LimitOption = None,
+    batch_size: o.BatchSizeOption = 8,
+    dtype: o.DtypeOption = "auto",
+    device: o.DeviceOption = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Write the ordinary model that the factors amount to.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be stored; read headers only.")
     ] = False,
-    shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    shard_size: o.ShardSizeOption = "5GB",
     workers: o.WorkersOption = None,
     memory: o.MemoryOption = None,
     overwrite: o.OverwriteOption = False,

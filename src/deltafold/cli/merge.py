@@ -69,14 +69,9 @@ def merge(
         int | None, typer.Option(help="Only the first rows of a task, and windows of a text.")
     ] = None,
     answers: o.AnswersOption = 4,
-    batch_size: Annotated[int, typer.Option(help="Rows scored at a time, at most.")] = 8,
-    dtype: Annotated[
-        str, typer.Option(help="To score in: auto (the model's own), fp32, bf16 or fp16.")
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(help="To score on: cpu or cuda. Default: cuda if there is one."),
-    ] = None,
+    batch_size: o.BatchSizeOption = 8,
+    dtype: o.DtypeOption = "auto",
+    device: o.DeviceOption = None,
     as_archive: Annotated[
         bool, typer.Option("--as-archive", help="Write an archive on the base, no checkpoint.")
     ] = False,
@@ -88,7 +83,7 @@ def merge(
         str | None, typer.Option(metavar="TEXT", help="For that archive; as compress takes it.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random positions.")] = 0,
-    shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    shard_size: o.ShardSizeOption = "5GB",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read headers only and show what would be done.")
     ] = False,

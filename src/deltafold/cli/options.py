@@ -61,6 +61,23 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing
 RecordOption = Annotated[
     Path | None, typer.Option("--record", help="Where the record goes. Default: beside the output.")
 ]
+TaskOption = Annotated[
+    list[Path] | None,
+    typer.Option("--task", help="Rows to answer before and after, as evaluate takes them."),
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", help="Only the first rows of a task.")]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", help="Rows answered at a time, at most.")
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option("--dtype", help="To answer in: auto (the model's own), fp32, bf16 or fp16."),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="To answer on: cpu or cuda. Default: cuda if there is one."),
+]
+ShardSizeOption = Annotated[str, typer.Option("--shard-size", help="Largest weight file.")]
 AnswersOption = Annotated[
     int,
     typer.Option(
