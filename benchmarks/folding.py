@@ -38,6 +38,7 @@ from deltafold.reporting.units import MISSING, kl_text, number_text, percent_tex
 HERE = Path(__file__).parent
 BLOCKS = (2, 4, 6, 8)
 HEALED = ("mka", "shortgpt", "reverse", "random")  # also with closed-form healing
+TRAINED, STEPS = ("auto", "shortgpt"), 60  # also trained afterwards
 ROWS, CHOICES, SHOTS, WINDOWS, MAX_LENGTH = 24, 16, 3, 24, 256
 OPTIONS = 4  # of a multiple choice, at most
 SAMPLES = 128
@@ -106,13 +107,21 @@ def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) ->
         write_record(record, out)
     for blocks in options.blocks:
         for method in options.methods:
-            for healing in (None, *(["through"] * (method in HEALED))):
+            for healing in healings(method):
+                if options.healings and (healing or "none") not in options.healings:
+                    continue
                 key = {"method": method, "blocks": blocks, "healing": healing}
                 if any(all(row[k] == key[k] for k in key) for row in record["rows"]):
                     continue
                 record["rows"].append(key | cell(bench, method, blocks, healing))
                 write_record(record, out)
                 print(json.dumps(record["rows"][-1]), flush=True)
+
+
+def healings(method: str) -> list[str | None]:
+    """Ways to heal that are measured: as the method does by itself, in closed form, trained."""
+    through, trained = ["through"] * (method in HEALED), ["trained"] * (method in TRAINED)
+    return [None, *through, *trained]
 
 
 def key_of(row: Record) -> tuple[str, int, str | None]:
@@ -140,8 +149,10 @@ def cell(bench: Bench, method: str, blocks: int, healing: str | None) -> Record:
         folder = Path(name) / "folded"
         try:
             made = deltafold.fold(
-                bench.model, folder, method, blocks=blocks, closed_form=healing, samples=SAMPLES
-            )
+                bench.model, folder, method, blocks=blocks, samples=SAMPLES,
+                closed_form="through" if healing and method != "auto" else None,
+                heal=STEPS if healing == "trained" else 0,
+            )  # fmt: skip
         except DeltafoldError as error:
             return {"unmet": str(error)}
         with quiet(), loaded("folded", folder, None, torch.float32, "cpu") as subject:
@@ -181,7 +192,8 @@ def tables(record: Record) -> list[Table]:
 
 
 def name_of(row: Record) -> str:
-    return row["method"] + (", healed" if row["healing"] else "")
+    words = {None: "", "through": ", healed", "trained": f", healed, trained {STEPS} steps"}
+    return row["method"] + words[row["healing"]]
 
 
 def line(name: str, row: Record, best: bool = False) -> list[Cell]:
@@ -202,6 +214,7 @@ def line(name: str, row: Record, best: bool = False) -> list[Cell]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--healings", nargs="+", help="only these: none, through, trained")
     parser.add_argument("--blocks", nargs="+", type=int, default=list(BLOCKS))
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--record", type=Path, default=HERE / "records" / "folding-smollm2.json")
