@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from deltafold import fold
 from deltafold.errors import CheckpointError, DeltafoldError, MismatchError, UsageError
 from deltafold.folding import METHODS, PRESETS
+from deltafold.reporting.tables import tables_of
 
 pytestmark = pytest.mark.integration
 
@@ -202,6 +203,8 @@ def test_training_what_is_left_brings_it_nearer(llama: Path, text: Path, tmp_pat
     assert one.keys() == two.keys()
     assert all(one[name].dtype == two[name].dtype for name in one)
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 3
+    titles = [table.title for table in tables_of(record)]
+    assert "training" in titles
 
 
 def test_training_broken_off_goes_on_to_the_same_bytes(

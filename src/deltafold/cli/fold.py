@@ -195,6 +195,13 @@ def _show(result: dict[str, Any], where: Path) -> None:
     healed = [row for row in result["patches"] if row["kept"]]
     if result["patches"]:
         say(f"  {len(healed)} of {len(result['patches'])} least-squares patches kept")
+    if "healing" in result:
+        healing = result["healing"]
+        first, best = healing["exams"][0]["kl"], min(each["kl"] for each in healing["exams"])
+        say(
+            f"  trained for {healing['steps']} steps, best at step {healing['best_step']}: held-out "
+            f"KL {first:.3g} -> {best:.3g}"
+        )
     if "chosen" in result:
         say(f"  chosen of {len(result['candidates'])} candidates: {result['chosen']}")
     for stage, found in result["quality"].items():

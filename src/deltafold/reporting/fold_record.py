@@ -47,6 +47,22 @@ class TextQuality(Part):
     agreement: Number = None
 
 
+class Exam(Part):
+    """A look at rows held out, nats a token."""
+
+    step: int
+    kl: Number = None
+
+
+class Training(Part):
+    """What `--heal` did."""
+
+    steps: int
+    best_step: int
+    training_tokens: int
+    exams: list[Exam] = []
+
+
 class FoldScore(EvaluatedModel):
     """The model before or after, with its speed and size."""
 
@@ -68,6 +84,7 @@ class FoldRecord(Run):
     similarity: StateSimilarity | None = None
     quality: dict[str, TextQuality] = {}
     chosen: str | None = None
+    healing: Training | None = None
     scores: list[FoldScore] = []
 
     @property

@@ -17,6 +17,7 @@ def fold_tables(record: FoldRecord) -> list[Table]:
         _totals(record),
         *quality_tables(record.quality),
         *score_tables(record.scores),
+        *_training(record),
         *_steps(record),
     ]
 
@@ -66,6 +67,18 @@ def score_tables(scores: Sequence[FoldScore]) -> list[Table]:
     columns = ("model", *tasks, "tokens/s", "weights")
     note = "Tasks: exact match or accuracy. After ±: one standard error. Speed: one row, greedy."
     return [Table("on tasks", columns, rows, notes=[note])]
+
+
+def _training(record: FoldRecord) -> list[Table]:
+    """Looks at held-out rows while what is left was trained."""
+    if record.healing is None:
+        return []
+    rows = [(str(exam.step), kl_text(exam.kl, None)) for exam in record.healing.exams]
+    note = (
+        f"Trained on {record.healing.training_tokens:,} tokens of the calibration text; the state "
+        f"after step {record.healing.best_step} is kept."
+    )
+    return [Table("training", ("step", "KL, held out"), rows, notes=[note])]
 
 
 def _steps(record: FoldRecord) -> list[Table]:
