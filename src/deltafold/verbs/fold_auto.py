@@ -3,10 +3,11 @@
     greedy       one block after another, each time the one whose absence costs least KL
     contiguous   the blocks in a row whose absence costs least KL
     angular      the blocks in a row that turn the last token least
+    influence    the blocks that turn the states least, one by one (ShortGPT's)
 
-All are dropped and healed by least squares on a part of the text, at the cuts, and compared by their
-KL to the model on samples that no least squares saw. The best is healed on all the text, from the
-first cut through to the end.
+All are dropped and healed by least squares on a part of the text, from the first cut through to the
+end, and compared by their KL to the model on samples that no least squares saw. The best is healed
+again on all the text.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ WAYS = {
     "greedy": Preset("kl", "lazy", "drop"),
     "contiguous": Preset("kl", "stretch", "drop"),
     "angular": Preset("angular", "contiguous", "drop"),
+    "influence": Preset("cosine", "lowest", "drop"),
 }
 
 
@@ -79,10 +81,10 @@ def fold_best(
         if closed_form == "none":
             found = [candidate(*each, None, None) for each in unhealed]
         else:
-            found = [candidate(*each, part, "cut") for each in unhealed]
+            reach: Reach = "cut" if closed_form == "cut" else "through"
+            found = [candidate(*each, part, reach) for each in unhealed]
             best = min(range(len(found)), key=lambda number: found[number].kl)
             part.close()
-            reach: Reach = "cut" if closed_form == "cut" else "through"
             found.append(candidate(*unhealed[best], states, reach))
     chosen = min(found, key=lambda each: each.kl)
     chosen.folded.notes = {"candidates": [each.row() for each in found], "chosen": chosen.label}
