@@ -51,7 +51,8 @@ MODELS = {
     "demo": "the demo's base (3.2 M parameters, bf16, tied embeddings)",
 }
 ABOUT = {
-    "smollm2": "Factors fitted to the pages that come with deltafold. Measured on Python's help. "
+    "smollm2": "Factors fitted to the pages that come with deltafold (short text: to `general`, 3,000 "
+    "tokens of them). Measured on Python's help. "
     "Embeddings are 28.3 M of the parameters and stay as they are.",
     "demo": f"Factors fitted to {DEMO_PAGES} pages of the demo's training text. Measured on its "
     "held-out text.",
@@ -64,7 +65,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "basis-sharing": ("basis-sharing", {}),
     "bolaco": ("bolaco", {"trials": 16}),
     "lord, model's own inputs": ("lord", {"sequential": False}),
-    "lord, damping 0.01": ("lord", {"damping": 0.01}),
+    "lord, short text": ("lord", {"calibration": "general"}),
+    "lord, damping 0.01, short text": ("lord", {"damping": 0.01, "calibration": "general"}),
     "lord, centred": ("lord", {"centre": True}),
     "basis-sharing, alike": ("basis-sharing", {"grouping": "alike"}),
 }
@@ -111,7 +113,7 @@ class Bench:
 def texts(model: str, folder: Path) -> tuple[Path, str]:
     """(text to measure on, calibration): never the same text."""
     if model == "smollm2":
-        return write_data(folder)[1], "general"
+        return write_data(folder)[1], "pages"
     sys.path.insert(0, str(DEMO))
     from data import DOCUMENTS_A_PAGE
     from world import documents
@@ -144,8 +146,8 @@ def cell(bench: Bench, label: str, share: float) -> Record:
         folder = Path(name) / "factored"
         try:
             made = factor(
-                bench.model, folder, method, parameters=share, calibration=bench.calibration,
-                **settings,
+                bench.model, folder, method, parameters=share,
+                **({"calibration": bench.calibration} | settings),
             )  # fmt: skip
         except DeltafoldError as error:
             return {"unmet": str(error)}
@@ -153,7 +155,8 @@ def cell(bench: Bench, label: str, share: float) -> Record:
             figures = bench.figures(subject)
         return figures | {
             "method": made["method"]["name"],
-            "settings": made["settings"] | {"calibration": Path(bench.calibration).name},
+            "settings": made["settings"]
+            | {"calibration": Path(made["settings"]["calibration"]).name},
             "parameters": made["parameters"],
             "roles": made["roles"],
             "samples": made["samples"],
