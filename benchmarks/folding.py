@@ -186,7 +186,8 @@ def tables(record: Record) -> list[Table]:
         f"tokens of Python's help. Choice among {OPTIONS}: {CHOICES} records to read a field from; "
         f"exact match: {ROWS}; {SHOTS} examples before each. After ±: one standard error. Bold: "
         f"least perplexity.",
-        f"Machine: {about['cpu']}, one core of {about['cores']}, deltafold {about['deltafold']}.",
+        f"Machine: {about['cpu']}, one core of {about['cores']}, deltafold {about['deltafold']}. "
+        + record.get("remark", ""),
     ]
     return made
 
