@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltafold.choosing.fold import before_and_after
-from deltafold.evaluation.data import read_tasks
-from deltafold.evaluation.loading import choose_device, choose_dtype, load_tokenizer
+from deltafold.choosing.fold import scored
 from deltafold.evaluation.plan import Request
-from deltafold.record import Meter, Record, record_path, write_record
+from deltafold.record import Record
 from deltafold.verbs.factor_model import factor as factor_verb
 
 
@@ -39,17 +37,5 @@ def factor(
     """
     if not tasks:
         return factor_verb(model, output, method, **settings)
-    wanted, where = choose_dtype(dtype), choose_device(device)
     request = Request(tuple(map(str, tasks)), batch_size=batch_size, limit=limit)
-    read_tasks(request.tasks, limit)  # a broken file, and a missing tokenizer, are told of first
-    load_tokenizer(model)
-    record = factor_verb(model, output, method, **settings)
-    if settings.get("dry_run"):
-        return record
-    with Meter() as meter:
-        record["scores"] = before_and_after(
-            request, model, output, wanted, where, settings.get("progress"), ("whole", "factored")
-        )
-    record["score_seconds"] = meter.seconds
-    write_record(record, Path(settings.get("record") or record_path(Path(output))))
-    return record
+    return scored(factor_verb, request, model, output, method, "factored", dtype, device, settings)

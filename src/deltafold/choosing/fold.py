@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,34 @@ def fold(
     """
     if not tasks:
         return fold_verb(model, output, method, **settings)
-    wanted = choose_dtype(dtype)
     request = Request(tuple(map(str, tasks)), batch_size=batch_size, limit=limit, answers=answers)
-    read_tasks(request.tasks, limit)  # a broken file, and a missing tokenizer, are told of first
+    return scored(fold_verb, request, model, output, method, "folded", dtype, device, settings)
+
+
+def scored(
+    verb: Callable[..., Record],
+    request: Request,
+    model: str | Path,
+    output: str | Path,
+    method: str,
+    label: str,
+    dtype: str,
+    device: str | None,
+    settings: dict[str, Any],
+) -> Record:
+    """What a verb that makes one model of another records, with both measured before and after.
+
+    Of several processes the first one measures. Raises DeltafoldError, most of it before any work.
+    """
+    wanted, where = choose_dtype(dtype), choose_device(device)
+    read_tasks(request.tasks, request.limit)  # a broken file, a missing tokenizer: told of first
     load_tokenizer(model)
-    where = choose_device(device)
-    record = fold_verb(model, output, method, **settings)
-    if settings.get("dry_run"):
+    record = verb(model, output, method, **settings)
+    if settings.get("dry_run") or os.environ.get("RANK", "0") != "0":
         return record
     with Meter() as meter:
         record["scores"] = before_and_after(
-            request,
-            model,
-            output,
-            wanted,
-            where,
-            settings.get("progress"),
+            request, model, output, wanted, where, settings.get("progress"), ("whole", label)
         )
     record["score_seconds"] = meter.seconds
     write_record(record, Path(settings.get("record") or record_path(Path(output))))
@@ -84,7 +97,7 @@ def before_and_after(
     dtype: torch.dtype | None,
     device: str,
     progress: Progress | None,
-    labels: tuple[str, str] = ("whole", "folded"),
+    labels: tuple[str, str],
 ) -> list[dict[str, Any]]:
     """A row for each of the two models; that of the second has KL and agreement with the first, too."""
     before, after = labels

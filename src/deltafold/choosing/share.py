@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltafold.choosing.fold import before_and_after
-from deltafold.evaluation.data import read_tasks
-from deltafold.evaluation.loading import choose_device, choose_dtype, load_tokenizer
+from deltafold.choosing.fold import scored
 from deltafold.evaluation.plan import Request
-from deltafold.record import Meter, Record, record_path, write_record
+from deltafold.record import Record
 from deltafold.verbs.share import share as share_verb
 
 
@@ -41,19 +38,7 @@ def share(
     """
     if not tasks and not texts:
         return share_verb(model, output, method, **settings)
-    wanted, where = choose_dtype(dtype), choose_device(device)
     request = Request(
         tuple(map(str, tasks)), tuple(map(str, texts)), batch_size=batch_size, limit=limit
     )
-    read_tasks(request.tasks, limit)  # a broken file, and a missing tokenizer, are told of first
-    load_tokenizer(model)
-    record = share_verb(model, output, method, **settings)
-    if settings.get("dry_run") or os.environ.get("RANK", "0") != "0":
-        return record
-    with Meter() as meter:
-        record["scores"] = before_and_after(
-            request, model, output, wanted, where, settings.get("progress"), ("whole", "shared")
-        )
-    record["score_seconds"] = meter.seconds
-    write_record(record, Path(settings.get("record") or record_path(Path(output))))
-    return record
+    return scored(share_verb, request, model, output, method, "shared", dtype, device, settings)

@@ -83,12 +83,7 @@ def contiguous(evidence: Evidence, count: int) -> list[Step]:
 
     Gromov et al. 2024 (arXiv 2403.17887), section 3.1; of equals the later one.
     """
-    free, alike = _free(evidence), evidence.alike()
-    spans = [
-        tuple(range(start, start + count))
-        for start in range(evidence.n - count + 1)
-        if set(range(start, start + count)) <= free
-    ]
+    spans, alike = _stretches(evidence, count), evidence.alike()
     if not spans:
         return []
     best = max(spans, key=lambda span: (float(alike[span[0], span[-1] + 1]), span[0]))
@@ -98,12 +93,7 @@ def contiguous(evidence: Evidence, count: int) -> list[Step]:
 
 def stretch(evidence: Evidence, count: int) -> list[Step]:
     """The `count` blocks in a row whose absence costs least; of equals the later one."""
-    free = _free(evidence)
-    spans = [
-        tuple(range(start, start + count))
-        for start in range(evidence.n - count + 1)
-        if set(range(start, start + count)) <= free
-    ]
+    spans = _stretches(evidence, count)
     if not spans:
         return []
     costs = {span: evidence.absence(span) for span in spans}
@@ -221,6 +211,13 @@ def runs(gone: Sequence[int], scores: dict[int, float] | None = None) -> list[St
         )
         for run in reversed(found)
     ]
+
+
+def _stretches(evidence: Evidence, count: int) -> list[tuple[int, ...]]:
+    """All runs of `count` free positions."""
+    free = _free(evidence)
+    runs_ = (tuple(range(start, start + count)) for start in range(evidence.n - count + 1))
+    return [run for run in runs_ if free.issuperset(run)]
 
 
 def _free(evidence: Evidence) -> set[int]:

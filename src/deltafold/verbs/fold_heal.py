@@ -64,11 +64,10 @@ class Healer:
 
     def heal(
         self, draft: Draft, place: int, target: int, entering: Pass, inner: bool
-    ) -> tuple[Draft, Pass | None, list[dict[str, Any]]]:
+    ) -> tuple[Draft, Pass, list[dict[str, Any]]]:
         """(the draft with the block at `place` healed, what leaves it then, rows for the record).
 
         `target` is the model's block that what leaves shall enter; `inner` heals the attention too.
-        Without a patch of the down projection nothing is said of what leaves.
         """
         rows = []
         if inner and self.can_heal("attention"):
@@ -81,7 +80,7 @@ class Healer:
         """The states after the attention, h + a, towards the model's own in the same block."""
         block, local = draft.blocks[place], self._matrix("attention")
         assert local is not None
-        with self.stores("result", block.number) as wanted:
+        with self._store("result") as wanted:
             source = _At(self.original, block.number)
             for number, seen in enumerate(
                 self._seen(self.whole, block.number, local, source, True)
@@ -107,13 +106,13 @@ class Healer:
 
     def _mlp(
         self, draft: Draft, place: int, target: int, entering: Pass
-    ) -> tuple[Draft, Pass | None, dict[str, Any]]:
+    ) -> tuple[Draft, Pass, dict[str, Any]]:
         """What leaves the block towards what enters the model's block `target`."""
         block, local = draft.blocks[place], self._matrix("mlp")
         assert local is not None
         leaving = Pass(entering.batches, entering.calls, [self.model.store_beside(entering)])
         regression, before = None, Mean()
-        with self.stores("inputs", block.number) as inputs:
+        with self._store("inputs") as inputs:
             walk = self._seen(draft, block.number, local, _At(entering, -1), False)
             for number, seen in enumerate(walk):
                 assert seen.output is not None
@@ -134,7 +133,7 @@ class Healer:
         after = before.value * fit.after / max(fit.before, 1e-300)
         return draft.with_block(made), leaving, row | {"error_after": after, "kept": True}
 
-    def stores(self, what: Literal["result", "inputs"], number: int) -> TensorStore:
+    def _store(self, what: Literal["result", "inputs"]) -> TensorStore:
         """A store for a projection's inputs, or for states inside a block."""
         local = self._matrix("mlp")
         assert local is not None
