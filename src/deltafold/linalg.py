@@ -11,6 +11,7 @@ what makes stored bytes agree between machines.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -271,3 +272,14 @@ def noise_edge(shape: tuple[int, int], squared_norm: float) -> float:
     """
     o, i = shape
     return float(np.sqrt(squared_norm / max(1, o * i)) * (np.sqrt(o) + np.sqrt(i)))
+
+
+@contextlib.contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Matrix products of fp32 by `torch.set_float32_matmul_precision`, inside; for all threads."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

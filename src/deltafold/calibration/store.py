@@ -30,7 +30,7 @@ class TensorStore:
         self.shapes = [tuple(shape) for shape in shapes]
         sizes = [4 * math.prod(shape) for shape in self.shapes]
         self.n_bytes = sum(sizes)
-        self.on_disk = self.n_bytes > allowance_bytes
+        self.on_disk, self._borrowed = self.n_bytes > allowance_bytes, False
         self._held: list[torch.Tensor | None] = [None] * len(shapes)
         self._starts = list(accumulate(sizes, initial=0))
         self._place = folder or Path(tempfile.gettempdir())
@@ -54,8 +54,20 @@ class TensorStore:
     def close(self) -> None:
         """Forget everything. Closing twice does no harm."""
         self._held = [None] * len(self.shapes)
-        if self.on_disk:
+        if self.on_disk and not self._borrowed:
             self._file.close()
+
+    def part(self, numbers: Sequence[int]) -> TensorStore:
+        """Some of the tensors, numbered anew. They stay this store's: leave it open for as long."""
+        made = TensorStore([], 0, self._place)
+        made.shapes = [self.shapes[number] for number in numbers]
+        made.n_bytes = sum(4 * math.prod(shape) for shape in made.shapes)
+        made._held = [self._held[number] for number in numbers]
+        made._starts = [self._starts[number] for number in numbers]
+        made.on_disk, made._borrowed = self.on_disk, True
+        if self.on_disk:
+            made._file = self._file
+        return made
 
     def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
         if tuple(tensor.shape) != self.shapes[number]:

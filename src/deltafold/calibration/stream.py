@@ -28,6 +28,7 @@ from deltafold.calibration.wiring import Weights
 from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.engine import trim
 from deltafold.errors import MismatchError, NonFiniteError
+from deltafold.linalg import products
 from deltafold.record import total_memory_bytes
 
 LOGITS_BYTES = 1 << 25
@@ -47,6 +48,18 @@ class Visitor(Protocol):
 
     def finished(self, number: int) -> None:
         """All batches have gone through block `number`."""
+
+
+def is_bf16(checkpoint: Checkpoint) -> bool:
+    """True if every matrix is stored in bf16."""
+    return all(info.dtype == "BF16" for info in checkpoint.tensors.values() if len(info.shape) > 1)
+
+
+def multiplies_bf16(device: str) -> bool:
+    """True where products in bf16 are a processor's own, and so faster than in fp32."""
+    if torch.device(device).type != "cpu":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def default_memory_bytes() -> int:
@@ -77,6 +90,14 @@ class Pass:
         for store in self.stores:
             store.close()
 
+    def part(self, numbers: Sequence[int]) -> Pass:
+        """The same of some of the batches; its states stay this pass's."""
+        return Pass(
+            [self.batches[number] for number in numbers],
+            [self.calls[number] for number in numbers],
+            [store.part(numbers) for store in self.stores],
+        )
+
     @property
     def last(self) -> TensorStore:
         """What comes out of the last block, before the last norm."""
@@ -97,7 +118,9 @@ class StreamedModel:
 
     `source` is a folder, a hub id or an open checkpoint. `weights` gives other tensors under the
     same names: those of a candidate. `memory_bytes` is for hidden states; what exceeds it goes to a
-    file in `scratch`. Raises CheckpointError, MismatchError.
+    file in `scratch`. `mixed`: blocks and head multiply in bf16, on a processor that is built for it,
+    if the model is stored in bf16; sums, hidden states, norms and logits stay in `dtype`. Raises
+    CheckpointError, MismatchError.
 
     >>> model = StreamedModel("llama/")                                         # doctest: +SKIP
     >>> with model.forward(make_batches(samples)) as done:                      # doctest: +SKIP
@@ -114,6 +137,7 @@ class StreamedModel:
         device: str = "cpu",
         memory_bytes: int | None = None,
         scratch: Path | None = None,
+        mixed: bool = False,
     ):
         self.checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
         self.label = self.checkpoint.label
@@ -124,11 +148,18 @@ class StreamedModel:
         self.entry = Forward(self.skeleton, self.checkpoint.label)
         self.memory_bytes = memory_bytes or default_memory_bytes()
         self.scratch = scratch
+        self.mixed = mixed and is_bf16(self.checkpoint) and multiplies_bf16(device)
 
     def with_weights(self, weights: Weights) -> StreamedModel:
         """The same model with other weights; the two share modules, so one runs at a time."""
         other = copy(self)
         other.weights, other.label = weights, f"A candidate for {self.label}"
+        return other
+
+    def exact(self) -> StreamedModel:
+        """The same model without products in bf16."""
+        other = copy(self)
+        other.mixed = False
         return other
 
     @property
@@ -210,12 +241,20 @@ class StreamedModel:
         with self.skeleton.filled(names, self.weights) as parameters:
             for place in range(len(done.batches)):
                 watched = visitor.running(number, parameters) if visitor else None
-                with watched or contextlib.nullcontext(), self.entry.sentence():
-                    made = done.calls[place][number].run(block, self.moved(source[place]))
+                with watched or contextlib.nullcontext():
+                    made = self.run(done.calls[place][number], block, source[place])
                 done.last[place] = made
         trim()
         if visitor:
             visitor.finished(number)
+
+    def run(self, call: Call, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """A filled block's new hidden states (b, t, width). Raises MismatchError."""
+        with (
+            self.entry.sentence(),
+            torch.autocast(self.skeleton.device.type, torch.bfloat16, enabled=self.mixed),
+        ):
+            return call.run(block, self.moved(hidden)).to(self.skeleton.dtype)
 
     def store_beside(self, done: Pass) -> TensorStore:
         """A store for one more set of hidden states, in what is left of the allowance."""
@@ -270,7 +309,8 @@ class StreamedModel:
         """
         with self.head() as (head, _):
             for start, rows in self.row_chunks(done):
-                made = head(rows)
+                with products("medium") if self.mixed else contextlib.nullcontext():
+                    made = head(rows)
                 if not made.isfinite().all():
                     raise NonFiniteError(
                         f"{self.label} gives NaN or infinite predictions; its weights are damaged."

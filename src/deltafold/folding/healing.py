@@ -11,12 +11,17 @@ rows held out, on which the ridge is chosen. The error on these is exact, from t
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import torch
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Tried in turn, as shares of the mean of the diagonal of a' a."""
+from deltafold.linalg import products
+
+RIDGES = (0.3, 1.0, 3.0, 10.0)
+"""Shares of the mean of the diagonal of a' a, the weakest first."""
+WORTH = 0.05
+"""A stronger ridge is taken if it makes the held-out error smaller by this share."""
 
 
 @dataclass
@@ -32,12 +37,24 @@ class Sums:
     def empty(cls, i: int, o: int) -> Sums:
         return cls(torch.zeros(i, i, dtype=torch.float64), torch.zeros(i, o, dtype=torch.float64))
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Take in rows x (n, i) and y (n, o). Products in their dtype, sums over batches in fp64."""
-        self.gram += x.T @ x
-        self.cross += x.T @ y
+    def add(self, x: torch.Tensor, y: torch.Tensor, mixed: bool = False) -> None:
+        """Take in rows x (n, i) and y (n, o). Products in their dtype, sums over batches in fp64.
+
+        With `mixed` products of fp32 are made in bf16 and summed in fp32, where that is faster.
+        """
+        with products("medium") if mixed else contextlib.nullcontext():
+            self.gram += x.T @ x
+            self.cross += x.T @ y
         self.square += float(y.double().square().sum())
         self.rows += len(x)
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.square + other.square,
+            self.rows + other.rows,
+        )
 
     def error(self, solution: torch.Tensor) -> float:
         """|x S - y|^2 over all rows: tr(S' G S) - 2 tr(S' C) + |y|^2, at least 0."""
@@ -46,17 +63,20 @@ class Sums:
 
     def solve(self, ridge: float) -> torch.Tensor:
         """argmin_S |x S - y|^2 + l |S|^2 with l = ridge x the mean of the Gram matrix's diagonal."""
-        damp = ridge * self.gram.diagonal().mean().clamp_min(1e-30)
-        eye = torch.eye(len(self.gram), dtype=torch.float64)
-        factor, failed = torch.linalg.cholesky_ex(self.gram + damp * eye)
+        damped = self.gram.clone()
+        damped.diagonal().add_(ridge * self.gram.diagonal().mean().clamp_min(1e-30))
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if failed:  # rows so alike that rounding makes the matrix indefinite
-            return torch.linalg.solve(self.gram + damp * eye, self.cross)
+            return torch.linalg.solve(damped, self.cross)
         return torch.cholesky_solve(self.cross, factor)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A solution S (i, o), the ridge, and the squared error on held-out rows before and after."""
+    """A solution S (i, o), the ridge, and the squared error on held-out rows before and after.
+
+    The error after is that of a solution from the other rows alone.
+    """
 
     solution: torch.Tensor
     ridge: float | None
@@ -74,7 +94,8 @@ class Regression:
     """Rows for fitting and rows held out.
 
     What is fitted is a change that starts from nothing, S = 0: the stronger the ridge, the less is
-    changed. Where no ridge makes the held-out error smaller, nothing is.
+    changed. Where no ridge makes the held-out error smaller, nothing is. Of ridges that do about as
+    well the weakest is taken: the blocks after it then see states nearer to the model's own.
     """
 
     i: int
@@ -85,27 +106,37 @@ class Regression:
     def __post_init__(self) -> None:
         self.fitted, self.held = Sums.empty(self.i, self.o), Sums.empty(self.i, self.o)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor, held: bool = False) -> None:
-        """Take in rows x (n, i), y (n, o)."""
-        (self.held if held else self.fitted).add(x, y)
+    def add(
+        self, x: torch.Tensor, y: torch.Tensor, held: bool = False, mixed: bool = False
+    ) -> None:
+        """Take in rows x (n, i), y (n, o); see `Sums.add`."""
+        (self.held if held else self.fitted).add(x, y, mixed)
 
     def fit(self, ridges: tuple[float, ...] = RIDGES) -> Fit:
-        """The solution with the ridge that does best on the rows held out.
+        """The solution of all rows, with a ridge that does well on the rows held out.
 
-        Without such rows the strongest that the table has above its middle is taken.
+        That ridge is found with the other rows alone. Where no rows are held out, the one in the
+        middle of the table is taken.
         """
         nothing = torch.zeros(self.i, self.o, dtype=torch.float64)
         if not self.held.rows:
             ridge = ridges[len(ridges) // 2]
             solution = self.fitted.solve(ridge)
             return Fit(solution, ridge, self.fitted.square, self.fitted.error(solution))
-        best = Fit(nothing, None, self.held.square, self.held.square)
-        for ridge in ridges:
-            solution = self.fitted.solve(ridge)
-            error = self.held.error(solution)
-            if error < best.after:
-                best = Fit(solution, ridge, best.before, error)
-        return best
+        ridge, after = self._weakest(ridges)
+        if after >= self.held.square:
+            return Fit(nothing, None, self.held.square, self.held.square)
+        return Fit((self.fitted + self.held).solve(ridge), ridge, self.held.square, after)
+
+    def _weakest(self, ridges: tuple[float, ...]) -> tuple[float, float]:
+        """(ridge, its held-out error): stronger ones only while each is WORTH it."""
+        chosen, least = ridges[0], self.held.error(self.fitted.solve(ridges[0]))
+        for ridge in ridges[1:]:
+            error = self.held.error(self.fitted.solve(ridge))
+            if error > (1 - WORTH) * least:
+                break
+            chosen, least = ridge, error
+        return chosen, least
 
 
 def replace_me(

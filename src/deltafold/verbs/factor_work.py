@@ -18,7 +18,7 @@ from deltafold.verbs.factor_parts import Settings
 from deltafold.verbs.factor_ranks import Search, depth_ranks, shared_ranks, threshold_ranks
 from deltafold.verbs.factor_run import Run
 from deltafold.verbs.factor_store import Candidate, Store
-from deltafold.verbs.fold_states import Probe, States, is_held
+from deltafold.verbs.fold_states import Probe, States, parted
 from deltafold.verbs.workspace import Workspace
 
 
@@ -129,10 +129,9 @@ class Work:
         if self.workspace.has("search.json"):
             found = self.workspace.load_json("search.json")
             return found["ranks"], found["notes"]
-        whole, count = Candidate(self.job, None, []), len(self.samples)
-        held = States(self.model, States(self.model, self.samples).held_out()).few()
-        seen = [each for n, each in enumerate(self.samples) if not is_held(n, count)]
-        with contextlib.closing(Probe(self.model, whole, held)) as probe:
+        whole = Candidate(self.job, None, [])
+        seen, held = parted(self.samples)
+        with contextlib.closing(Probe(self.model, whole, States(self.model, held).few())) as probe:
             reach = Store(self.job, self.workspace, "reach")
             search = Search(self.job, self.model, probe, reach)
             moments = self._calibrated(seen).moments

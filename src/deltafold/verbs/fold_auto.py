@@ -6,17 +6,19 @@
     influence    the blocks that turn the states least, one by one (ShortGPT's)
 
 All are dropped and healed by least squares on a part of the text, from the first cut through to the
-end, and compared by their KL to the model on samples that no least squares saw. The best is healed
-again on all the text.
+end, and compared by their KL to the model on samples that nothing else sees. The best two are healed
+again, on all the text, and compared again: what a part favours need not be best with more.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from deltafold.engine import Progress
+from deltafold.calibration import Sample
+from deltafold.engine import Progress, Step
 from deltafold.errors import MismatchError
 from deltafold.folding.draft import Draft
 from deltafold.folding.presets import Method, Preset
@@ -31,6 +33,10 @@ WAYS = {
     "angular": Preset("angular", "contiguous", "drop"),
     "influence": Preset("cosine", "lowest", "drop"),
 }
+
+
+FINALISTS = 2
+"""Candidates that are healed on all the text."""
 
 
 @dataclass
@@ -56,39 +62,52 @@ def fold_best(
     whole: Draft,
     closed_form: str | None,
     probe: Callable[[], Probe],
+    judged: Sequence[Sample],
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Folded:
-    """The best of the candidates, with every candidate's figures in its notes."""
-    unhealed = _choices(job, states, whole, probe, seed, progress)
-    found: list[Candidate] = []
-    with (
-        contextlib.closing(Probe(states.model, whole, states.held_out())) as judge,
-        contextlib.closing(states.thinned()) as part,
-    ):
+    """The best of the candidates, with every candidate's figures in its notes.
 
-        def candidate(
-            name: str, folded: Folded, text: States | None, reach: Reach | None
-        ) -> Candidate:
-            made = replace(folded, patches=[])
-            if text is None or reach is None:
-                return Candidate(name, made, judge.measure(made.draft))
-            made.unhealed = folded.draft
-            made.draft, made.patches = Patcher(text, whole).patched(folded.draft, "heal", reach)
-            extent = "" if text is states else " on a part"
-            return Candidate(f"{name}, healed {reach}{extent}", made, judge.measure(made.draft))
+    `judged` are the samples that they are compared on.
+    """
+    unhealed = _choices(job, states, whole, probe, seed, progress)
+    with contextlib.closing(Probe(states.model, whole, judged)) as judge:
+
+        def tell(label: str, done: int, total: int) -> None:
+            if progress:
+                progress(Step("heal", label, float(done), float(total), 0))
 
         if closed_form == "none":
-            found = [candidate(*each, None, None) for each in unhealed]
+            found = [
+                Candidate(name, folded, judge.measure(folded.draft)) for name, folded in unhealed
+            ]
         else:
             reach: Reach = "cut" if closed_form == "cut" else "through"
-            found = [candidate(*each, part, reach) for each in unhealed]
-            best = min(range(len(found)), key=lambda number: found[number].kl)
-            part.close()
-            found.append(candidate(*unhealed[best], states, reach))
-    chosen = min(found, key=lambda each: each.kl)
+            healed = functools.partial(_healed, judge=judge, whole=whole, reach=reach)
+            total, found = len(unhealed) + FINALISTS, []
+            with contextlib.closing(states.part(whole)) as part:
+                for name, folded in unhealed:
+                    tell(f"{name}, on a part", len(found), total)
+                    label = f"{name}, healed {reach} on a part"
+                    found.append(healed(label, folded, part))
+            order = sorted(range(len(unhealed)), key=lambda number: found[number].kl)
+            for number in order[:FINALISTS]:
+                name, folded = unhealed[number]
+                tell(name, len(found), total)
+                found.append(healed(f"{name}, healed {reach}", folded, states))
+    finals = found[len(unhealed) :] or found
+    chosen = min(finals, key=lambda each: each.kl)
     chosen.folded.notes = {"candidates": [each.row() for each in found], "chosen": chosen.label}
     return chosen.folded
+
+
+def _healed(
+    label: str, folded: Folded, text: States, judge: Probe, whole: Draft, reach: Reach
+) -> Candidate:
+    """A choice of blocks healed on a text, and its figures."""
+    draft, patches = Patcher(text, whole).patched(folded.draft, "heal", reach)
+    made = replace(folded, draft=draft, patches=patches, unhealed=folded.draft)
+    return Candidate(label, made, judge.measure(draft))
 
 
 def _choices(

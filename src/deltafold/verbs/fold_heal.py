@@ -56,6 +56,7 @@ class Healer:
         self.original, self.whole = original, whole
         self.model, self.layout = states.model, whole.layout
         self.held = [is_held(n, len(states.samples)) for n in range(len(states.samples))]
+        self._linear: dict[str, bool] = {}
 
     def can_heal(self, part: Part) -> bool:
         """True if the projection that ends this part is one matrix, known by its name."""
@@ -154,8 +155,10 @@ class Healer:
         )
 
     def _first(self, draft: Draft, number: int, local: str, entering: Pass) -> Seen:
-        """What is seen on the first batch."""
-        with contextlib.closing(self._seen(draft, number, local, _At(entering, -1), False)) as walk:
+        """What is seen on the first batch, computed in full precision."""
+        model = self.model.exact().with_weights(draft.tensor)
+        walk = _watched(model, number, self._module(number, local), _At(entering, -1), False)
+        with contextlib.closing(walk):
             return next(walk)
 
     def _learn(
@@ -177,7 +180,7 @@ class Healer:
         regression = regression or Regression(x.shape[1], y.shape[1])
         for each in (False, True):
             chosen = held == each
-            regression.add(x[chosen], y[chosen], each)
+            regression.add(x[chosen], y[chosen], each, self.model.mixed)
         error.add(y[held if any(self.held) else ~held].double().square().sum(1))
         return regression
 
@@ -193,7 +196,17 @@ class Healer:
     def _adds(
         self, draft: Draft, block: Block, made: Block, local: str, fit: Fit, entering: Pass
     ) -> bool:
-        """True if the stream gets what is added to the projection, tried on the first batch."""
+        """True if the stream gets what is added to the projection, tried on the first batch.
+
+        Blocks are alike, so what was found of one is taken for the others.
+        """
+        if local not in self._linear:
+            self._linear[local] = self._tried(draft, block, made, local, fit, entering)
+        return self._linear[local]
+
+    def _tried(
+        self, draft: Draft, block: Block, made: Block, local: str, fit: Fit, entering: Pass
+    ) -> bool:
         part = "attention" if local == self._matrix("attention") else "mlp"
         if part == "attention":
             # What is added there reaches the block's output by other ways too; so the MLP is silent.
@@ -276,10 +289,10 @@ def _watched(
         with torch.no_grad(), model.skeleton.filled(model.skeleton.block(number), model.weights):
             for place in range(len(source.done.batches)):
                 output = None
-                hidden = model.moved(source.states(place))
-                with contextlib.suppress(_Enough), model.entry.sentence():
-                    output = source.done.calls[place][number].run(block, hidden).cpu()
+                call, hidden = source.done.calls[place][number], source.states(place)
+                with contextlib.suppress(_Enough):
+                    output = model.run(call, block, hidden).cpu()
                 inputs, result = caught.pop()
-                yield Seen(inputs.cpu(), result.cpu(), output)
+                yield Seen(inputs.float().cpu(), result.float().cpu(), output)
     finally:
         hook.remove()

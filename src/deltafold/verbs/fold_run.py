@@ -20,7 +20,7 @@ from deltafold.verbs.fold_auto import fold_best
 from deltafold.verbs.fold_distill import draft_of
 from deltafold.verbs.fold_job import Job
 from deltafold.verbs.fold_patch import Patcher
-from deltafold.verbs.fold_states import Pool, Probe, States, pooled_rows
+from deltafold.verbs.fold_states import JUDGE_EVERY, Pool, Probe, States, parted, pooled_rows
 from deltafold.verbs.fold_work import Folded, Folder
 
 LEAST_MEMORY = 1 << 28
@@ -57,6 +57,7 @@ class Run:
         self.whole = Draft.of(job.layout, checkpoint.tensor)
         self.states: States | None = None
         self.measured: list[Sample] = []
+        self.judged: list[Sample] = []
         self._probe: Probe | None = None
 
     def close(self) -> None:
@@ -99,19 +100,25 @@ class Run:
                 f"{'--heal' if heal else method.name} looks at what the model does on text; give "
                 "--calibration a file, or leave it out for the text that comes with deltafold."
             )
-        self.states = States(self.model, self._samples(self.texts.calibration))
+        if not self.job.is_auto:
+            self.states = States(self.model, self._samples(self.texts.calibration))
+            return
+        # Candidates are judged on other samples, asked for beyond those to choose and heal by.
+        more = self.texts.samples // (JUDGE_EVERY - 1)
+        seen, self.judged = parted(self._samples(self.texts.calibration, more))
+        self.states = States(self.model, seen)
 
     @functools.cached_property
     def model(self) -> StreamedModel:
         """The model, to be run block by block."""
         memory = self.memory_bytes or max(LEAST_MEMORY, self.checkpoint.weight_bytes)
-        return StreamedModel(self.checkpoint, memory_bytes=memory, scratch=self.scratch)
+        return StreamedModel(self.checkpoint, memory_bytes=memory, scratch=self.scratch, mixed=True)
 
-    def _samples(self, source: str | Path) -> list[Sample]:
+    def _samples(self, source: str | Path, more: int = 0) -> list[Sample]:
         return gather_samples(
             self.model,
             source,
-            samples=self.texts.samples,
+            samples=self.texts.samples + more,
             max_tokens=self.texts.max_tokens,
             seed=self.seed,
             memory_bytes=self.memory_bytes,
@@ -126,7 +133,7 @@ class Run:
         stages = {"model": self.whole, "unhealed": folded.unhealed, "folded": folded.draft}
         if healed is not None:
             stages["healed"] = draft_of(folded.draft, healed)
-        with contextlib.closing(Probe(self.model, self.whole, self.measured)) as probe:
+        with contextlib.closing(Probe(self.model.exact(), self.whole, self.measured)) as probe:
             return {
                 name: probe.measure(draft) | {"tokens": probe.tokens}
                 for name, draft in stages.items()
@@ -151,8 +158,8 @@ class Run:
         """Choose, fold, patch."""
         if self.job.is_auto:
             assert self.states is not None
-            return fold_best(self.job, self.states, self.whole, closed_form, self.probe, self.seed,
-                             self.progress)  # fmt: skip
+            return fold_best(self.job, self.states, self.whole, closed_form, self.probe,
+                             self.judged, self.seed, self.progress)  # fmt: skip
         folder = Folder(self.job, self.states, self.probe, self.seed, self.pool, self.progress)
         folded = folder.fold(self.whole)
         kinds: list[tuple[Any, Any]] = []

@@ -9,7 +9,6 @@ from typing import Literal, Protocol
 import torch
 
 from deltafold.calibration.batches import Batch, Sample, make_batches
-from deltafold.calibration.divergence import divergence_sums, norms
 from deltafold.calibration.store import TensorStore
 from deltafold.calibration.stream import Pass, StreamedModel
 from deltafold.folding.draft import Draft
@@ -22,12 +21,14 @@ ROWS = 256
 """Rows that a manifold or a kernel wants. Where there are fewer samples each gives several."""
 PROBE_TOKENS = 512
 """Tokens that the cost of an absence is measured on: it is measured many times."""
-JUDGE_TOKENS = 2048
-"""Tokens that candidates are compared on: the model's predictions of them are kept."""
 SCREEN_TOKENS = 6144
 """Tokens that candidates are healed on for a first look."""
 HELD_EVERY = 4
-"""One sample in so many is held out."""
+"""One sample in so many is held out: the ridge is chosen on it."""
+JUDGE_EVERY = 9
+"""One sample in so many is seen by nothing but the comparison of candidates."""
+IN_A_ROW = 8
+"""As many neighbours are set apart together, where there are enough."""
 
 
 class States:
@@ -91,34 +92,37 @@ class States:
                 count += length
         return total / count
 
-    def held_out(self) -> list[Sample]:
-        """Samples that no closed form is fitted to, at most about JUDGE_TOKENS tokens of them.
-
-        All samples where there are too few to hold some out.
-        """
-        held = [each for n, each in enumerate(self.samples) if is_held(n, len(self.samples))]
-        return _spread(held or self.samples, JUDGE_TOKENS)
-
     def few(self) -> list[Sample]:
         """Samples of about PROBE_TOKENS tokens, evenly spread."""
         return _spread(self.samples, PROBE_TOKENS)
 
-    def thinned(self) -> States:
-        """Samples of about SCREEN_TOKENS tokens, for a first look. Close it, too.
+    def part(self, draft: Draft) -> States:
+        """Batches of about SCREEN_TOKENS tokens, evenly spread, for a first look.
 
-        Those held out here are held out there, so that they can judge.
+        The model's states of them stay these states': keep them open for as long.
         """
-        learn, held = (
-            [each for n, each in enumerate(self.samples) if is_held(n, len(self.samples)) == held]
-            for held in (False, True)
-        )
-        learn = _spread(learn, SCREEN_TOKENS)
-        held = _spread(held, SCREEN_TOKENS // (HELD_EVERY - 1))
-        mixed: list[Sample] = []
-        while len(learn) >= HELD_EVERY - 1 and held:
-            mixed += [*learn[: HELD_EVERY - 1], held[0]]
-            learn, held = learn[HELD_EVERY - 1 :], held[1:]
-        return States(self.model, mixed or self.samples)
+        tokens = sum(sum(batch.lengths) for batch in self.batches)
+        step = max(1, round(tokens / SCREEN_TOKENS))
+        numbers = range(len(self.batches))[step // 2 :: step] or [0]
+        made = States(self.model, self.samples)
+        made.batches = [self.batches[number] for number in numbers]
+        made._whole = self.whole(draft).part(numbers)
+        return made
+
+
+def parted(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """(samples to choose and heal by, samples to judge by): one in nine, some in a row, judges.
+
+    Where there are few, all do both.
+    """
+    row = _in_a_row(len(samples), JUDGE_EVERY)
+    judges = [n // row % JUDGE_EVERY == JUDGE_EVERY - 1 for n in range(len(samples))]
+    if not any(judges):
+        return list(samples), list(samples)
+    return (
+        [each for each, judge in zip(samples, judges, strict=True) if not judge],
+        [each for each, judge in zip(samples, judges, strict=True) if judge],
+    )
 
 
 def _spread(samples: Sequence[Sample], tokens: int) -> list[Sample]:
@@ -129,7 +133,16 @@ def _spread(samples: Sequence[Sample], tokens: int) -> list[Sample]:
 
 def is_held(number: int, total: int) -> bool:
     """True for the samples that are held out; none are where there are less than four."""
-    return total >= HELD_EVERY and number % HELD_EVERY == HELD_EVERY - 1
+    row = _in_a_row(total, HELD_EVERY)
+    return number // row % HELD_EVERY == HELD_EVERY - 1
+
+
+def _in_a_row(total: int, every: int) -> int:
+    """How many neighbours go together when one part in `every` is set apart.
+
+    Neighbours may be pieces of one page: what was fitted to one piece does well on the next.
+    """
+    return max(1, min(IN_A_ROW, total // (2 * every)))
 
 
 def pooled_rows(done: Pass, pool: Pool, wanted: int = ROWS) -> torch.Tensor:
@@ -186,7 +199,7 @@ class Probe:
             store = TensorStore(shapes, model.memory_bytes, model.scratch)
             for place, (_, logits) in enumerate(model.logits(done)):
                 store[place] = logits
-                self._norms.append(norms(store[place]))
+                self._norms.append(store[place].logsumexp(-1))
         return store
 
     def close(self) -> None:
@@ -228,10 +241,12 @@ class Probe:
         for place, (start, logits) in enumerate(model.logits(done)):
             logits = logits.cpu()
             targets = self._targets[start : start + len(logits)]
-            lost = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-            nll += float(lost.double().sum())
-            sums = divergence_sums(self._logits[place], self._norms[place], logits)
-            kl, agreed = kl + sums[0], agreed + sums[1]
+            own, norm = self._logits[place], logits.logsumexp(-1)
+            nll += float((norm - logits.gather(1, targets[:, None])[:, 0]).double().sum())
+            # KL(p || q) = sum p (z - w) - norm(z) + norm(w); in fp32, as folds are never near zero.
+            terms = torch.linalg.vecdot((own - self._norms[place][:, None]).exp_(), own - logits)
+            kl += float((terms - self._norms[place] + norm).double().clamp(min=0).sum())
+            agreed += int((own.argmax(-1) == logits.argmax(-1)).sum())
         mean = nll / self.tokens
         return {
             "nll": mean,
