@@ -13,7 +13,6 @@ Python's own help: perplexity, KL from the whole model and agreement with it, of
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from folding import MAX_LENGTH, WINDOWS, write_data
+from folding import MAX_LENGTH, WINDOWS, remember, write_data
 from smollm2 import default_cache
 
 from deltafold.choosing.fold import weight_bytes
@@ -70,20 +69,6 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "lord, centred": ("lord", {"centre": True}),
     "basis-sharing, alike": ("basis-sharing", {"grouping": "alike"}),
 }
-
-
-def remember(model: Any) -> None:
-    """Keep the logits that a model gives: those of the whole model are the same for every candidate."""
-    forward, held = model.forward, {}
-
-    @functools.wraps(forward)
-    def remembered(*, input_ids: torch.Tensor, **more: Any) -> Any:
-        key = input_ids.numpy().tobytes()
-        if key not in held:
-            held[key] = forward(input_ids=input_ids, **more)
-        return held[key]
-
-    model.forward = remembered
 
 
 class Bench:
