@@ -203,7 +203,8 @@ def tables(record: Record) -> list[Table]:
         f"Model: {record['model']}. Blocks chosen and healed on {SAMPLES} samples of the pages that "
         f"come with deltafold. "
         f"Perplexity, KL and agreement with the whole model: {WINDOWS} windows of {MAX_LENGTH} "
-        f"tokens of Python's help. Measured in bf16. Choice among {OPTIONS}: {CHOICES} records to read a field from; "
+        f"tokens of Python's help. Measured in bf16. Choice among {OPTIONS}: {CHOICES} records to "
+        f"read a field from; "
         f"exact match: {ROWS}; {SHOTS} examples before each. After ±: one standard error. Bold: "
         f"least perplexity.",
         f"Machine: {about['cpu']}, one core of {about['cores']}, deltafold {about['deltafold']}. "
