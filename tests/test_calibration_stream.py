@@ -157,6 +157,33 @@ def test_gradients_are_those_of_autograd(
             assert (found[source] - gradient).norm() < 2e-5 * gradient.norm() + 1e-6 * scale, source
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_mixed_products_of_a_bf16_model(
+    family: str, folder_of: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the exact ones but not the same, stored in fp32; `exact` has nothing of it."""
+    monkeypatch.setattr("deltafold.calibration.stream.multiplies_bf16", lambda device: True)
+    mixed = StreamedModel(folder_of(family), mixed=True)
+    batches = make_batches(samples)
+    with (
+        mixed.forward(batches) as near,
+        mixed.exact().forward(batches) as exact,
+        StreamedModel(folder_of(family)).forward(batches) as plain,
+    ):
+        for place, batch in enumerate(batches):
+            found, wanted = near.last[place][batch.real], exact.last[place][batch.real]
+            assert torch.equal(wanted, plain.last[place][batch.real])
+            assert found.dtype == torch.float32 and not torch.equal(found, wanted)
+            assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_a_model_in_fp32_is_never_mixed(llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).save_pretrained(tmp_path / "a")
+    assert not StreamedModel(tmp_path / "a", mixed=True).mixed
+
+
 def test_only_wanted_gradients(folder_of: Any, samples: list[Sample]) -> None:
     model = StreamedModel(folder_of("mixtral"))
     wanted = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
@@ -308,6 +335,20 @@ def edit(folder: Path, change: Any) -> None:
     tensors = read_checkpoint(folder)
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("allowance_bytes", [0, 1 << 20])
+def test_part_of_a_store(tmp_path: Path, allowance_bytes: int) -> None:
+    """Its tensors under new numbers; closing it leaves the store as it is."""
+    store = TensorStore([(2, 3), (1, 4), (5,)], allowance_bytes, tmp_path)
+    for place, shape in enumerate(store.shapes):
+        store[place] = torch.full(shape, float(place))
+    part = store.part([2, 0])
+    assert len(part) == 2 and part.n_bytes == 4 * 11
+    assert torch.equal(part[0], torch.full((5,), 2.0)) and torch.equal(part[1], torch.zeros(2, 3))
+    part.close()
+    assert torch.equal(store[1], torch.ones(1, 4))
+    store.close()
 
 
 def test_missing_weight(llama: Path) -> None:

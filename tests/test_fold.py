@@ -258,7 +258,9 @@ def test_auto_takes_the_candidate_with_the_least_kl(
     record = run(llama, tmp_path / "out", "auto", text, blocks=2)
     rows = record["candidates"]
     assert len(rows) >= 2 and rows[-1]["way"].endswith("healed through")
-    best = min(rows, key=lambda row: row["kl"])
+    finals = [row for row in rows if row["way"].endswith("healed through")]
+    assert len(finals) == min(2, len(rows) - len(finals))
+    best = min(finals, key=lambda row: row["kl"])
     assert record["chosen"] == best["way"] and record["removed"]["blocks"] == best["removed"]
 
 
@@ -338,10 +340,13 @@ def test_presets_are_not_all_alike(llama: Path, text: Path, tmp_path: Path) -> N
     assert len(PRESETS) == 12
 
 
-def test_sleb_removes_what_costs_least_perplexity(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_sleb_removes_what_costs_least_perplexity(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against models in memory, each without one block."""
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.setattr("deltafold.calibration.stream.multiplies_bf16", lambda device: False)
     from deltafold.calibration import gather_samples
 
     record = run(llama, tmp_path / "out", "sleb", text)
