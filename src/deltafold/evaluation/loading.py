@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from deltafold.archive import is_archive
 from deltafold.checkpoint import local_folder
+from deltafold.devices import AUTO, CPU, resolve
 from deltafold.errors import CheckpointError, DeltafoldError, UsageError, nearest
 from deltafold.evaluation.segments import Subject
 from deltafold.verbs.share_load import is_shared, load_shared
@@ -36,11 +37,7 @@ def choose_dtype(name: str) -> torch.dtype | None:
 
 def choose_device(device: str | None) -> str:
     """What is asked for, else `cuda` if there is one. Raises UsageError when it is not there."""
-    if device not in (None, "cpu", "cuda"):
-        raise UsageError(f"There is no device {device!r}; give cpu or cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("This machine has no CUDA device that torch can use; give --device cpu.")
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return resolve(device or AUTO)
 
 
 @contextlib.contextmanager
@@ -96,7 +93,7 @@ def loaded(
         del model
         subject.model = None
         gc.collect()
-        if device == "cuda":
+        if device != CPU:
             torch.cuda.empty_cache()
 
 

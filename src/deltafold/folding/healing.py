@@ -11,9 +11,11 @@ rows held out, on which the ridge is chosen. The error on these is exact, from t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+
+from deltafold.devices import here, put
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Tried in turn, as shares of the mean of the diagonal of a' a."""
@@ -30,10 +32,15 @@ class Sums:
 
     @classmethod
     def empty(cls, i: int, o: int) -> Sums:
-        return cls(torch.zeros(i, i, dtype=torch.float64), torch.zeros(i, o, dtype=torch.float64))
+        at = here()
+        return cls(
+            torch.zeros(i, i, dtype=torch.float64, device=at),
+            torch.zeros(i, o, dtype=torch.float64, device=at),
+        )
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Take in rows x (n, i) and y (n, o). Products in their dtype, sums over batches in fp64."""
+        x, y = put(x), put(y)
         self.gram += x.T @ x
         self.cross += x.T @ y
         self.square += float(y.double().square().sum())
@@ -47,7 +54,7 @@ class Sums:
     def solve(self, ridge: float) -> torch.Tensor:
         """argmin_S |x S - y|^2 + l |S|^2 with l = ridge x the mean of the Gram matrix's diagonal."""
         damp = ridge * self.gram.diagonal().mean().clamp_min(1e-30)
-        eye = torch.eye(len(self.gram), dtype=torch.float64)
+        eye = torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         factor, failed = torch.linalg.cholesky_ex(self.gram + damp * eye)
         if failed:  # rows so alike that rounding makes the matrix indefinite
             return torch.linalg.solve(self.gram + damp * eye, self.cross)
@@ -56,7 +63,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Fit:
-    """A solution S (i, o), the ridge, and the squared error on held-out rows before and after."""
+    """A solution S (i, o), on the CPU, the ridge, and the squared error on held-out rows before and after."""
 
     solution: torch.Tensor
     ridge: float | None
@@ -94,18 +101,18 @@ class Regression:
 
         Without such rows the strongest that the table has above its middle is taken.
         """
-        nothing = torch.zeros(self.i, self.o, dtype=torch.float64)
+        nothing = torch.zeros_like(self.fitted.cross)
         if not self.held.rows:
             ridge = ridges[len(ridges) // 2]
             solution = self.fitted.solve(ridge)
-            return Fit(solution, ridge, self.fitted.square, self.fitted.error(solution))
+            return Fit(solution.cpu(), ridge, self.fitted.square, self.fitted.error(solution))
         best = Fit(nothing, None, self.held.square, self.held.square)
         for ridge in ridges:
             solution = self.fitted.solve(ridge)
             error = self.held.error(solution)
             if error < best.after:
                 best = Fit(solution, ridge, best.before, error)
-        return best
+        return replace(best, solution=best.solution.cpu())
 
 
 def replace_me(
@@ -116,9 +123,9 @@ def replace_me(
     M = `made`, what the MLP before the cut adds (n, w); Y = `output` of its block; Z = `target`, the
     output of the last removed block.
     """
-    made, gap = made.double(), (target - output + made).double()
-    eye = torch.eye(made.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(made.T @ made + lam * eye, made.T @ gap)
+    made, gap = put(made, torch.float64), put(target - output + made, torch.float64)
+    eye = torch.eye(made.shape[1], dtype=torch.float64, device=made.device)
+    return torch.linalg.solve(made.T @ made + lam * eye, made.T @ gap).cpu()
 
 
 def channel_scales(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

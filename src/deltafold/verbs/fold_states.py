@@ -186,7 +186,7 @@ class Probe:
             store = TensorStore(shapes, model.memory_bytes, model.scratch)
             for place, (_, logits) in enumerate(model.logits(done)):
                 store[place] = logits
-                self._norms.append(norms(store[place]))
+                self._norms.append(norms(store.near(place)))
         return store
 
     def close(self) -> None:
@@ -226,11 +226,11 @@ class Probe:
         nll = kl = 0.0
         agreed = 0
         for place, (start, logits) in enumerate(model.logits(done)):
-            logits = logits.cpu()
-            targets = self._targets[start : start + len(logits)]
+            targets = self._targets[start : start + len(logits)].to(logits.device)
             lost = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
             nll += float(lost.double().sum())
-            sums = divergence_sums(self._logits[place], self._norms[place], logits)
+            whole, norm = self._logits.near(place), self._norms[place]
+            sums = divergence_sums(whole.to(logits.device), norm.to(logits.device), logits)
             kl, agreed = kl + sums[0], agreed + sums[1]
         mean = nll / self.tokens
         return {
