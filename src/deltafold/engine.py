@@ -80,8 +80,8 @@ def run_tasks(
     """
     threads = workers or default_workers()
     allowance = memory_bytes or default_memory_bytes(threads)
-    if (on_gpu := task_bytes()) is not None:  # a task holds about as much there
-        allowance = min(allowance, on_gpu)
+    if (on_gpu := task_bytes()) is not None:  # most of what a task holds lies there
+        allowance = min(memory_bytes or on_gpu, on_gpu)
     waiting = list(enumerate(tasks))
     done_work, total_work, made_bytes = 0.0, sum(task.work for task in tasks), 0
     running: dict[Future[object], int] = {}
