@@ -12,7 +12,7 @@ from checkpoints import PairFiles, read_checkpoint, tree_hashes
 from pretend_gpu import pretending
 
 from deltafold import compress, devices, export, restore
-from deltafold.codecs import names
+from deltafold.codecs import get, names
 from deltafold.errors import ResumeError
 from deltafold.record import read_record
 from deltafold.verbs import factor as factor_step
@@ -43,7 +43,8 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], base:
     return (gap / size) ** 0.5
 
 
-@pytest.mark.parametrize("method", [name for name in names() if name != "skip"])
+@pytest.mark.integration
+@pytest.mark.parametrize("method", [name for name in names() if get(name).method])
 def test_every_method(method: str, pair: PairFiles, tmp_path: Path) -> None:
     """The same archive up to rounding, restored to the same model up to rounding."""
     options: dict[str, Any] = {} if method == "lossless" else {"file_ratio": 8}
