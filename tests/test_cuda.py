@@ -18,10 +18,11 @@ from tiny_models import FAMILIES, write_family
 from deltafold import compress, devices, export, factor, fold, restore, share
 from deltafold.calibration import Sample
 from deltafold.calibration.fisher import measure_fisher
+from deltafold.decomposition import truncated_svd, truncated_svds
 from deltafold.devices import Place, computing, put
 from deltafold.engine import Task, run_tasks
 from deltafold.errors import DeviceError
-from deltafold.linalg import DenseMatrix, truncated_svd, truncated_svds
+from deltafold.linalg import DenseMatrix
 
 pytestmark = [
     pytest.mark.cuda,

@@ -10,10 +10,11 @@ import torch
 from pretend_gpu import NAME, pretending
 
 from deltafold import devices
+from deltafold.decomposition import truncated_svd, truncated_svds
 from deltafold.devices import Place, computing, handed_on, here, place, put, resolve
 from deltafold.engine import Task, run_tasks
 from deltafold.errors import DeviceError, UsageError
-from deltafold.linalg import DenseMatrix, Factors, Moments, truncated_svd, truncated_svds
+from deltafold.linalg import DenseMatrix, Factors, Moments
 from deltafold.whitening import whitened_svd
 
 SHAPES = {"tall": ((90, 40), 12), "wide": ((40, 90), 12), "randomised": ((1100, 1060), 6)}

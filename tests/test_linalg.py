@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltafold.linalg import DenseMatrix, is_randomised, noise_edge, truncated_svd
+from deltafold.decomposition import is_randomised, noise_edge, truncated_svd
+from deltafold.linalg import DenseMatrix
 
 
 def matrix(o: int, i: int, decay: float, seed: int = 0) -> torch.Tensor:

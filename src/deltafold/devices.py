@@ -1,6 +1,6 @@
 """Where heavy steps compute: on the CPU, or on a GPU that was asked for.
 
-    verb -> computing("cuda") -> threads of the engine -> linalg, whitening, text: here(), put()
+    verb -> computing("cuda") -> threads of the engine -> decomposition, whitening, text: here(), put()
 
 The place is a context variable, not an argument: what a codec or a rule computes is one thing, where
 it is computed another, as is the number of threads. The engine hands it on to its threads, each of

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from deltafold.decomposition import truncated_svd
 from deltafold.devices import put
-from deltafold.linalg import DenseMatrix, truncated_svd
+from deltafold.linalg import DenseMatrix
 
 DAMPING = 1e-4
 """Share of the mean of G's diagonal that is added to its diagonal: directions that no text showed

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from deltafold.decomposition import truncated_svd
 from deltafold.devices import put
-from deltafold.linalg import DenseMatrix, Moments, truncated_svd
+from deltafold.linalg import DenseMatrix, Moments
 
 DAMPING = 0.01
 """Added to H in units of its mean diagonal, so that it has a root."""

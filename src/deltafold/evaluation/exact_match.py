@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from deltafold.evaluation.data import AnswerRow, TaskFile
 from deltafold.evaluation.divergence import score
 from deltafold.evaluation.estimate import proportion

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from deltafold.budget import reach
 from deltafold.codecs.base import DeltaCodec, Shape
-from deltafold.devices import place, task_bytes
-from deltafold.engine import Resources, Task, default_memory_bytes, default_workers, run_tasks
-from deltafold.linalg import (
-    Factors,
+from deltafold.decomposition import (
     is_randomised,
     noise_edge,
     svd_memory_bytes,
     truncated_svd,
     truncated_svds,
 )
+from deltafold.devices import place, task_bytes
+from deltafold.engine import Resources, Task, default_memory_bytes, default_workers, run_tasks
+from deltafold.linalg import Factors
 from deltafold.verbs.job import Job
 from deltafold.verbs.pair import DeltaRows
 from deltafold.verbs.planned import Plan, PlannedPiece, PlannedTensor

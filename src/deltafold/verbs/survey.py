@@ -144,7 +144,7 @@ def _squared(tensor: torch.Tensor) -> float:
 def _check_finite(tensor: torch.Tensor, name: str, label: str) -> None:
     if not tensor.dtype.is_floating_point or not tensor.numel():
         return
-    wide = tensor if tensor.element_size() > 1 else tensor.float()
+    wide = tensor if tensor.element_size() in (2, 4) else tensor.float()
     if not bool(wide.abs().max().isfinite()):  # the largest of values with NaN among them is NaN
         raise NonFiniteError(
             f"Tensor {name} of {label} holds NaN or infinity; this checkpoint is broken, "
