@@ -11,8 +11,8 @@ from deltafold.decomposition import (
     truncated_svd,
     truncated_svds,
 )
-from deltafold.devices import place, task_bytes
-from deltafold.engine import Resources, Task, default_memory_bytes, default_workers, run_tasks
+from deltafold.devices import place
+from deltafold.engine import Resources, Task, run_tasks
 from deltafold.linalg import Factors
 from deltafold.verbs.job import Job
 from deltafold.verbs.pair import DeltaRows
@@ -21,7 +21,7 @@ from deltafold.verbs.workspace import Workspace
 
 Wanted = tuple[PlannedTensor, PlannedPiece]
 
-BATCH = 16  # pieces in one batched call on a GPU, at most
+BATCH_BYTES = 2 << 30  # of a GPU's memory, for pieces in one batched call
 FLAT_MARGIN = 1.1  # a spectrum is flat if nothing rises this far above the noise edge
 
 
@@ -54,8 +54,9 @@ def factor_all(
 
     tasks = []
     wanted = [(t, p) for t, p in plan.lossy if job.codec(p.codec).uses_factors]
-    missing = [(t, p) for t, p in wanted if not workspace.has(f"factors/{p.stem}.safetensors")]
-    for group in _batches(job, missing, share, resources):
+    for group in _batches(job, wanted, share):
+        if all(workspace.has(f"factors/{p.stem}.safetensors") for _, p in group):
+            continue
         tensor, piece = group[0]
         codec, shape = job.codec(piece.codec), tensor.shape(piece)
         rank = codec.components_for(shape, reach(shape, share))
@@ -77,19 +78,14 @@ def factor_all(
             piece.codec, piece.spectrum, piece.why = "dare", None, "flat spectrum: not low-rank"
 
 
-def _batches(
-    job: Job, wanted: list[Wanted], share: float, resources: Resources
-) -> list[list[Wanted]]:
-    """Pieces one by one; where a GPU computes, up to BATCH of one codec and shape together.
+def _batches(job: Job, wanted: list[Wanted], share: float) -> list[list[Wanted]]:
+    """Pieces one by one; where a GPU computes, some of one codec and shape together.
 
-    Each worker's batch has its part of the GPU's memory, and its deltas of the CPU's. What is not
-    held whole goes alone.
+    How many depends on nothing but these: a batch of another size may round differently. What is
+    not held whole goes alone.
     """
-    room = task_bytes()
-    if room is None or not place().batched:
+    if not place().batched:
         return [[each] for each in wanted]
-    workers = resources.workers or default_workers()
-    on_cpu = (resources.memory_bytes or default_memory_bytes(workers)) // workers
     groups: dict[tuple[str, Shape], list[Wanted]] = {}
     for tensor, piece in wanted:
         groups.setdefault((piece.codec, tensor.shape(piece)), []).append((tensor, piece))
@@ -97,8 +93,7 @@ def _batches(
     for (codec, shape), group in groups.items():
         delta_bytes = 4 * shape[0] * shape[1]
         needed = factor_memory_bytes(job.codec(codec), shape, share) + 4 * delta_bytes
-        size = min(BATCH, room // workers // needed, on_cpu // delta_bytes)
-        size = max(1, size) if delta_bytes <= DeltaRows.KEEP_BYTES else 1
+        size = max(1, BATCH_BYTES // needed) if delta_bytes <= DeltaRows.KEEP_BYTES else 1
         found += [group[start : start + size] for start in range(0, len(group), size)]
     return found
 
