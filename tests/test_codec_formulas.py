@@ -9,7 +9,8 @@ from test_codecs import decoded, delta, encoded
 
 from deltafold.codecs import delta_codec
 from deltafold.codecs.impart import kept_counts, sparsity
-from deltafold.linalg import DenseMatrix, truncated_svd
+from deltafold.decomposition import truncated_svd
+from deltafold.linalg import DenseMatrix
 
 
 def algorithm_1(s: np.ndarray, o: int, i: int, ratio: float, beta: float, c: float) -> np.ndarray:

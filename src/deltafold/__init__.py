@@ -16,7 +16,11 @@ from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
 
 if TYPE_CHECKING:
-    from deltafold.choosing import compress, factor, fold, merge, share
+    from deltafold.choosing.compress import compress
+    from deltafold.choosing.factor import factor
+    from deltafold.choosing.fold import fold
+    from deltafold.choosing.merge import merge
+    from deltafold.choosing.share import share
     from deltafold.evaluation import evaluate
     from deltafold.publishing import push_to_hub
     from deltafold.verbs.export import export

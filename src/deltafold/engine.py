@@ -3,6 +3,7 @@
 Threads: everything heavy (linear algebra, hashing, zstd, file reads) releases the interpreter lock.
 Each thread computes with one core, so that results do not depend on how many there are. A task is
 admitted when its memory fits beside those that run; a task larger than the allowance runs alone.
+Tasks compute where the caller does (`devices.py`), and then also share that device's memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from deltafold.devices import handed_on, task_bytes
 from deltafold.record import total_memory_bytes
 
 
@@ -78,6 +80,8 @@ def run_tasks(
     """
     threads = workers or default_workers()
     allowance = memory_bytes or default_memory_bytes(threads)
+    if (on_gpu := task_bytes()) is not None:  # most of what a task holds lies there
+        allowance = min(memory_bytes or on_gpu, on_gpu)
     waiting = list(enumerate(tasks))
     done_work, total_work, made_bytes = 0.0, sum(task.work for task in tasks), 0
     running: dict[Future[object], int] = {}
@@ -90,7 +94,7 @@ def run_tasks(
                     index, task = waiting[0]
                     if running and held + task.memory_bytes > allowance:
                         break
-                    running[pool.submit(task.run)] = index
+                    running[pool.submit(handed_on(task.run))] = index
                     held += task.memory_bytes
                     waiting.pop(0)
                 done, _ = wait(running, return_when=FIRST_COMPLETED)

@@ -47,6 +47,10 @@ class StorageError(DeltafoldError):
     """The disk is full, read-only or out of reach."""
 
 
+class DeviceError(DeltafoldError):
+    """A GPU that cannot do the work: its memory runs out."""
+
+
 class HubError(DeltafoldError):
     """The Hugging Face Hub does not take or give something: no login, no right, no network."""
 

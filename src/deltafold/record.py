@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from deltafold import devices
 from deltafold.errors import DeltafoldError, StorageError, UsageError
 from deltafold.version import __version__
 
@@ -48,6 +49,8 @@ def write_record(record: Record, path: Path) -> None:
     """
     if (command := COMMAND.get()) is not None:
         record.setdefault("command", command)
+    if (found := devices.to_record()) is not None:
+        record["device"] = found
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     working = path.with_name(path.name + ".tmp")
     try:
@@ -78,7 +81,7 @@ def read_record(path: Path) -> Record:
 
 
 def machine() -> dict[str, Any]:
-    """The machine and versions that a measurement belongs to."""
+    """The machine and versions that a measurement belongs to, and the device of its heavy steps."""
     from importlib.metadata import PackageNotFoundError, version
 
     def installed(package: str) -> str | None:
@@ -95,6 +98,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "memory_bytes": total_memory_bytes(),
+        "device": devices.label(),
     }
 
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from deltafold.linalg import DenseMatrix, truncated_svd
+from deltafold.decomposition import truncated_svd
+from deltafold.devices import put
+from deltafold.linalg import DenseMatrix
 
 DAMPING = 1e-4
 """Share of the mean of G's diagonal that is added to its diagonal: directions that no text showed
@@ -45,17 +47,19 @@ def input_root(second: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     diagonal = g if g.ndim == 1 else g.diagonal()
     mean = float(diagonal.mean())
     if not mean > 0:  # no input at all: every direction counts alike
-        return (
-            torch.ones(len(g), dtype=torch.float64) if g.ndim == 1 else torch.eye(len(g)).double()
-        )
+        return torch.ones_like(g) if g.ndim == 1 else _eye(g)
     if g.ndim == 1:
         return (g.clamp_min(0) + damping * mean).sqrt()
     while damping <= MOST_DAMPING:
-        made, failed = torch.linalg.cholesky_ex(g + damping * mean * torch.eye(len(g)).double())
+        made, failed = torch.linalg.cholesky_ex(g + damping * mean * _eye(g))
         if not int(failed):
             return made
         damping = max(10 * damping, 1e-12)
     raise ValueError("the second moment of the inputs is not positive")
+
+
+def _eye(g: torch.Tensor) -> torch.Tensor:
+    return torch.eye(len(g), dtype=g.dtype, device=g.device)
 
 
 def apply_root(matrix: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
@@ -78,10 +82,11 @@ def whitened_svd(
     `second` is G (i x i), its diagonal (i,), or None for the plain SVD. `key` seeds the randomised
     route of `truncated_svd`, which is taken where few components of a large matrix are wanted.
     Where W L has less than `rank` components, those of what is left of W follow, so that the full
-    rank always gives W; after them zeros.
+    rank always gives W; after them zeros. The factors lie where the matrix does.
     """
-    rank = min(rank, *matrix.shape)
-    root = None if second is None else input_root(second, damping)
+    rank, home = min(rank, *matrix.shape), matrix.device
+    matrix = put(matrix)
+    root = None if second is None else input_root(put(second), damping)
     found = truncated_svd(DenseMatrix(apply_root(matrix, root)), rank, key)
     wide = matrix.double()
     q = _orthonormal(found.u.double())
@@ -90,7 +95,7 @@ def whitened_svd(
         q = _orthonormal(torch.cat([q, rest.u.double()], dim=1))
     if q.shape[1] < rank:
         q = torch.nn.functional.pad(q, (0, rank - q.shape[1]))
-    return Whitened(q, q.T @ wide, found.s.double())
+    return Whitened(q.to(home), (q.T @ wide).to(home), found.s.double().to(home))
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from deltafold.linalg import DenseMatrix, Moments, truncated_svd
+from deltafold.decomposition import truncated_svd
+from deltafold.devices import put
+from deltafold.linalg import DenseMatrix, Moments
 
 DAMPING = 0.01
 """Added to H in units of its mean diagonal, so that it has a root."""
@@ -50,6 +52,7 @@ def stored_pair(left: torch.Tensor, right: torch.Tensor) -> Pair:
 
 def svd_pair(delta: torch.Tensor, rank: int, key: int, moments: Moments | None = None) -> Pair:
     """The best pair of at most `rank` for an o x i delta (fp32); for outputs if moments are known."""
+    delta = put(delta)
     root = None if moments is None else _root(moments)
     whitened = delta if root is None else delta @ root
     found = truncated_svd(DenseMatrix(whitened), rank, key)
@@ -58,25 +61,25 @@ def svd_pair(delta: torch.Tensor, rank: int, key: int, moments: Moments | None =
     a = found.v.double() * gains
     if root is not None:
         a = torch.linalg.solve_triangular(root.T.double(), a, upper=True)
-    return Pair(a.T.float().contiguous(), b.T.float().contiguous(), found.s)
+    return Pair(a.T.float().contiguous().cpu(), b.T.float().contiguous().cpu(), found.s.cpu())
 
 
 def _root(moments: Moments) -> torch.Tensor:
     """Lower triangular L (i x i, fp32) with L L^T = E[x x^T] / mean(diag) + damping I."""
-    second = moments.second.double()
+    second = put(moments.second, torch.float64)
     second = torch.diag(second) if second.ndim == 1 else second
     mean = float(second.diagonal().mean())
     h = second / mean if mean > 0 else torch.zeros_like(second)
-    h = h + DAMPING * torch.eye(len(h), dtype=torch.float64)
+    h = h + DAMPING * torch.eye(len(h), dtype=torch.float64, device=h.device)
     return torch.linalg.cholesky(h).float()
 
 
 def squared_error(delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
     """|D - B A|_F^2 of an o x i delta; `a` is r x i, `b` r x o, in any floating dtype."""
-    total, wide = 0.0, a.float()
+    total, wide, b = 0.0, put(a, torch.float32), put(b)
     step = max(1, (16 << 20) // (4 * delta.shape[1]))
     for start in range(0, len(delta), step):
         made = b[:, start : start + step].float().T @ wide
-        gap = made.sub_(delta[start : start + step])
+        gap = made.sub_(put(delta[start : start + step]))
         total += float(gap.square().sum(dtype=torch.float64))
     return total

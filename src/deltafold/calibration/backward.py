@@ -107,7 +107,7 @@ def _through_head(
                 value.backward()
                 total += float(value.detach())
             row += len(rows)
-            whole = torch.zeros(flowing.shapes[place])
+            whole = torch.zeros(flowing.shapes[place], device=rows.device)
             if rows.grad is not None:
                 whole[batch.counted] = rows.grad
             flowing[place] = whole
@@ -129,10 +129,10 @@ def _through_block(
     found: Gradients = {}
     with model.skeleton.filled(names, model.weights, with_grad) as parameters:
         for place in range(len(done.batches)):
-            hidden = model.moved(done.stores[number][place]).clone().requires_grad_()
+            hidden = model.moved(done.stores[number].near(place)).clone().requires_grad_()
             with watch(parameters):
                 made = done.calls[place][number].run(block, hidden)
-            made.backward(model.moved(flowing[place]))
+            made.backward(model.moved(flowing.near(place)))
             if hidden.grad is not None:
                 flowing[place] = hidden.grad
         _collect(model.skeleton, parameters, with_grad, wanted, found)
@@ -157,7 +157,7 @@ def _through_embedding(
                     "gradients of embeddings would be incomplete; leave them out."
                 )
             if hidden.requires_grad:  # False if only the last norm, say, is wanted
-                hidden.backward(model.moved(flowing[place]))
+                hidden.backward(model.moved(flowing.near(place)))
         _collect(model.skeleton, parameters, names, wanted, into)
 
 

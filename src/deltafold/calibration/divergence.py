@@ -73,7 +73,7 @@ class Judge:
             store = TensorStore(shapes, allowance_bytes, self.model.scratch)
             for place, (_, logits) in enumerate(self.model.logits(done)):
                 store[place] = logits
-                self._norms.append(norms(store[place]))
+                self._norms.append(norms(store.near(place)))
         return store
 
     def __enter__(self) -> Judge:
@@ -116,7 +116,9 @@ class Judge:
         kl, agreed = 0.0, 0
         with candidate.forward(self.batches) as done:
             for place, (_, logits) in enumerate(candidate.logits(done)):
-                sums = divergence_sums(self._teacher[place], self._norms[place], logits.cpu())
+                at = logits.device
+                teacher, norm = self._teacher.near(place).to(at), self._norms[place].to(at)
+                sums = divergence_sums(teacher, norm, logits)
                 kl, agreed = kl + sums[0], agreed + sums[1]
         return Divergence(kl / self.tokens, agreed / self.tokens, self.tokens)
 

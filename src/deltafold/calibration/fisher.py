@@ -16,16 +16,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from deltafold import devices
 from deltafold.calibration.accumulate import Name, Products
 from deltafold.calibration.backward import backward
 from deltafold.calibration.batches import Batch, Sample, make_batches
 from deltafold.calibration.gather import gather_samples
 from deltafold.calibration.kept import cache_folder, key_of
+from deltafold.calibration.precision import settled
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 from deltafold.checkpoint import Checkpoint, tensor_bytes
 from deltafold.checkpoint.header import build_header
@@ -39,6 +42,7 @@ VERSION = 1
 HIDDEN_BYTES = 64 << 20  # of hidden states in memory; more of them go to a file
 BATCH_TOKENS = 1024  # a block's activations are kept for the way back
 DRAWN_ROWS = 32  # predictions that tokens are drawn from at a time
+RUN = 256  # tokens whose probabilities a GPU adds up at a time
 Found = dict[str, Fisher]
 
 
@@ -79,11 +83,17 @@ def measure_fisher(
             if isinstance(source, str | Path)
             else list(source)
         )
-        identity = [VERSION, model.checkpoint.fingerprint(), [(s.ids, s.start) for s in chosen]]
+        identity: list[Any] = [
+            VERSION,
+            model.checkpoint.fingerprint(),
+            [(s.ids, s.start) for s in chosen],
+        ]
+        if on := devices.identity():
+            identity.append(on)
         path = root / f"fisher-{key_of([identity, seed])}.safetensors"
         found = None if restart else _read(path)
         if found is None:
-            found = _Measurement(model, chosen, seed, progress).run()
+            found = _Measurement(settled(model, chosen), chosen, seed, progress).run()
             _write(path, found)
     return found
 
@@ -97,12 +107,18 @@ class _Sums:
 
     def add(self, vectors: torch.Tensor) -> None:
         flat = vectors.detach().reshape(-1, len(self.squares))
-        self.squares += flat.square().sum(0, dtype=torch.float64).cpu()
+        added = flat.float().square().sum(0, dtype=torch.float64)
+        self.squares = self.squares.to(added.device) + added
         self.count += len(flat)
 
     @property
     def mean(self) -> torch.Tensor:
-        return self.squares / max(1, self.count)
+        return self.total / max(1, self.count)
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The sum, on the CPU."""
+        return self.squares.cpu()
 
 
 class _Watch(Products):
@@ -180,7 +196,7 @@ class _Measurement:
         )
         found: Found = {}
         for name, outputs in self.outputs.items():
-            columns, rows = self.inputs[name].mean, outputs.squares / self.counted
+            columns, rows = self.inputs[name].mean, outputs.total / self.counted
             pair = (rows, columns) if self.axes[name] == 1 else (columns, rows)
             found[name] = _finite(self.model.label, name, *pair)
         for name in self.head:
@@ -189,7 +205,7 @@ class _Measurement:
                 found[name] = _finite(self.model.label, name, self.likely / self.counted, columns)
         if self.embedding and self.entering is not None:
             name = self.embedding[0]
-            columns = self.entering.squares / self.counted * (self.scale or 1.0) ** 2
+            columns = self.entering.total / self.counted * (self.scale or 1.0) ** 2
             known = found.get(name) if name in self.head else None
             if known is None:
                 found[name] = _finite(self.model.label, name, self.shares, columns)
@@ -219,22 +235,20 @@ class _Measurement:
                 range(0, len(logits), DRAWN_ROWS), logits.detach().split(DRAWN_ROWS), strict=True
             )
         ]
-        return torch.nn.functional.cross_entropy(logits, torch.cat(tokens), reduction="sum")
+        return torch.nn.functional.cross_entropy(logits.float(), torch.cat(tokens), reduction="sum")
 
     @torch.no_grad()
     def _draw(self, first: int, logits: torch.Tensor) -> torch.Tensor:
         """A token for each row, by the seed."""
-        p = logits.double().softmax(-1).cpu()
+        p = logits.double().softmax(-1)
         if not p.isfinite().all():
             raise NonFiniteError(
                 f"{self.model.label} gives NaN or infinite predictions; its weights are damaged."
             )
-        self.likely += (p * (1 - p)).sum(0)
+        self.likely += (p * (1 - p)).sum(0).cpu()
         draws = random_u64(self.key, first, first + len(p)) >> np.uint64(11)
         level = torch.from_numpy(draws.astype(np.float64) * 2.0**-53)[:, None]
-        reached = p.cumsum(-1)
-        tokens = torch.searchsorted(reached, level * reached[:, -1:], right=True)[:, 0]
-        return tokens.clamp_(max=p.shape[-1] - 1).to(logits.device)
+        return drawn(p, level).to(logits.device)
 
     def _entered(self, batch: Batch, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
         self.entering = self.entering or _Sums(gradient.shape[-1])
@@ -247,6 +261,32 @@ class _Measurement:
             rows = self.model.weights(self.embedding[0])[ids].double()
             along = float((rows * hidden.reshape(rows.shape)).sum())
             self.scale = along / max(1e-30, float(rows.square().sum()))
+
+
+def drawn(p: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """The token (n,) on which each level (n, 1), in [0, 1), falls, by probabilities p (n, v); CPU.
+
+    On a GPU a running sum may round differently each time. So there the sums are of runs of tokens,
+    which are fixed, and running sums are taken on the CPU: over runs, then within the one reached.
+    """
+    if p.device.type == "cpu":
+        reached = p.cumsum(-1)
+        tokens = torch.searchsorted(reached, level * reached[:, -1:], right=True)[:, 0]
+        return tokens.clamp_(max=p.shape[-1] - 1)
+    return _drawn_by_runs(p, level)
+
+
+def _drawn_by_runs(p: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    runs = nn.functional.pad(p, (0, -p.shape[1] % RUN)).unflatten(1, (-1, RUN))  # n, v / RUN, RUN
+    sums = runs.sum(-1).cpu()
+    reached = sums.cumsum(-1)
+    goal = level * reached[:, -1:]
+    run = torch.searchsorted(reached, goal, right=True).clamp_(max=runs.shape[1] - 1)
+    before = (reached - sums).gather(1, run)
+    rows = torch.arange(len(p), device=p.device)
+    within = runs[rows, run[:, 0].to(p.device)].cpu().cumsum(-1)
+    token = torch.searchsorted(within, goal - before, right=True).clamp_(max=RUN - 1)
+    return (run * RUN + token)[:, 0].clamp_(max=p.shape[1] - 1)
 
 
 def _finite(label: str, name: str, rows: torch.Tensor, columns: torch.Tensor) -> Fisher:

@@ -17,6 +17,7 @@ from deltafold.calibration.samples import (
 from deltafold.calibration.selftext import write_texts
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 from deltafold.calibration.tokens import Encoder, load_tokenizer
+from deltafold.devices import identity
 
 VERSION = 1
 
@@ -51,7 +52,8 @@ def gather_samples(
         return page_samples(encoder, samples, seed)
     if str(source) != "self":
         return read_samples(source, encoder, samples, seed)
-    key = key_of([VERSION, model.checkpoint.fingerprint(), samples, encoder.max_tokens, seed])
+    wanted = [VERSION, model.checkpoint.fingerprint(), samples, encoder.max_tokens, seed]
+    key = key_of(wanted + list(identity().values()))
     path = cache_folder(cache) / f"self-{key}.json"
     found = None if restart else read_samples_file(path)
     if found is None:

@@ -12,6 +12,7 @@ from torch import nn
 from deltafold.calibration.accumulate import Entries, Watch
 from deltafold.calibration.batches import Sample, make_batches
 from deltafold.calibration.kept import Place, read_places, write_entries
+from deltafold.calibration.precision import settled
 from deltafold.calibration.stream import Pass, StreamedModel
 from deltafold.engine import Progress, Step
 from deltafold.errors import NonFiniteError
@@ -117,6 +118,7 @@ def measure(
     """Measure all blocks and the head into `folder`; where each tensor's moments lie."""
     measurement = Measurement(model, folder, full, allowance_bytes, progress)
     batches = make_batches(samples, padded=False)
+    model = measurement.model = settled(model, samples)
     with model.forward(batches, visitor=measurement) as done:
         measurement.head(done)
     return measurement.places

@@ -31,6 +31,7 @@ from deltafold.calibration.kept import (
 from deltafold.calibration.measure import measure
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 from deltafold.checkpoint.writer import guard_storage
+from deltafold.devices import identity
 from deltafold.engine import Progress
 from deltafold.linalg import Moments
 from deltafold.record import Meter
@@ -116,6 +117,7 @@ def calibrate(
                 "samples": [(each.ids, each.start) for each in chosen],
                 "full": full,
                 "moments_bytes": allowance // 2 if full else 0,
+                **identity(),
             }
         )
         if restart:

@@ -1,4 +1,7 @@
-"""Hidden states between blocks: in memory while they fit an allowance, else in a file."""
+"""Hidden states between blocks: in memory while they fit an allowance, else in a file.
+
+Where a GPU computes they stay in its memory, if they are a small part of what is free there.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ import torch
 
 from deltafold.checkpoint import tensor_bytes
 from deltafold.checkpoint.writer import guard_storage
+from deltafold.devices import free_bytes, here
 
 Shape = tuple[int, ...]
+GPU_SHARE = 4  # one in so many bytes that are free there, for one store
 
 
 class TensorStore:
@@ -30,7 +35,11 @@ class TensorStore:
         self.shapes = [tuple(shape) for shape in shapes]
         sizes = [4 * math.prod(shape) for shape in self.shapes]
         self.n_bytes = sum(sizes)
-        self.on_disk, self._borrowed = self.n_bytes > allowance_bytes, False
+        free = free_bytes()
+        on_gpu = free is not None and self.n_bytes <= free // GPU_SHARE
+        self.device = here() if on_gpu else torch.device("cpu")
+        self.on_disk = not on_gpu and self.n_bytes > allowance_bytes
+        self._borrowed = False
         self._held: list[torch.Tensor | None] = [None] * len(shapes)
         self._starts = list(accumulate(sizes, initial=0))
         self._place = folder or Path(tempfile.gettempdir())
@@ -42,6 +51,11 @@ class TensorStore:
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    @property
+    def held_bytes(self) -> int:
+        """What it may take of the CPU's memory."""
+        return 0 if self.on_disk or self.device.type != "cpu" else self.n_bytes
 
     def __enter__(self) -> TensorStore:
         return self
@@ -72,7 +86,7 @@ class TensorStore:
     def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
         if tuple(tensor.shape) != self.shapes[number]:
             raise ValueError(f"place {number} is for {self.shapes[number]}, not {tensor.shape}")
-        kept = tensor.detach().to("cpu", torch.float32)
+        kept = tensor.detach().to(self.device, torch.float32)
         if not self.on_disk:
             self._held[number] = kept
             return
@@ -85,7 +99,11 @@ class TensorStore:
             data, start = data[count:], start + count
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        """The tensor as it was stored. What is given is not to be changed in place."""
+        """The tensor as it was stored, on the CPU. What is given is not to be changed in place."""
+        return self.near(number).cpu()
+
+    def near(self, number: int) -> torch.Tensor:
+        """The tensor as it was stored, where it lies."""
         if not self.on_disk:
             held = self._held[number]
             if held is None:

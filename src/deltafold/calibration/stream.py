@@ -26,6 +26,7 @@ from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.store import TensorStore
 from deltafold.calibration.wiring import Weights
 from deltafold.checkpoint import Checkpoint, open_checkpoint
+from deltafold.devices import here, put
 from deltafold.engine import trim
 from deltafold.errors import MismatchError, NonFiniteError
 from deltafold.linalg import products
@@ -55,10 +56,10 @@ def is_bf16(checkpoint: Checkpoint) -> bool:
     return all(info.dtype == "BF16" for info in checkpoint.tensors.values() if len(info.shape) > 1)
 
 
-def multiplies_bf16(device: str) -> bool:
-    """True where products in bf16 are a processor's own, and so faster than in fp32."""
-    if torch.device(device).type != "cpu":
-        return True
+def multiplies_bf16(device: torch.device) -> bool:
+    """True for a processor that is built for products in bf16, and so faster than in fp32."""
+    if device.type != "cpu":
+        return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -110,12 +111,13 @@ class Pass:
 
     def rows(self, number: int) -> torch.Tensor:
         """Last hidden states (n, width) of one batch where predictions count."""
-        return self.last[number][self.batches[number].counted]
+        return self.last.near(number)[self.batches[number].counted]
 
 
 class StreamedModel:
     """A causal language model that is never in memory as a whole.
 
+    It computes on `device`, by default where heavy steps do (`devices.py`).
     `source` is a folder, a hub id or an open checkpoint. `weights` gives other tensors under the
     same names: those of a candidate. `memory_bytes` is for hidden states; what exceeds it goes to a
     file in `scratch`. `mixed`: blocks and head multiply in bf16, on a processor that is built for it,
@@ -134,7 +136,7 @@ class StreamedModel:
         *,
         folder: Path | None = None,
         dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
+        device: str | None = None,
         memory_bytes: int | None = None,
         scratch: Path | None = None,
         mixed: bool = False,
@@ -143,12 +145,20 @@ class StreamedModel:
         self.label = self.checkpoint.label
         self.weights = weights or self.checkpoint.tensor
         self.skeleton = Skeleton(
-            folder or self.checkpoint.path, self.checkpoint.tensors, dtype, device
+            folder or self.checkpoint.path, self.checkpoint.tensors, dtype, device or str(here())
         )
         self.entry = Forward(self.skeleton, self.checkpoint.label)
         self.memory_bytes = memory_bytes or default_memory_bytes()
         self.scratch = scratch
-        self.mixed = mixed and is_bf16(self.checkpoint) and multiplies_bf16(device)
+        self.mixed = mixed and is_bf16(self.checkpoint) and multiplies_bf16(self.skeleton.device)
+
+    def in_dtype(self, dtype: torch.dtype) -> StreamedModel:
+        """The same model computing in another dtype; the two share modules, too."""
+        other = copy(self)
+        other.skeleton = copy(self.skeleton)
+        other.skeleton.dtype = dtype
+        other.entry = Forward(other.skeleton, self.checkpoint.label)
+        return other
 
     def with_weights(self, weights: Weights) -> StreamedModel:
         """The same model with other weights; the two share modules, so one runs at a time."""
@@ -180,7 +190,9 @@ class StreamedModel:
 
     def moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor where, and as, the model computes."""
-        return tensor.to(self.skeleton.device, self.skeleton.dtype)
+        if tensor.device == self.skeleton.device or self.skeleton.device != here():
+            return tensor.to(self.skeleton.device, self.skeleton.dtype)
+        return put(tensor, self.skeleton.dtype)
 
     @torch.no_grad()
     def forward(
@@ -242,7 +254,7 @@ class StreamedModel:
             for place in range(len(done.batches)):
                 watched = visitor.running(number, parameters) if visitor else None
                 with watched or contextlib.nullcontext():
-                    made = self.run(done.calls[place][number], block, source[place])
+                    made = self.run(done.calls[place][number], block, source.near(place))
                 done.last[place] = made
         trim()
         if visitor:
@@ -258,7 +270,7 @@ class StreamedModel:
 
     def store_beside(self, done: Pass) -> TensorStore:
         """A store for one more set of hidden states, in what is left of the allowance."""
-        held = sum(store.n_bytes for store in done.stores if not store.on_disk)
+        held = sum(store.held_bytes for store in done.stores)
         return TensorStore(done.stores[0].shapes, self.memory_bytes - held, self.scratch)
 
     def _embed(self, batches: list[Batch]) -> Pass:

@@ -47,7 +47,7 @@ def backward_whole(
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 continue
-            for source, piece in skeleton.pieces(name, parameter.grad):
+            for source, piece in skeleton.pieces(name, parameter.grad.cpu()):
                 if wanted(source):
                     found[source] = found[source] + piece if source in found else piece
     for name, gradient in found.items():

@@ -24,6 +24,7 @@ from typing import Any
 
 from deltafold.checkpoint import open_checkpoint
 from deltafold.choosing.compress_scores import check_tasks, compress_scores
+from deltafold.devices import computes, identity
 from deltafold.engine import Step
 from deltafold.errors import BudgetError, DeltafoldError, UsageError
 from deltafold.record import Meter, Record, record_path, write_record
@@ -44,6 +45,7 @@ Candidate = dict[str, Any]
 Score = Callable[[Path, Record], tuple[str, float]]
 
 
+@computes
 def compress(
     base: str | Path,
     finetuned: str | Path,
@@ -55,6 +57,7 @@ def compress(
     tasks: Sequence[str | Path] = (),
     limit: int | None = None,
     answers: int = 4,
+    device: str | None = None,
     **settings: Any,
 ) -> Record:
     """Compress `finetuned` against `base` into the archive folder `output`; returns the record.
@@ -71,6 +74,8 @@ def compress(
         tasks: files of rows, as `evaluate` takes them, that base, fine-tune and archive answer; at
             most `limit` rows of each. Then the record has `scores`, and what all three wrote to the
             first `answers` rows of each.
+        device: where heavy steps compute: `cpu` (default), `cuda`, `cuda:N` or `auto`; tasks are
+            answered on `cuda` if there is one.
         settings: `file_ratio`, `nominal_ratio` or `n_bytes` (the budget), `samples`, `max_tokens`,
             `distill`, `seed`, `workers`, `memory_bytes`, `overwrite`, `restart`, `fallback`,
             `progress`, `record` (see `deltafold.verbs.compress.compress`), and the method's own,
@@ -222,8 +227,9 @@ class _Search:
         named = {k: v for k, v in self.fixed.items() if k not in quiet}
         with open_checkpoint(self.base) as one, open_checkpoint(self.finetuned) as two:
             inputs = [one.fingerprint(), two.fingerprint(), str(self.calibration)]
-        identity = json.dumps([inputs, self.method, named, chosen], sort_keys=True)
-        archive = self.folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        inputs += list(identity().values())  # of a GPU
+        named_by = json.dumps([inputs, self.method, named, chosen], sort_keys=True)
+        archive = self.folder / hashlib.sha256(named_by.encode()).hexdigest()[:16]
         if not (archive.is_dir() and record_path(archive).is_file()):
             shutil.rmtree(archive, ignore_errors=True)
             compress_verb(

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.choosing.fold import scored
+from deltafold.devices import computes
 from deltafold.evaluation.plan import Request
 from deltafold.record import Record
 from deltafold.verbs.factor_model import factor as factor_verb
 
 
+@computes
 def factor(
     model: str | Path,
     output: str | Path,
@@ -29,7 +31,9 @@ def factor(
     Args:
         tasks: files of rows, as `evaluate` takes them, that the model answers before and after; at
             most `limit` rows of each. Then the record also has tokens a second and bytes of weights.
-        dtype, device: of that measurement; `auto` is the model's own.
+        dtype: of that measurement; `auto` is the model's own.
+        device: where to compute and to measure: `auto`, `cpu`, `cuda` or `cuda:N`. None computes on
+            the CPU, and trains and measures on `cuda` if there is one.
 
     Returns the record. Raises DeltafoldError; nothing is left under `output` then.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deltafold.checkpoint import local_folder
+from deltafold.devices import computes
 from deltafold.engine import Progress, Step
 from deltafold.evaluation.data import read_tasks
 from deltafold.evaluation.loading import (
@@ -29,6 +30,7 @@ from deltafold.verbs.fold import fold as fold_verb
 SPEED_TOKENS, SPEED_TRIES = 32, 3
 
 
+@computes
 def fold(
     model: str | Path,
     output: str | Path,
@@ -48,7 +50,9 @@ def fold(
         tasks: files of rows, as `evaluate` takes them, that the model answers before and after; at
             most `limit` rows of each. Then the record also has tokens a second, bytes of weights, and
             what both wrote to the first `answers` rows of each.
-        dtype, device: of that measurement; `auto` is the model's own.
+        dtype: of that measurement; `auto` is the model's own.
+        device: where to compute and to measure: `auto`, `cpu`, `cuda` or `cuda:N`. None computes on
+            the CPU, and trains and measures on `cuda` if there is one.
 
     Returns the record. Raises DeltafoldError; nothing is left under `output` then.
 

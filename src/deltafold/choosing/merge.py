@@ -11,6 +11,7 @@ from typing import Any
 from deltafold.archive import is_archive
 from deltafold.choosing.merge_archive import merge_to_archive
 from deltafold.choosing.scores import Metrics, Scoring, best_of, mean_loss, share_right
+from deltafold.devices import computes
 from deltafold.engine import Progress, Step
 from deltafold.errors import NonFiniteError, UsageError, nearest
 from deltafold.evaluation.loading import choose_device, choose_dtype, load_tokenizer
@@ -27,6 +28,7 @@ USUAL: dict[str, tuple[float, ...]] = {
 }
 
 
+@computes
 def merge(
     base: str | Path,
     recipe: Recipe,

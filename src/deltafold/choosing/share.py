@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.choosing.fold import scored
+from deltafold.devices import computes
 from deltafold.evaluation.plan import Request
 from deltafold.record import Record
 from deltafold.verbs.share import share as share_verb
 
 
+@computes
 def share(
     model: str | Path,
     output: str | Path,
@@ -30,7 +32,9 @@ def share(
     Args:
         tasks, texts: files, as `evaluate` takes them, that the model is measured on before and after;
             of a task at most `limit` rows. Then the record also has tokens a second.
-        dtype, device: of that measurement; `auto` is the model's own.
+        dtype: of that measurement; `auto` is the model's own.
+        device: where to compute and to measure: `auto`, `cpu`, `cuda` or `cuda:N`. None computes on
+            the CPU, and trains and measures on `cuda` if there is one.
 
     Returns the record. Raises DeltafoldError; nothing is left under `output` then.
 

@@ -30,7 +30,9 @@ def compare(
     ] = "auto",
     device: Annotated[
         str | None,
-        typer.Option(help="cpu or cuda. Default: cuda if there is one.", show_default=False),
+        typer.Option(
+            help="cpu, cuda or cuda:N. Default: cuda if there is one.", show_default=False
+        ),
     ] = None,
     port: Annotated[
         int | None,

@@ -68,6 +68,7 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read headers only and show what would be done.")
     ] = False,
+    device: o.ComputeOption = None,
     workers: o.WorkersOption = None,
     memory: o.MemoryOption = None,
     overwrite: o.OverwriteOption = False,
@@ -115,6 +116,7 @@ def compress(
             fallback=not no_fallback,
             overwrite=overwrite,
             restart=restart,
+            device=device,
             workers=workers,
             memory_bytes=o.parse_bytes(memory, "--memory"),
             progress=advance,
@@ -132,7 +134,7 @@ def compress(
 def _show(record: dict[str, Any], where: Path) -> None:
     from collections import Counter
 
-    from deltafold.cli.show import duration, say, size
+    from deltafold.cli.show import device_lines, duration, say, size
 
     totals, budget = record["totals"], record["budget"]
     say(
@@ -169,6 +171,8 @@ def _show(record: dict[str, Any], where: Path) -> None:
             for name, found in row["metrics"]["tasks"].items()
         )
         say(f"  {row['label']}: {shares}")
+    for line in device_lines(record):
+        say(line)
     say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "
         f"record in {where}"

@@ -73,7 +73,9 @@ def evaluate(
     ] = "auto",
     device: Annotated[
         str | None,
-        typer.Option(help="cpu or cuda. Default: cuda if there is one.", show_default=False),
+        typer.Option(
+            help="cpu, cuda or cuda:N. Default: cuda if there is one.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Measure base, fine-tune and candidates under one setting: perplexity, KL, exact match.

@@ -36,6 +36,7 @@ def export(
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples of the text, at most.")] = 32,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 256,
+    device: o.ComputeOption = None,
     workers: o.WorkersOption = None,
     memory: o.MemoryOption = None,
     overwrite: o.OverwriteOption = False,
@@ -67,6 +68,7 @@ def export(
             max_tokens=max_tokens,
             overwrite=overwrite,
             restart=restart,
+            device=device,
             workers=workers,
             memory_bytes=o.parse_bytes(memory, "--memory"),
             progress=advance,
@@ -81,7 +83,7 @@ def export(
 
 
 def _show(result: dict[str, Any], where: Path) -> None:
-    from deltafold.cli.show import duration, say, size
+    from deltafold.cli.show import device_lines, duration, say, size
 
     rows = result["tensors"]
     pairs = [row for row in rows if row["rank"]]
@@ -122,6 +124,8 @@ def _show(result: dict[str, Any], where: Path) -> None:
         say(f"  note: {note}")
     if result["for"] == "vllm":
         say(f"  for vLLM: --max-lora-rank {result.get('vllm_max_lora_rank', 8)}")
+    for line in device_lines(result):
+        say(line)
     say(
         f"  {duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}; "
         f"record in {where}"

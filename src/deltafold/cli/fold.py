@@ -173,7 +173,7 @@ def _show_plan(result: dict[str, Any]) -> None:
 
 
 def _show(result: dict[str, Any], where: Path) -> None:
-    from deltafold.cli.show import duration, say, size
+    from deltafold.cli.show import device_lines, duration, say, size
 
     removed = result["removed"]
     say(f"[bold]{result['output']}[/bold]  {_method(result)}")
@@ -216,6 +216,8 @@ def _show(result: dict[str, Any], where: Path) -> None:
             f"  {row['label']}: {shares}; {row['tokens_per_second']:.0f} tokens/s, weights "
             f"{size(row['weight_bytes'])}"
         )
+    for line in device_lines(result):
+        say(line)
     say(
         f"  {duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}; "
         f"record in {where}"

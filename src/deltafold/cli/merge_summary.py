@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deltafold.cli.show import duration, out, say, size
+from deltafold.cli.show import device_lines, duration, out, say, size
 
 
 def show(record: dict[str, Any], where: Path | None) -> None:
@@ -26,6 +26,8 @@ def show(record: dict[str, Any], where: Path | None) -> None:
         say(
             f"  archive: {size(totals['archive_bytes'])}, {totals['file_ratio']:.2f}x smaller on disk"
         )
+    for line in device_lines(record):
+        say(line)
     say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "
         f"record in {where}"

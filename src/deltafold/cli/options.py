@@ -75,7 +75,19 @@ DtypeOption = Annotated[
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", help="To answer on: cpu or cuda. Default: cuda if there is one."),
+    typer.Option(
+        "--device",
+        help="Where to compute and to answer: auto, cpu, cuda or cuda:N. Default: compute on the "
+        "CPU, train and answer on cuda if there is one.",
+    ),
+]
+ComputeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Where heavy steps compute: cpu (the default), cuda, cuda:N, or auto: cuda if there "
+        "is one.",
+    ),
 ]
 ShardSizeOption = Annotated[str, typer.Option("--shard-size", help="Largest weight file.")]
 AnswersOption = Annotated[
@@ -102,6 +114,7 @@ _NO_SETTINGS = {
     "base", "finetuned", "output", "method", "file_ratio", "nominal_ratio", "n_bytes", "seed",
     "fallback", "overwrite", "restart", "workers", "memory_bytes", "progress", "record", "calibration",
     "samples", "max_tokens", "kl_at_most", "distill", "tasks", "limit", "answers",
+    "device",
 }  # fmt: skip
 
 

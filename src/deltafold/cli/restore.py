@@ -20,6 +20,7 @@ def restore(
     shard_size: Annotated[
         str | None, typer.Option(help="Largest weight file, e.g. 5GB. Default: as the fine-tune's.")
     ] = None,
+    device: o.ComputeOption = None,
     workers: o.WorkersOption = None,
     memory: o.MemoryOption = None,
     overwrite: o.OverwriteOption = False,
@@ -30,7 +31,7 @@ def restore(
 
     Example: deltafold restore math.delta --base base/ -o restored/
     """
-    from deltafold.cli.show import duration, progress, say, size
+    from deltafold.cli.show import device_lines, duration, progress, say, size
     from deltafold.verbs.restore import restore as restore_verb
 
     with progress() as advance:
@@ -42,6 +43,7 @@ def restore(
             shard_bytes=o.parse_bytes(shard_size, "--shard-size"),
             overwrite=overwrite,
             restart=restart,
+            device=device,
             workers=workers,
             memory_bytes=o.parse_bytes(memory, "--memory"),
             progress=advance,
@@ -51,3 +53,5 @@ def restore(
         f"[bold]{output}[/bold]  {result['tensors_restored']} tensors restored in "
         f"{duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}"
     )
+    for line in device_lines(result):
+        say(line)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -42,6 +42,26 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
+
+
+def device_lines(record: Mapping[str, Any]) -> list[str]:
+    """What a summary says of work on a GPU; nothing of work on the CPU."""
+    found = record.get("device")
+    if not found:
+        return []
+    again = f", {n} again in fp64" if (n := found.get("again_in_fp64")) else ""
+    precision = {"float64": "fp64", "float32": "fp32"}[found["linear_algebra"]]
+    lines = [
+        f"  computed on {found['model']} ({found['name']}), linear algebra in {precision}{again}"
+    ]
+    if (text := found.get("text")) and text["dtype"] == "fp32":
+        lines.append(
+            f"  text run in fp32: predictions in bf16 are off by KL {text['kl_of_bf16']:.2g}, more "
+            f"than {text['at_most']:g}"
+        )
+    elif text:
+        lines.append(f"  text run in bf16, off by KL {text['kl_of_bf16']:.2g} from fp32")
+    return lines
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -75,6 +75,7 @@ from deltafold.coding.levels import (
 )
 from deltafold.coding.trainable import Trainable
 from deltafold.coding.trainable_levels import TrainableLevels
+from deltafold.devices import put
 from deltafold.errors import UsageError
 from deltafold.linalg import Factors, Moments, RowMatrix, feed_forward, feeding_factor
 
@@ -143,11 +144,12 @@ class Auto(VariableCodec):
             feeding = _feeding(moments, i, step)
             levels = np.empty((o, i), dtype=np.int8)
             for start, stop in blocks(o, i):
+                rows = np.arange(start, stop)
                 levels[start:stop] = _round(
-                    delta.rows(start, stop),
-                    np.arange(start, stop),
+                    put(delta.rows(start, stop)),
+                    rows,
                     grid,
-                    key,
+                    _rise(row_thresholds(rows, i, key)),
                     feeding,
                     lambda change, at=start: delta.settle(at, change),  # type: ignore[misc]
                 )
@@ -200,12 +202,13 @@ class Auto(VariableCodec):
         sample = torch.cat([delta.rows(int(row), int(row) + 1) for row in rows])
         thresholds = row_thresholds(rows, i, key)
         sizes, found = row_sizes(delta), []
+        values, rise = put(sample), _rise(thresholds)
         for step in steps:
             grid = self._grid(delta, step, sizes)
             if grid is None:
                 found.append(0.0)
                 continue
-            levels = _round(sample, rows, grid, key, None, lambda change: change)
+            levels = _round(values, rows, grid, rise, None, lambda change: change)
             histogram = histogram_of(levels, grid.contexts(rows, thresholds), top_of(levels))
             value_bytes = dither.cost_bits(histogram) / 8 * o / len(rows)
             found.append(side_bytes(grid, histogram) + value_bytes)
@@ -234,30 +237,33 @@ def _restored(code: bytes, shape: Shape, key: int) -> Iterator[tuple[int, torch.
         yield start, levels.mul_(units).mul_(columns)
 
 
+def _rise(thresholds: NDArray[np.uint16]) -> torch.Tensor:
+    """1 - t of each threshold, fp32, where heavy steps compute."""
+    t = put(torch.from_numpy(thresholds.astype(np.int32)))
+    return 1 - (t.float() + 0.5) / THRESHOLDS
+
+
 def _round(
     values: torch.Tensor,
     rows: NDArray[np.int64],
     grid: Grid,
-    key: int,
+    rise: torch.Tensor,
     feeding: torch.Tensor | None,
     settle: Settle,
 ) -> Levels:
-    """Levels (n, i) of the delta's rows `rows`, given as `values` (n, i) fp32.
+    """Levels (n, i) of the delta's rows `rows`, given as `values` (n, i) fp32, with their `rise`.
 
     Of the two levels around a value, the upper is taken with the probability that makes what they
     come to in the stored dtype, `settle(level x unit)`, right on average.
     """
-    i = values.shape[1]
-    t = torch.from_numpy(row_thresholds(rows, i, key).astype(np.int32))
-    rise = 1 - (t.float() + 0.5) / THRESHOLDS
-    row_units, column_units = grid.row_units(rows), grid.column_units(i)
+    row_units, column_units = put(grid.row_units(rows)), put(grid.column_units(values.shape[1]))
     units = row_units * column_units
 
     if feeding is not None and float((settle(units) / units - 1).abs().mean()) > UNSETTLED:
         feeding = None
     if feeding is None:
         level, _ = _chosen(values / units, rise, lambda levels: settle(levels * units) / units)
-        return level.to(torch.int8).numpy()
+        return level.to(torch.int8).cpu().numpy()
 
     # Fed columns are rounded one at a time; what a level comes to is taken as level x unit there.
     def rounded(column: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,7 +271,8 @@ def _round(
         level, _ = _chosen(column / factor, rise[:, at], lambda levels: levels)
         return level, level * factor
 
-    return feed_forward(values / row_units, feeding, rounded).to(torch.int8).numpy()
+    fed = feed_forward(values / row_units, put(feeding), rounded)
+    return fed.to(torch.int8).cpu().numpy()
 
 
 def _chosen(

@@ -28,7 +28,9 @@ from deltafold.codecs.base import (
     check_parts,
 )
 from deltafold.coding.trainable import Trainable, Values, straight_through
-from deltafold.linalg import CHUNK_BYTES, Factors, Moments, RowMatrix, truncated_svd
+from deltafold.decomposition import truncated_svd
+from deltafold.devices import put
+from deltafold.linalg import CHUNK_BYTES, Factors, Moments, RowMatrix
 
 
 class LowRank(DeltaCodec):
@@ -130,10 +132,10 @@ def product_rows(
     restored bits agree between machines and thread counts.
     """
     o, i = shape
-    wide = right.double()
+    left, wide = put(left), put(right, torch.float64)
     step = max(1, CHUNK_BYTES // (8 * i))
     for start in range(0, o, step):
-        yield start, (left[:, start : start + step].double().T @ wide).float()
+        yield start, (left[:, start : start + step].double().T @ wide).float().cpu()
 
 
 CODEC = LowRank

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from deltafold.evaluation.data import AnswerRow, TaskFile
 from deltafold.evaluation.divergence import score
@@ -34,8 +33,11 @@ def first_lines(text: str, count: int) -> str:
     return "\n".join(text.lstrip().split("\n")[:count]).strip()
 
 
-class _EnoughLines(StoppingCriteria):
-    """A row is done when a line break follows its wanted number of lines."""
+class _EnoughLines:
+    """A row is done when a line break follows its wanted number of lines.
+
+    A criterion as `generate` calls it, without the base class, which would import transformers.
+    """
 
     def __init__(self, encoder: Encoder, prompt_tokens: int, wanted: Sequence[int]):
         self.encoder, self.prompt_tokens, self.wanted = encoder, prompt_tokens, wanted
@@ -132,6 +134,8 @@ class ExactMatch:
     def _generate_batch(
         self, student: Subject, prompts: Sequence[tuple[int, ...]], wanted: Sequence[int]
     ) -> list[str]:
+        from transformers import GenerationConfig, StoppingCriteriaList
+
         longest = max(map(len, prompts))
         pad = self.end_ids[0] if self.end_ids else 0
         ids = torch.full((len(prompts), longest), pad, device=student.device)

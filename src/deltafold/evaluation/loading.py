@@ -1,4 +1,7 @@
-"""Models and the tokenizer, ready to be measured: from a Hugging Face folder or an archive."""
+"""Models and the tokenizer, ready to be measured: from a Hugging Face folder or an archive.
+
+transformers is imported where it is used: a run that measures nothing does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from deltafold.archive import is_archive
 from deltafold.checkpoint import local_folder
+from deltafold.devices import AUTO, CPU, resolve
 from deltafold.errors import CheckpointError, DeltafoldError, UsageError, nearest
 from deltafold.evaluation.segments import Subject
 from deltafold.verbs.share_load import is_shared, load_shared
@@ -36,16 +38,14 @@ def choose_dtype(name: str) -> torch.dtype | None:
 
 def choose_device(device: str | None) -> str:
     """What is asked for, else `cuda` if there is one. Raises UsageError when it is not there."""
-    if device not in (None, "cpu", "cuda"):
-        raise UsageError(f"There is no device {device!r}; give cpu or cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("This machine has no CUDA device that torch can use; give --device cpu.")
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return resolve(device or AUTO)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the loading chatter of transformers, and give it its voice back afterwards."""
+    import transformers
+
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -66,6 +66,8 @@ def load_tokenizer(source: str | Path) -> Any:
         raise CheckpointError(
             f"{source} holds no tokenizer; copy the tokenizer files of its base into it."
         )
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each kind of tokenizer fails in its own way
@@ -83,6 +85,8 @@ def loaded(
 
     `dtype` None keeps the stored one. An archive needs `base`. Raises DeltafoldError.
     """
+    from transformers import GenerationConfig
+
     archive = is_archive(source)
     model = _load_archive(source, base, dtype) if archive else _load_folder(source, dtype)
     model = model.to(device).eval()
@@ -96,7 +100,7 @@ def loaded(
         del model
         subject.model = None
         gc.collect()
-        if device == "cuda":
+        if device != CPU:
             torch.cuda.empty_cache()
 
 
@@ -121,6 +125,8 @@ def model_folder(source: str | Path) -> Path:
 
 def _load_folder(source: str | Path, dtype: torch.dtype | None) -> Any:
     folder = model_folder(source)
+    from transformers import AutoModelForCausalLM
+
     if is_shared(folder):
         return load_shared(folder, dtype=dtype or "auto")
     try:
@@ -152,6 +158,8 @@ def _first_line(error: Exception) -> str:
 
 def end_token_ids(source: str | Path, tokenizer: Any) -> list[int]:
     """Every token at which the fine-tune stops: of its tokenizer and of its generation config."""
+    from transformers import GenerationConfig
+
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     try:
         configured = GenerationConfig.from_pretrained(local_folder(source)).eos_token_id

@@ -48,7 +48,7 @@ def refit(weight: torch.Tensor, a: torch.Tensor, gram: torch.Tensor | None) -> t
     turned = a if gram is None else a * gram.double() if gram.ndim == 1 else a @ gram.double()
     inner = turned @ a.T  # A G A^T
     ridge = _RIDGE * inner.diagonal().mean().clamp_min(1e-300)
-    eye = torch.eye(len(inner), dtype=torch.float64)
+    eye = torch.eye(len(inner), dtype=torch.float64, device=inner.device)
     return torch.linalg.solve(inner + ridge * eye, turned @ wide.T).T
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from deltafold.devices import here, put
 from deltafold.linalg import products
 
 RIDGES = (0.3, 1.0, 3.0, 10.0)
@@ -35,13 +36,18 @@ class Sums:
 
     @classmethod
     def empty(cls, i: int, o: int) -> Sums:
-        return cls(torch.zeros(i, i, dtype=torch.float64), torch.zeros(i, o, dtype=torch.float64))
+        at = here()
+        return cls(
+            torch.zeros(i, i, dtype=torch.float64, device=at),
+            torch.zeros(i, o, dtype=torch.float64, device=at),
+        )
 
     def add(self, x: torch.Tensor, y: torch.Tensor, mixed: bool = False) -> None:
         """Take in rows x (n, i) and y (n, o). Products in their dtype, sums over batches in fp64.
 
         With `mixed` products of fp32 are made in bf16 and summed in fp32, where that is faster.
         """
+        x, y = put(x), put(y)
         with products("medium") if mixed else contextlib.nullcontext():
             self.gram += x.T @ x
             self.cross += x.T @ y
@@ -73,7 +79,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Fit:
-    """A solution S (i, o), the ridge, and the squared error on held-out rows before and after.
+    """A solution S (i, o), on the CPU, the ridge, and the squared error on held-out rows.
 
     The error after is that of a solution from the other rows alone.
     """
@@ -118,15 +124,16 @@ class Regression:
         That ridge is found with the other rows alone. Where no rows are held out, the one in the
         middle of the table is taken.
         """
-        nothing = torch.zeros(self.i, self.o, dtype=torch.float64)
+        nothing = torch.zeros_like(self.fitted.cross)
         if not self.held.rows:
             ridge = ridges[len(ridges) // 2]
             solution = self.fitted.solve(ridge)
-            return Fit(solution, ridge, self.fitted.square, self.fitted.error(solution))
+            return Fit(solution.cpu(), ridge, self.fitted.square, self.fitted.error(solution))
         ridge, after = self._weakest(ridges)
         if after >= self.held.square:
-            return Fit(nothing, None, self.held.square, self.held.square)
-        return Fit((self.fitted + self.held).solve(ridge), ridge, self.held.square, after)
+            return Fit(nothing.cpu(), None, self.held.square, self.held.square)
+        solution = (self.fitted + self.held).solve(ridge).cpu()
+        return Fit(solution, ridge, self.held.square, after)
 
     def _weakest(self, ridges: tuple[float, ...]) -> tuple[float, float]:
         """(ridge, its held-out error): stronger ones only while each is WORTH it."""
@@ -147,9 +154,9 @@ def replace_me(
     M = `made`, what the MLP before the cut adds (n, w); Y = `output` of its block; Z = `target`, the
     output of the last removed block.
     """
-    made, gap = made.double(), (target - output + made).double()
-    eye = torch.eye(made.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(made.T @ made + lam * eye, made.T @ gap)
+    made, gap = put(made, torch.float64), put(target - output + made, torch.float64)
+    eye = torch.eye(made.shape[1], dtype=torch.float64, device=made.device)
+    return torch.linalg.solve(made.T @ made + lam * eye, made.T @ gap).cpu()
 
 
 def channel_scales(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

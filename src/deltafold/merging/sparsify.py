@@ -16,7 +16,8 @@ import torch
 
 from deltafold.codecs import delta_codec
 from deltafold.coding.counter import random_u32
-from deltafold.linalg import DenseMatrix, truncated_svd
+from deltafold.decomposition import truncated_svd
+from deltafold.linalg import DenseMatrix
 
 Sparsifier = Callable[[torch.Tensor, float, int, dict[str, float]], torch.Tensor]
 CHUNK = 1 << 22

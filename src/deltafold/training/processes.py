@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from deltafold.devices import here, place
+
 Thing = TypeVar("Thing")
 
 
@@ -44,7 +46,9 @@ class Processes:
         return self.rank == 0
 
     def device(self) -> torch.device:
-        """The processor that this process computes on."""
+        """The processor that this process trains on: the one asked for, else a GPU if there is one."""
+        if self.world == 1 and place().asked:
+            return here()
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

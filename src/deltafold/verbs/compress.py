@@ -12,6 +12,7 @@ from typing import Any
 
 from deltafold.archive import Archive
 from deltafold.codecs import get
+from deltafold.devices import computes
 from deltafold.engine import Progress, Resources
 from deltafold.errors import UsageError
 from deltafold.record import Meter, Record, check_record_path, record_path, write_record
@@ -28,6 +29,7 @@ from deltafold.verbs.search import encode_to_size
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 
 
+@computes
 def compress(
     base: str | Path,
     finetuned: str | Path,
@@ -45,6 +47,7 @@ def compress(
     fallback: bool = True,
     overwrite: bool = False,
     restart: bool = False,
+    device: str | None = None,
     workers: int | None = None,
     memory_bytes: int | None = None,
     progress: Progress | None = None,
@@ -66,6 +69,8 @@ def compress(
         seed: of the random positions.
         fallback: let a tensor that the method does not suit (nearly all values equal, flat
             spectrum) be stored by one that suits it.
+        device: where heavy steps compute: `cpu` (default), `cuda`, `cuda:N` or `auto`. Bytes are the
+            same each time on one device, not from one to another.
         workers: threads; memory_bytes: what tasks may hold together. Neither changes a byte.
         record: where the run's record goes; default `OUTPUT.record.json`.
         options: the method's settings, e.g. `beta=0.6, c=1.0, value_dtype="fp16"`.

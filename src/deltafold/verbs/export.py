@@ -29,6 +29,7 @@ from deltafold.archive import Archive
 from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.writer import CheckpointWriter, TensorSpec, guard_storage
+from deltafold.devices import computes
 from deltafold.engine import Progress, Task, run_tasks
 from deltafold.errors import BudgetError, CheckpointError, UsageError, nearest
 from deltafold.linalg import Moments
@@ -71,6 +72,7 @@ class Options:
     progress: Progress | None
 
 
+@computes
 def export(
     archive: str | Path,
     output: str | Path,
@@ -87,6 +89,7 @@ def export(
     max_tokens: int = 256,
     overwrite: bool = False,
     restart: bool = False,
+    device: str | None = None,
     workers: int | None = None,
     memory_bytes: int | None = None,
     progress: Progress | None = None,
@@ -100,7 +103,8 @@ def export(
     `rest`: norms, embeddings and head as pairs (`lora`), in a changed base beside the adapter
     (`fold`), or left out (`drop`). `engine` `vllm` leaves out what vLLM does not take. With `text`
     (as `gather_samples` takes it) pairs are fitted to the layers' inputs, and predictions of base +
-    adapter are compared with the restored model's.
+    adapter are compared with the restored model's. `device` is where heavy steps compute: `cpu`
+    (default), `cuda`, `cuda:N` or `auto`.
 
     Raises UsageError, BudgetError, MismatchError, ArchiveError, CheckpointError; nothing is left
     under `output` then.

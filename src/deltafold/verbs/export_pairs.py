@@ -19,8 +19,9 @@ from deltafold.adapters.peft_files import pair_shapes
 from deltafold.adapters.ranks import bytes_ranks, energy_rank
 from deltafold.checkpoint import DTYPE_NAMES, DTYPES
 from deltafold.coding.counter import derive_key
+from deltafold.decomposition import svd_memory_bytes
 from deltafold.engine import Progress, Task, run_tasks
-from deltafold.linalg import Moments, svd_memory_bytes
+from deltafold.linalg import Moments
 from deltafold.verbs.decode import (
     check_base_tensor,
     decoded_delta,

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from deltafold.budget import reach
 from deltafold.codecs.base import DeltaCodec, Shape
-from deltafold.engine import Resources, Task, run_tasks
-from deltafold.linalg import (
-    Factors,
+from deltafold.decomposition import (
     is_randomised,
     noise_edge,
     svd_memory_bytes,
     truncated_svd,
+    truncated_svds,
 )
+from deltafold.devices import place
+from deltafold.engine import Resources, Task, run_tasks
+from deltafold.linalg import Factors
 from deltafold.verbs.job import Job
 from deltafold.verbs.pair import DeltaRows
 from deltafold.verbs.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.verbs.workspace import Workspace
 
+Wanted = tuple[PlannedTensor, PlannedPiece]
+
+BATCH_BYTES = 2 << 30  # of a GPU's memory, for pieces in one batched call
 FLAT_MARGIN = 1.1  # a spectrum is flat if nothing rises this far above the noise edge
 
 
@@ -25,19 +30,22 @@ def factor_all(
 ) -> None:
     """Singular triplets of each piece whose codec wants them, as many as the share can use."""
 
-    def factor(tensor: PlannedTensor, piece: PlannedPiece) -> None:
-        codec = job.codec(piece.codec)
-        rows = tensor.delta(job, piece)
-        limit = reach(rows.shape, share)
-        key = job.key(tensor.pairing.name, piece.start)
-        rank = codec.components_for(rows.shape, limit)
+    def factor(group: list[Wanted], rank: int) -> None:
+        deltas = [tensor.delta(job, piece) for tensor, piece in group]
+        keys = [job.key(tensor.pairing.name, piece.start) for tensor, piece in group]
+        made = truncated_svds(deltas, rank, keys)
+        for (_, piece), rows, key, factors in zip(group, deltas, keys, made, strict=True):
+            save(piece, rows, key, factors, rank)
+
+    def save(piece: PlannedPiece, rows: DeltaRows, key: int, factors: Factors, rank: int) -> None:
+        codec, limit = job.codec(piece.codec), reach(rows.shape, share)
         while True:
-            factors = truncated_svd(rows, rank, key)
             spectrum = factors.s.double().numpy()
             used = codec.components_used(rows.shape, limit, spectrum)
             if used is not None or factors.rank < rank or rank >= min(rows.shape):
                 break
             rank = min(4 * rank, *rows.shape)
+            factors = truncated_svd(rows, rank, key)
         keep = factors.rank if used is None else min(used, factors.rank)
         file = f"factors/{piece.stem}.safetensors"
         workspace.save_tensors(
@@ -46,16 +54,18 @@ def factor_all(
 
     tasks = []
     wanted = [(t, p) for t, p in plan.lossy if job.codec(p.codec).uses_factors]
-    for tensor, piece in wanted:
-        if workspace.has(f"factors/{piece.stem}.safetensors"):
+    for group in _batches(job, wanted, share):
+        if all(workspace.has(f"factors/{p.stem}.safetensors") for _, p in group):
             continue
-        shape = tensor.shape(piece)
+        tensor, piece = group[0]
+        codec, shape = job.codec(piece.codec), tensor.shape(piece)
+        rank = codec.components_for(shape, reach(shape, share))
         tasks.append(
             Task(
                 tensor.pairing.name,
-                lambda t=tensor, p=piece: factor(t, p),  # type: ignore[misc]
-                memory_bytes=factor_memory_bytes(job.codec(piece.codec), shape, share),
-                work=float(shape[0] * shape[1] * min(shape)),
+                lambda g=group, r=rank: factor(g, r),  # type: ignore[misc]
+                memory_bytes=len(group) * factor_memory_bytes(codec, shape, share),
+                work=float(len(group) * shape[0] * shape[1] * min(shape)),
             )
         )
     run_tasks("factor", tasks, resources.workers, resources.memory_bytes, resources.progress)
@@ -66,6 +76,26 @@ def factor_all(
         edge = FLAT_MARGIN * noise_edge(shape, piece.delta_squared)
         if job.fallback and (not len(s) or float(s[0]) <= edge):
             piece.codec, piece.spectrum, piece.why = "dare", None, "flat spectrum: not low-rank"
+
+
+def _batches(job: Job, wanted: list[Wanted], share: float) -> list[list[Wanted]]:
+    """Pieces one by one; where a GPU computes, some of one codec and shape together.
+
+    How many depends on nothing but these: a batch of another size may round differently. What is
+    not held whole goes alone.
+    """
+    if not place().batched:
+        return [[each] for each in wanted]
+    groups: dict[tuple[str, Shape], list[Wanted]] = {}
+    for tensor, piece in wanted:
+        groups.setdefault((piece.codec, tensor.shape(piece)), []).append((tensor, piece))
+    found = []
+    for (codec, shape), group in groups.items():
+        delta_bytes = 4 * shape[0] * shape[1]
+        needed = factor_memory_bytes(job.codec(codec), shape, share) + 4 * delta_bytes
+        size = max(1, BATCH_BYTES // needed) if delta_bytes <= DeltaRows.KEEP_BYTES else 1
+        found += [group[start : start + size] for start in range(0, len(group), size)]
+    return found
 
 
 def factor_memory_bytes(codec: DeltaCodec, shape: Shape, share: float) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from deltafold.checkpoint import DTYPES
 from deltafold.coding.counter import derive_key
+from deltafold.devices import put
 from deltafold.factoring.basis import refit, shared_basis
 from deltafold.factoring.experts import mean_and_deltas
 from deltafold.factoring.factors import Factored, input_gram, with_bias
@@ -52,8 +53,8 @@ class Made:
 
 
 def read_matrix(job: Job, matrix: Matrix, expert: int = 0) -> torch.Tensor:
-    """The weight of a layer, or of one expert: (out, in), fp32."""
-    parts = [job.checkpoint.tensor(name).float() for name in matrix.tensors[expert]]
+    """The weight of a layer, or of one expert: (out, in), fp32, where heavy steps compute."""
+    parts = [put(job.checkpoint.tensor(name), torch.float32) for name in matrix.tensors[expert]]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return whole.T.contiguous() if matrix.transposed else whole
 
@@ -69,7 +70,7 @@ def make_unit(job: Job, unit: Unit, rank: int, moments_of: MomentsOf, settings: 
         return _stacked(job, unit, rank, moments_of, settings)
     members = [job.matrices[module] for module in unit.modules]
     weights = [read_matrix(job, matrix) for matrix in members]
-    known = [moments_of(matrix.tensors[0][0]) for matrix in members]
+    known = [_near(moments_of(matrix.tensors[0][0])) for matrix in members]
     whitened = known if job.method.whitened else [None] * len(known)
     grams = [input_gram(each, settings.centred) for each in whitened]
     a, coefficients = shared_basis(
@@ -88,21 +89,21 @@ def make_unit(job: Job, unit: Unit, rank: int, moments_of: MomentsOf, settings: 
         tensors[f"{matrix.module}.delta.0.b"] = b
         if settings.centred:
             bias = with_bias(weight, Factored(b, a), each).bias
-            own = job.checkpoint.tensor(matrix.bias).double() if matrix.bias else 0.0
+            own = put(job.checkpoint.tensor(matrix.bias), torch.float64) if matrix.bias else 0.0
             if bias is not None:
                 tensors[f"{matrix.module}.bias"] = (bias + own).to(dtype)
         seen = gram if gram is not None else None if each is None else each.second
         lost[matrix.module], whole[matrix.module] = output_error(
             weight, b.double() @ a.double(), seen
         )
-    return Made(tensors, lost, whole)
+    return Made(_stored(tensors), lost, whole)
 
 
 def _stacked(job: Job, unit: Unit, rank: int, moments_of: MomentsOf, settings: Settings) -> Made:
     """Experts of one block, with their mean where the method stores it."""
     matrix = job.matrices[unit.name]
     weights = [read_matrix(job, matrix, n) for n in range(len(matrix.tensors))]
-    known = [moments_of(names[0]) for names in matrix.tensors]
+    known = [_near(moments_of(names[0])) for names in matrix.tensors]
     grams = [
         None if each is None or not job.method.whitened else each.second.double() for each in known
     ]
@@ -119,4 +120,14 @@ def _stacked(job: Job, unit: Unit, rank: int, moments_of: MomentsOf, settings: S
     for n, (weight, gram) in enumerate(zip(weights, grams, strict=True)):
         one = output_error(weight, base + b[n] @ a[n], gram)
         lost, whole = lost + one[0], whole + one[1]
-    return Made(tensors, {unit.name: lost}, {unit.name: whole})
+    return Made(_stored(tensors), {unit.name: lost}, {unit.name: whole})
+
+
+def _near(moments: Moments | None) -> Moments | None:
+    if moments is None:
+        return None
+    return Moments(put(moments.second), put(moments.mean), moments.tokens)
+
+
+def _stored(tensors: Tensors) -> Tensors:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}

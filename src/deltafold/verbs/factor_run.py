@@ -17,9 +17,10 @@ from torch import nn
 
 from deltafold.calibration import Sample, StreamedModel, make_batches
 from deltafold.calibration.accumulate import Entries, Watch
+from deltafold.decomposition import svd_memory_bytes
 from deltafold.engine import Resources, Step, Task, run_tasks
 from deltafold.errors import NonFiniteError
-from deltafold.linalg import Moments, svd_memory_bytes
+from deltafold.linalg import Moments
 from deltafold.verbs.factor_job import Job
 from deltafold.verbs.factor_parts import MomentsOf, Settings, make_unit
 from deltafold.verbs.factor_store import Candidate, Store

@@ -20,6 +20,7 @@ from deltafold.calibration import Sample
 from deltafold.calibration.building import quiet
 from deltafold.checkpoint import Checkpoint
 from deltafold.checkpoint.writer import guard_storage
+from deltafold.devices import here
 from deltafold.engine import Progress, Step
 from deltafold.folding.draft import Block, Draft, Read
 from deltafold.record import Record
@@ -67,9 +68,7 @@ def distill_folder(
     A run that was broken off goes on from its last look at held-out text. Raises UsageError for too
     little text, CheckpointError, NonFiniteError, StorageError.
     """
-    teacher, model = (
-        load_model(each, torch.float32, torch.device("cpu")) for each in (whole, folder)
-    )
+    teacher, model = (load_model(each, torch.float32, here()) for each in (whole, folder))
     student = _Folded(model)
     for name, parameter in model.named_parameters():
         if bool(parameter.any()):  # a sub-layer that was dropped stays so

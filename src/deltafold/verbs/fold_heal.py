@@ -142,7 +142,7 @@ class Healer:
         width = self.original.last.shapes[0][-1]
         wide = width if what == "result" else shape[-1] if shape[-2] == width else shape[-2]
         shapes = [(*batch.ids.shape, wide) for batch in self.original.batches]
-        held = sum(store.n_bytes for store in self.original.stores if not store.on_disk)
+        held = sum(store.held_bytes for store in self.original.stores)
         return TensorStore(shapes, self.model.memory_bytes - held, self.model.scratch)
 
     def _seen(

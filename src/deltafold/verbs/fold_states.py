@@ -199,7 +199,7 @@ class Probe:
             store = TensorStore(shapes, model.memory_bytes, model.scratch)
             for place, (_, logits) in enumerate(model.logits(done)):
                 store[place] = logits
-                self._norms.append(store[place].logsumexp(-1))
+                self._norms.append(store.near(place).logsumexp(-1))
         return store
 
     def close(self) -> None:
@@ -239,13 +239,14 @@ class Probe:
         nll = kl = 0.0
         agreed = 0
         for place, (start, logits) in enumerate(model.logits(done)):
-            logits = logits.cpu()
-            targets = self._targets[start : start + len(logits)]
-            own, norm = self._logits[place], logits.logsumexp(-1)
+            at = logits.device
+            targets = self._targets[start : start + len(logits)].to(at)
+            own, own_norm = self._logits.near(place).to(at), self._norms[place].to(at)
+            norm = logits.logsumexp(-1)
             nll += float((norm - logits.gather(1, targets[:, None])[:, 0]).double().sum())
             # KL(p || q) = sum p (z - w) - norm(z) + norm(w); in fp32, as folds are never near zero.
-            terms = torch.linalg.vecdot((own - self._norms[place][:, None]).exp_(), own - logits)
-            kl += float((terms - self._norms[place] + norm).double().clamp(min=0).sum())
+            terms = torch.linalg.vecdot((own - own_norm[:, None]).exp_(), own - logits)
+            kl += float((terms - own_norm + norm).double().clamp(min=0).sum())
             agreed += int((own.argmax(-1) == logits.argmax(-1)).sum())
         mean = nll / self.tokens
         return {

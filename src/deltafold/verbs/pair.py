@@ -174,7 +174,8 @@ class DeltaRows:
     def settle(self, start: int, change: torch.Tensor) -> torch.Tensor:
         """See `RowMatrix`."""
         first = self._span.start + start
-        base = self._pair.base.rows(self._name, first, first + len(change)).float()
+        rows = self._pair.base.rows(self._name, first, first + len(change))
+        base = rows.to(change.device).float()
         return (base + change).to(self._dtype).float().sub_(base)
 
     def _read(self, start: int, stop: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from deltafold.archive import Archive, Tensor
 from deltafold.archive.manifest import Manifest
 from deltafold.checkpoint import DTYPES, CheckpointWriter, open_checkpoint, plan_shards
 from deltafold.checkpoint.writer import TensorSpec, guard_storage
+from deltafold.devices import computes
 from deltafold.engine import Progress, Task, run_tasks
 from deltafold.errors import UsageError, nearest
 from deltafold.record import (
@@ -27,6 +28,7 @@ from deltafold.verbs.workspace import Workspace, check_output, check_space
 TASK_MEMORY_BYTES = 200 << 20
 
 
+@computes
 def restore(
     archive: str | Path,
     base: str | Path,
@@ -36,6 +38,7 @@ def restore(
     shard_bytes: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    device: str | None = None,
     workers: int | None = None,
     memory_bytes: int | None = None,
     progress: Progress | None = None,
@@ -44,7 +47,8 @@ def restore(
     """Restore the fine-tune of `archive` on `base` into the folder `output`; returns the record.
 
     The weight files are laid out as the fine-tune's were (same names, order and metadata), or in
-    shards of `shard_bytes`. `tensors` restores only the named ones, into one file. Raises
+    shards of `shard_bytes`. `tensors` restores only the named ones, into one file. `device` is where
+    heavy steps compute: `cpu` (default), `cuda`, `cuda:N` or `auto`. Raises
     MismatchError for a wrong base, ArchiveError for a damaged archive; nothing is left under
     `output` then.
     """

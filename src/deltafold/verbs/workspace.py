@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from deltafold import devices
 from deltafold.archive import MANIFEST_FILE, TensorDigest
 from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, tensor_bytes
 from deltafold.checkpoint.header import build_header
@@ -41,7 +42,7 @@ class Workspace:
     def __init__(self, output: Path, identity: dict[str, Any], restart: bool = False):
         self.output = output
         self.folder = partial_path(output)
-        self.identity = json.loads(json.dumps(identity))
+        self.identity = json.loads(json.dumps(identity | devices.identity()))
         self.resumed = False
         self.restart = restart
         self._lock: int | None = None
