@@ -22,6 +22,7 @@ def restore(
     ] = None,
     workers: o.WorkersOption = None,
     memory: o.MemoryOption = None,
+    engine: o.EngineOption = "threads",
     overwrite: o.OverwriteOption = False,
     restart: o.RestartOption = False,
     record: o.RecordOption = None,
@@ -44,6 +45,7 @@ def restore(
             restart=restart,
             workers=workers,
             memory_bytes=o.parse_bytes(memory, "--memory"),
+            engine=engine,
             progress=advance,
             record=record,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deltafold.budget import reach
 from deltafold.codecs.base import DeltaCodec, Shape
-from deltafold.engine import Resources, Task, run_tasks
+from deltafold.engine import Resources, Task
 from deltafold.linalg import (
     Factors,
     is_randomised,
@@ -58,7 +58,7 @@ def factor_all(
                 work=float(shape[0] * shape[1] * min(shape)),
             )
         )
-    run_tasks("factor", tasks, resources.workers, resources.memory_bytes, resources.progress)
+    resources.run("factor", tasks)
     for tensor, piece in wanted:
         s = workspace.load_tensor(f"factors/{piece.stem}.safetensors", "s")
         piece.spectrum = s.double().numpy()

@@ -1,0 +1,273 @@
+"""Tasks over a Ray cluster: what threads of one process do, done by processes of many machines.
+
+    stage's tasks --pickled once--> object store --unpickled once by each worker process--> task n
+                                                                                              |
+    driver <-- bytes made, peak of memory -- result, by rename, in the shared workspace <----+
+
+What a task refers to (checkpoints, archives, the workspace, a writer of weights) is pickled as a path
+and opened again where the task runs, which fails by name if other files lie there. A worker process
+computes with one core, so that the bytes are those of one process. Ray runs the tasks of a lost
+worker again; whole results replace one another by rename, and rows of weights go where they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import pickle
+import platform
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from deltafold.engine import Progress, Tally, Task, default_workers, trim
+from deltafold.errors import ClusterError, DeltafoldError, UsageError, nearest
+from deltafold.version import __version__
+
+ENGINES = ["threads", "ray"]
+PROCESS_BYTES = 400 << 20  # of a worker that has imported torch and does nothing
+STORE_BYTES = 512 << 20  # of shared memory on this machine: stages' descriptions, no weights
+MAX_RETRIES = 5  # of a task whose worker is lost
+LOOK_SECONDS = 2.0  # between looks at the cluster
+PATIENCE_SECONDS = 60.0  # how long to wait for a machine when there is none
+
+
+def check_engine(name: str) -> None:
+    """Raises UsageError for an engine that there is not, or that is not installed."""
+    if name not in ENGINES:
+        raise UsageError(f"There is no engine {name!r}; {nearest(name, ENGINES)}")
+    if name == "ray" and importlib.util.find_spec("ray") is None:
+        raise UsageError("--engine ray needs Ray: pip install 'deltafold[ray]'.")
+
+
+@contextlib.contextmanager
+def open_engine(
+    name: str, workers: int | None = None, memory_bytes: int | None = None
+) -> Iterator[RayEngine | None]:
+    """What runs tasks: None for this process's own threads, a Ray cluster for `ray`.
+
+    The cluster is the one that RAY_ADDRESS names, else one that runs on this machine, else one that
+    is started here, with `workers` processes that may hold `memory_bytes` together, and ends with
+    the context. Raises UsageError, ClusterError.
+    """
+    check_engine(name)
+    if name == "threads":
+        yield None
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns
+    import ray
+
+    if ray.is_initialized():  # by the program that calls us
+        yield RayEngine(workers)
+        return
+    _connect(workers, memory_bytes)
+    try:
+        yield RayEngine(workers)
+    finally:
+        ray.shutdown()
+
+
+def _connect(workers: int | None, memory_bytes: int | None) -> None:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = os.environ.get("RAY_ADDRESS")
+    with contextlib.suppress(ConnectionError):
+        ray.init(address=address or "auto", **quiet)
+        return
+    if address:
+        raise ClusterError(
+            f"No Ray cluster answers at RAY_ADDRESS={address} from this machine; start one with "
+            "`ray start`, here as well, or unset RAY_ADDRESS."
+        )
+    ray.init(
+        address="local",
+        num_cpus=workers or default_workers(),
+        object_store_memory=STORE_BYTES,
+        include_dashboard=False,
+        _memory=memory_bytes,
+        **quiet,
+    )
+
+
+@dataclass(frozen=True)
+class _Machines:
+    """Those of the cluster that take tasks: how many, their cores, the most memory of one."""
+
+    count: int
+    cpus: int
+    memory_bytes: int
+
+    @classmethod
+    def look(cls) -> _Machines:
+        import ray
+
+        found = [each["Resources"] for each in ray.nodes() if each["Alive"]]
+        able = [each for each in found if each.get("CPU", 0) >= 1]
+        return cls(
+            len(able),
+            sum(int(each["CPU"]) for each in able),
+            int(max((each.get("memory", 0) for each in able), default=0)),
+        )
+
+
+class RayEngine:
+    """Runs stages on the cluster that this process is connected to."""
+
+    def __init__(self, workers: int | None):
+        self.workers = workers
+        self.machines = self._now = _Machines(0, 0, 0)
+        self.peak_bytes = 0
+        self._looked = self._able = time.monotonic()
+
+    def to_record(self) -> dict[str, Any]:
+        """The most machines and cores seen, and the largest worker process."""
+        return {
+            "name": "ray",
+            "machines": self.machines.count,
+            "cpus": self.machines.cpus,
+            "peak_worker_memory_bytes": self.peak_bytes,
+        }
+
+    def run(self, stage: str, tasks: Sequence[Task], progress: Progress | None) -> None:
+        """As `engine.run_tasks`: on a failure no further task starts, those that run are waited for.
+
+        Raises the error of the task that stands first in `tasks`; ClusterError for what is lost.
+        """
+        import ray
+
+        if not tasks:
+            return
+        tally = Tally(stage, tasks, progress)
+        stored = ray.put(ray.cloudpickle.dumps([task.run for task in tasks]))
+        waiting = deque(range(len(tasks)))
+        running: dict[Any, int] = {}
+        errors: dict[int, BaseException] = {}
+        asked: dict[int, int] = {}
+        try:
+            while (waiting and not errors) or running:
+                self._look(max((asked[index] for index in running.values()), default=0))
+                while waiting and not errors and len(running) < self._slots:
+                    index = waiting.popleft()
+                    need = tasks[index].memory_bytes + PROCESS_BYTES
+                    asked[index] = min(need, self._now.memory_bytes)
+                    running[self._start(stored, index, asked[index])] = index
+                done, _ = ray.wait(list(running), timeout=LOOK_SECONDS)
+                for reference in done:
+                    index = running.pop(reference)
+                    try:
+                        result, peak_bytes = ray.get(reference)
+                    except Exception as error:
+                        errors[index] = _in_plain(error, tasks[index])
+                        continue
+                    self.peak_bytes = max(self.peak_bytes, peak_bytes)
+                    tally.ended(tasks[index], result)
+        except BaseException:
+            for reference in running:
+                ray.cancel(reference, force=True)
+            raise
+        if errors:
+            raise errors[min(errors)]
+
+    @property
+    def _slots(self) -> int:
+        """Tasks under way: as many as were asked for, else enough to keep every core busy."""
+        return self.workers or max(1, 2 * self._now.cpus)
+
+    def _start(self, stored: Any, index: int, memory_bytes: int) -> Any:
+        import ray
+
+        remote = ray.remote(_work).options(
+            num_cpus=1, memory=memory_bytes, max_retries=MAX_RETRIES, name=f"deltafold-{index}"
+        )
+        return remote.remote(_versions(), [stored], index)
+
+    def _look(self, asked_bytes: int) -> None:
+        """See what machines there are. Raises ClusterError if for long none could do what is asked."""
+        now = time.monotonic()
+        if self._now.count and now - self._looked < LOOK_SECONDS:
+            return
+        self._now, self._looked = _Machines.look(), now
+        self.machines = max(self.machines, self._now, key=lambda each: each.cpus)
+        if self._now.count and self._now.memory_bytes >= asked_bytes:
+            self._able = now
+        elif now - self._able > PATIENCE_SECONDS:
+            raise ClusterError(
+                f"The Ray cluster has no machine left with a core and {asked_bytes / 1e9:.1f} GB for a "
+                "task; start one and run the same command again: it goes on where it stopped."
+            )
+
+
+# --- in a worker process ----------------------------------------------------------------------
+
+_stage: tuple[str, list[Callable[[], object]]] = ("", [])
+"""The stage at hand: which, and what its tasks run."""
+
+
+def _work(versions: dict[str, str], stored: list[Any], index: int) -> tuple[int, int]:
+    """Run a task of a stage; the bytes it made, and the peak of this process's memory.
+
+    `stored` holds a reference: Ray would fetch what stands there bare, for every task.
+    """
+    global _stage
+    import ray
+
+    _check_versions(versions)
+    if _stage[0] != stored[0].hex():
+        import torch
+
+        torch.set_num_threads(1)
+        _stage = ("", [])
+        _stage = (stored[0].hex(), pickle.loads(ray.get(stored[0])))
+    result = _stage[1][index]()
+    trim()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (
+        result if isinstance(result, int) else 0,
+        peak if sys.platform == "darwin" else peak * 1024,
+    )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """What decides over bytes."""
+    import numpy
+    import torch
+
+    return {"deltafold": __version__, "torch": torch.__version__, "numpy": numpy.__version__}
+
+
+def _check_versions(wanted: dict[str, str]) -> None:
+    for package, version in wanted.items():
+        if (found := _versions()[package]) != version:
+            raise ClusterError(
+                f"The machine {platform.node()} has {package} {found}, and the one that gives the "
+                f"tasks {version}; install the same on all, so that the bytes are the same."
+            )
+
+
+# --- back in the driver -----------------------------------------------------------------------
+
+
+def _in_plain(error: Exception, task: Task) -> BaseException:
+    """The error of a task as the task raised it; what Ray itself says as one sentence."""
+    from ray.exceptions import RayError, RayTaskError
+
+    if isinstance(error, RayTaskError):
+        cause: BaseException = error.cause
+        if not isinstance(cause, DeltafoldError | OSError | MemoryError):
+            cause.__cause__ = error  # whose text is the traceback over there
+        return cause
+    if isinstance(error, RayError):
+        return ClusterError(
+            f"The worker of {task.name} was lost again and again ({type(error).__name__}); give the "
+            "machines more memory, and run the same command again: it goes on where it stopped."
+        )
+    return error
