@@ -18,6 +18,7 @@ import os
 import pickle
 import platform
 import resource
+import socket
 import sys
 import time
 from collections import deque
@@ -52,9 +53,9 @@ def open_engine(
 ) -> Iterator[RayEngine | None]:
     """What runs tasks: None for this process's own threads, a Ray cluster for `ray`.
 
-    The cluster is the one that RAY_ADDRESS names, else one that runs on this machine, else one that
-    is started here, with `workers` processes that may hold `memory_bytes` together, and ends with
-    the context. Raises UsageError, ClusterError.
+    The cluster is the one that RAY_ADDRESS names, else one that is started on this machine, with
+    `workers` processes that may hold `memory_bytes` together, and ends with the context. Raises
+    UsageError, ClusterError.
     """
     check_engine(name)
     if name == "threads":
@@ -68,6 +69,8 @@ def open_engine(
         yield RayEngine(workers)
         return
     _connect(workers, memory_bytes)
+    # What Ray has to say of lost machines goes to stdout, whatever it is told, and breaks --json.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     try:
         yield RayEngine(workers)
     finally:
@@ -79,42 +82,55 @@ def _connect(workers: int | None, memory_bytes: int | None) -> None:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = os.environ.get("RAY_ADDRESS")
-    with contextlib.suppress(ConnectionError):
-        ray.init(address=address or "auto", **quiet)
-        return
-    if address:
-        raise ClusterError(
-            f"No Ray cluster answers at RAY_ADDRESS={address} from this machine; start one with "
-            "`ray start`, here as well, or unset RAY_ADDRESS."
+    if not address:
+        ray.init(
+            address="local",
+            num_cpus=workers or default_workers(),
+            object_store_memory=STORE_BYTES,
+            include_dashboard=False,
+            _memory=memory_bytes,
+            **quiet,
         )
-    ray.init(
-        address="local",
-        num_cpus=workers or default_workers(),
-        object_store_memory=STORE_BYTES,
-        include_dashboard=False,
-        _memory=memory_bytes,
-        **quiet,
-    )
+        return
+    try:
+        _check_answers(address)
+        ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ClusterError(
+            f"No Ray cluster can be joined at RAY_ADDRESS={address} ({why}); start one with `ray start`, "
+            "also on this machine, and give its HOST:PORT, or unset RAY_ADDRESS."
+        ) from None
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError, ValueError where Ray itself would go on trying for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in host:
+        raise ValueError("deltafold runs on a machine of the cluster, not as a client of it")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @dataclass(frozen=True)
 class _Machines:
-    """Those of the cluster that take tasks: how many, their cores, the most memory of one."""
+    """Those of the cluster that take tasks: which, their cores, the most memory of one."""
 
-    count: int
-    cpus: int
-    memory_bytes: int
+    ids: frozenset[str] = frozenset()
+    cpus: int = 0
+    memory_bytes: int = 0
 
     @classmethod
     def look(cls) -> _Machines:
         import ray
 
-        found = [each["Resources"] for each in ray.nodes() if each["Alive"]]
-        able = [each for each in found if each.get("CPU", 0) >= 1]
+        found = {each["NodeID"]: each["Resources"] for each in ray.nodes() if each["Alive"]}
+        able = {name: each for name, each in found.items() if each.get("CPU", 0) >= 1}
         return cls(
-            len(able),
-            sum(int(each["CPU"]) for each in able),
-            int(max((each.get("memory", 0) for each in able), default=0)),
+            frozenset(able),
+            sum(int(each["CPU"]) for each in able.values()),
+            int(max((each.get("memory", 0) for each in able.values()), default=0)),
         )
 
 
@@ -123,16 +139,18 @@ class RayEngine:
 
     def __init__(self, workers: int | None):
         self.workers = workers
-        self.machines = self._now = _Machines(0, 0, 0)
-        self.peak_bytes = 0
-        self._looked = self._able = time.monotonic()
+        self.cpus = self.peak_bytes = 0
+        self.seen: frozenset[str] = frozenset()
+        self._now = _Machines()
+        self._looked = self._able = 0.0
 
     def to_record(self) -> dict[str, Any]:
-        """The most machines and cores seen, and the largest worker process."""
+        """Machines seen and lost, the most cores at a time, and the largest worker process."""
         return {
             "name": "ray",
-            "machines": self.machines.count,
-            "cpus": self.machines.cpus,
+            "machines": len(self.seen),
+            "machines_lost": len(self.seen - self._now.ids),
+            "cpus": self.cpus,
             "peak_worker_memory_bytes": self.peak_bytes,
         }
 
@@ -145,6 +163,7 @@ class RayEngine:
 
         if not tasks:
             return
+        self._able = time.monotonic()
         tally = Tally(stage, tasks, progress)
         stored = ray.put(ray.cloudpickle.dumps([task.run for task in tasks]))
         waiting = deque(range(len(tasks)))
@@ -173,6 +192,7 @@ class RayEngine:
             for reference in running:
                 ray.cancel(reference, force=True)
             raise
+        self._observe()
         if errors:
             raise errors[min(errors)]
 
@@ -192,17 +212,21 @@ class RayEngine:
     def _look(self, asked_bytes: int) -> None:
         """See what machines there are. Raises ClusterError if for long none could do what is asked."""
         now = time.monotonic()
-        if self._now.count and now - self._looked < LOOK_SECONDS:
+        if self._now.ids and now - self._looked < LOOK_SECONDS:
             return
-        self._now, self._looked = _Machines.look(), now
-        self.machines = max(self.machines, self._now, key=lambda each: each.cpus)
-        if self._now.count and self._now.memory_bytes >= asked_bytes:
+        self._observe()
+        if self._now.ids and self._now.memory_bytes >= asked_bytes:
             self._able = now
         elif now - self._able > PATIENCE_SECONDS:
             raise ClusterError(
                 f"The Ray cluster has no machine left with a core and {asked_bytes / 1e9:.1f} GB for a "
                 "task; start one and run the same command again: it goes on where it stopped."
             )
+
+    def _observe(self) -> None:
+        self._now, self._looked = _Machines.look(), time.monotonic()
+        self.seen |= self._now.ids
+        self.cpus = max(self.cpus, self._now.cpus)
 
 
 # --- in a worker process ----------------------------------------------------------------------
@@ -262,6 +286,11 @@ def _in_plain(error: Exception, task: Task) -> BaseException:
 
     if isinstance(error, RayTaskError):
         cause: BaseException = error.cause
+        if "failed to import on the worker" in str(cause):
+            return ClusterError(
+                f"A machine of the Ray cluster cannot import deltafold; install deltafold {__version__} on "
+                "all of them, for the Python that Ray runs."
+            )
         if not isinstance(cause, DeltafoldError | OSError | MemoryError):
             cause.__cause__ = error  # whose text is the traceback over there
         return cause

@@ -124,7 +124,9 @@ class CheckpointWriter:
             except OSError:
                 raise not_shared(self.folder / file) from None
             self._descriptors.append(files[file])
-        self._starts = {name: (files[file], start) for name, (file, start) in state["starts"].items()}
+        self._starts = {
+            name: (files[file], start) for name, (file, start) in state["starts"].items()
+        }
 
     def write(self, name: str, rows: torch.Tensor, offset_elements: int = 0) -> None:
         """Write `rows` (stored dtype) at an element offset inside tensor `name`."""

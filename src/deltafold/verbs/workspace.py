@@ -34,7 +34,9 @@ from deltafold.errors import (
 
 JOURNAL = "journal.json"
 LOCK = "lock"
-PATIENCE_SECONDS = 60.0  # as long as a network file system may go on saying that a file is not there
+PATIENCE_SECONDS = (
+    60.0  # as long as a network file system may go on saying that a file is not there
+)
 
 
 def partial_path(output: Path) -> Path:
@@ -184,7 +186,7 @@ class Workspace:
         while not path.is_file() and time.monotonic() < until:
             time.sleep(0.2)
             if path.parent.is_dir():
-                os.listdir(path.parent)  # makes a network file system look again
+                list(path.parent.iterdir())  # makes a network file system look again
         return path
 
     def _write_text(self, path: Path, text: str) -> None:
