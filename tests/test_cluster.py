@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pickle
+import secrets
 import shutil
 import signal
 import subprocess
@@ -310,14 +311,19 @@ def test_help_imports_no_ray() -> None:
 # --- a cluster of two workers -----------------------------------------------------------------
 
 STORE_BYTES = 80 << 20
+SECONDS = pytest.mark.timeout(600)  # processes start slowly where cores are few and busy
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[SimpleNamespace]:
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """Two machines of one core each, as far as Ray can tell; `lose()` kills the second one."""
     pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        token = tmp_path_factory.mktemp("ray") / "token"  # of this cluster alone
+        token.write_text(secrets.token_hex(32))
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         from ray.cluster_utils import Cluster
 
@@ -341,6 +347,7 @@ def losing(action: Callable[[], object], stage: str, after: int) -> tuple[Progre
     return advance, seen
 
 
+@SECONDS
 @pytest.mark.integration
 def test_errors_of_tasks_come_back(
     workers: SimpleNamespace, tmp_path: Path, deltafold: Any
@@ -360,6 +367,7 @@ def test_errors_of_tasks_come_back(
     nothing_left(out)
 
 
+@SECONDS
 @pytest.mark.integration
 def test_a_worker_that_sees_other_files(workers: SimpleNamespace, pair: PairFiles) -> None:
     with open_engine("ray") as engine, Checkpoint(pair.base) as checkpoint:
@@ -369,6 +377,7 @@ def test_a_worker_that_sees_other_files(workers: SimpleNamespace, pair: PairFile
         refused(ClusterError, lambda: engine.run("x", tasks, None), "elsewhere", "share")
 
 
+@SECONDS
 @pytest.mark.integration
 def test_a_bug_in_a_task_says_where(workers: SimpleNamespace) -> None:
     with open_engine("ray") as engine:
@@ -379,6 +388,7 @@ def test_a_bug_in_a_task_says_where(workers: SimpleNamespace) -> None:
     assert "Traceback" in str(caught.value.__cause__) or "ray::" in str(caught.value.__cause__)
 
 
+@SECONDS
 @pytest.mark.integration
 def test_tasks_of_a_lost_worker_run_again(workers: SimpleNamespace, tmp_path: Path) -> None:
     """Two tasks wait; the process of one is killed; both end, the killed one at its second try."""
@@ -413,6 +423,7 @@ def test_tasks_of_a_lost_worker_run_again(workers: SimpleNamespace, tmp_path: Pa
     assert (steps[-1].done, steps[-1].made_bytes) == (2.0, 2)
 
 
+@SECONDS
 @pytest.mark.integration
 def test_a_worker_is_lost(
     workers: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -62,6 +62,7 @@ def open_engine(
         yield None
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns
     import ray
 
@@ -99,7 +100,8 @@ def _connect(workers: int | None, memory_bytes: int | None) -> None:
         why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ClusterError(
             f"No Ray cluster can be joined at RAY_ADDRESS={address} ({why}); start one with `ray start`, "
-            "also on this machine, and give its HOST:PORT, or unset RAY_ADDRESS."
+            "also on this machine, give its HOST:PORT, and set RAY_AUTH_MODE=token if it asks for a token; "
+            "or unset RAY_ADDRESS."
         ) from None
 
 
