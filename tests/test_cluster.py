@@ -272,6 +272,22 @@ def test_no_cluster_answers(address: str, monkeypatch: pytest.MonkeyPatch) -> No
     refused(ClusterError, action, address, "ray start")
 
 
+def test_ray_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def init(**_: object) -> None:
+        raise Exception("The node timed out. This could happen.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+
+    def action() -> None:
+        with open_engine("ray"):
+            pass
+
+    refused(ClusterError, action, "(The node timed out)", "--engine ray")
+
+
 def test_no_machine_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = [cluster._Machines(frozenset("ab"), 2, 10**9), cluster._Machines()]
     monkeypatch.setattr(cluster._Machines, "look", lambda: machines.pop(0))

@@ -62,7 +62,6 @@ def open_engine(
         yield None
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns
     import ray
 
@@ -84,6 +83,23 @@ def _connect(workers: int | None, memory_bytes: int | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = os.environ.get("RAY_ADDRESS")
     if not address:
+        _start(workers, memory_bytes, quiet)
+        return
+    try:
+        _check_answers(address)
+        ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"No Ray cluster can be joined at RAY_ADDRESS={address} ({_first_sentence(error)}); start one "
+            "with `ray start`, also on this machine, give its HOST:PORT, and set RAY_AUTH_MODE=token if it "
+            "asks for a token; or unset RAY_ADDRESS."
+        ) from None
+
+
+def _start(workers: int | None, memory_bytes: int | None, quiet: dict[str, Any]) -> None:
+    import ray
+
+    try:
         ray.init(
             address="local",
             num_cpus=workers or default_workers(),
@@ -92,17 +108,15 @@ def _connect(workers: int | None, memory_bytes: int | None) -> None:
             _memory=memory_bytes,
             **quiet,
         )
-        return
-    try:
-        _check_answers(address)
-        ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    except Exception as error:  # a start that fails or takes too long is a bare Exception
         raise ClusterError(
-            f"No Ray cluster can be joined at RAY_ADDRESS={address} ({why}); start one with `ray start`, "
-            "also on this machine, give its HOST:PORT, and set RAY_AUTH_MODE=token if it asks for a token; "
-            "or unset RAY_ADDRESS."
-        ) from None
+            f"Ray does not start on this machine ({_first_sentence(error)}); try again when it is less "
+            "busy, or leave out --engine ray."
+        ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
 
 
 def _check_answers(address: str) -> None:
@@ -172,28 +186,24 @@ class RayEngine:
         running: dict[Any, int] = {}
         errors: dict[int, BaseException] = {}
         asked: dict[int, int] = {}
-        try:
-            while (waiting and not errors) or running:
-                self._look(max((asked[index] for index in running.values()), default=0))
-                while waiting and not errors and len(running) < self._slots:
-                    index = waiting.popleft()
-                    need = tasks[index].memory_bytes + PROCESS_BYTES
-                    asked[index] = min(need, self._now.memory_bytes)
-                    running[self._start(stored, index, asked[index])] = index
-                done, _ = ray.wait(list(running), timeout=LOOK_SECONDS)
-                for reference in done:
-                    index = running.pop(reference)
-                    try:
-                        result, peak_bytes = ray.get(reference)
-                    except Exception as error:
-                        errors[index] = _in_plain(error, tasks[index])
-                        continue
-                    self.peak_bytes = max(self.peak_bytes, peak_bytes)
-                    tally.ended(tasks[index], result)
-        except BaseException:
-            for reference in running:
-                ray.cancel(reference, force=True)
-            raise
+        # Nothing is cancelled on Ctrl-C: a job's tasks end with it, or do no harm where it goes on.
+        while (waiting and not errors) or running:
+            self._look(max((asked[index] for index in running.values()), default=0))
+            while waiting and not errors and len(running) < self._slots:
+                index = waiting.popleft()
+                need = tasks[index].memory_bytes + PROCESS_BYTES
+                asked[index] = min(need, self._now.memory_bytes)
+                running[self._start(stored, index, asked[index])] = index
+            done, _ = ray.wait(list(running), timeout=LOOK_SECONDS)
+            for reference in done:
+                index = running.pop(reference)
+                try:
+                    result, peak_bytes = ray.get(reference)
+                except Exception as error:
+                    errors[index] = _in_plain(error, tasks[index])
+                    continue
+                self.peak_bytes = max(self.peak_bytes, peak_bytes)
+                tally.ended(tasks[index], result)
         self._observe()
         if errors:
             raise errors[min(errors)]
