@@ -38,6 +38,17 @@ from deltafold.verbs.workspace import Workspace
 RATIO: dict[str, Any] = {"file_ratio": 8}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The cluster's own token, not the user's. Set for all tests here: `import ray` reads the mode."""
+    token = tmp_path_factory.mktemp("ray") / "token"
+    token.write_text(secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        yield
+
+
 def again(thing: Any) -> Any:
     return pickle.loads(pickle.dumps(thing))
 
@@ -331,15 +342,11 @@ SECONDS = pytest.mark.timeout(600)  # processes start slowly where cores are few
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def workers() -> Iterator[SimpleNamespace]:
     """Two machines of one core each, as far as Ray can tell; `lose()` kills the second one."""
     pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        token = tmp_path_factory.mktemp("ray") / "token"  # of this cluster alone
-        token.write_text(secrets.token_hex(32))
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         from ray.cluster_utils import Cluster
 
