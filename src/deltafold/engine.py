@@ -1,4 +1,4 @@
-"""Run per-tensor work over the cores of this machine.
+"""Run per-tensor work over the cores of this machine, or over an engine of many machines.
 
 Threads: everything heavy (linear algebra, hashing, zstd, file reads) releases the interpreter lock.
 Each thread computes with one core, so that results do not depend on how many there are. A task is
@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from deltafold.devices import handed_on, task_bytes
 from deltafold.record import total_memory_bytes
@@ -24,7 +25,8 @@ from deltafold.record import total_memory_bytes
 class Task:
     """One unit of work. `work` weighs it in the progress bar; `memory_bytes` is its peak.
 
-    What `run` returns, if a number, is the bytes it produced.
+    What `run` returns, if a number, is the bytes it produced; results go to files. `run` may be called
+    in another process, even on another machine, and again if that one is lost.
     """
 
     name: str
@@ -47,13 +49,33 @@ class Step:
 Progress = Callable[[Step], None]
 
 
+class Engine(Protocol):
+    """What runs a stage's tasks elsewhere; see `cluster.py`."""
+
+    def run(self, stage: str, tasks: Sequence[Task], progress: Progress | None) -> None:
+        """As `run_tasks`."""
+        ...
+
+    def to_record(self) -> dict[str, Any]:
+        """What a run's record says of it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Resources:
-    """What the work may use; it never changes the result."""
+    """What the work may use; it never changes the result. Without an `engine`: threads."""
 
     workers: int | None = None
     memory_bytes: int | None = None
     progress: Progress | None = None
+    engine: Engine | None = None
+
+    def run(self, stage: str, tasks: Sequence[Task]) -> None:
+        """Run all tasks of a stage, see `run_tasks`."""
+        if self.engine is None:
+            run_tasks(stage, tasks, self.workers, self.memory_bytes, self.progress)
+        else:
+            self.engine.run(stage, tasks, self.progress)
 
 
 def default_workers() -> int:
@@ -64,6 +86,21 @@ def default_workers() -> int:
 def default_memory_bytes(workers: int | None = None) -> int:
     """Memory that tasks may hold together: half a gibibyte a worker, an eighth of the machine."""
     return max(256 << 20, min((workers or default_workers()) << 29, total_memory_bytes() // 8))
+
+
+class Tally:
+    """How far a stage is."""
+
+    def __init__(self, stage: str, tasks: Sequence[Task], progress: Progress | None):
+        self.stage, self.progress = stage, progress
+        self.done, self.total, self.made_bytes = 0.0, sum(task.work for task in tasks), 0
+
+    def ended(self, task: Task, result: object) -> None:
+        """Count a task, and show it."""
+        self.done += task.work
+        self.made_bytes += result if isinstance(result, int) else 0
+        if self.progress:
+            self.progress(Step(self.stage, task.name, self.done, self.total, self.made_bytes))
 
 
 def run_tasks(
@@ -83,7 +120,7 @@ def run_tasks(
     if (on_gpu := task_bytes()) is not None:  # most of what a task holds lies there
         allowance = min(memory_bytes or on_gpu, on_gpu)
     waiting = list(enumerate(tasks))
-    done_work, total_work, made_bytes = 0.0, sum(task.work for task in tasks), 0
+    tally = Tally(stage, tasks, progress)
     running: dict[Future[object], int] = {}
     errors: dict[int, BaseException] = {}
     with _one_core_each(), _pool(threads) as pool:
@@ -103,12 +140,7 @@ def run_tasks(
                     if (error := future.exception()) is not None:
                         errors[index] = error
                         continue
-                    result = future.result()
-                    done_work += tasks[index].work
-                    made_bytes += result if isinstance(result, int) else 0
-                    if progress:
-                        name = tasks[index].name
-                        progress(Step(stage, name, done_work, total_work, made_bytes))
+                    tally.ended(tasks[index], future.result())
                 if done and tasks[index].memory_bytes > 64 << 20:
                     trim()
         except KeyboardInterrupt:

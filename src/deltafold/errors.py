@@ -6,6 +6,8 @@ The command line prints it and exits with `exit_code`; nothing else is shown to 
 
 from __future__ import annotations
 
+import platform
+
 
 class DeltafoldError(Exception):
     """Anything that the user can put right. `str(error)` is the sentence shown."""
@@ -51,12 +53,24 @@ class DeviceError(DeltafoldError):
     """A GPU that cannot do the work: its memory runs out."""
 
 
+class ClusterError(DeltafoldError):
+    """A cluster that cannot do its part: none answers, a machine lacks a file, all are lost."""
+
+
 class HubError(DeltafoldError):
     """The Hugging Face Hub does not take or give something: no login, no right, no network."""
 
 
 class DeltafoldWarning(UserWarning):
     """Something worth a line on the terminal that does not stop the work."""
+
+
+def not_shared(path: object) -> ClusterError:
+    """For a machine of a cluster that does not see the files of the machine that gave the task."""
+    return ClusterError(
+        f"{path} is missing on the machine {platform.node()}, or differs there; put it on a file "
+        "system that all machines of the cluster share, under the same path."
+    )
 
 
 def nearest(word: str, known: list[str]) -> str:

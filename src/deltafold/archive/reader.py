@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from deltafold.archive.manifest import (
     read_manifest,
 )
 from deltafold.checkpoint import Checkpoint, archive_folder, is_hub_id, local_folder, tensor_bytes
-from deltafold.errors import ArchiveError, CheckpointError
+from deltafold.errors import ArchiveError, CheckpointError, not_shared
 
 FILES_FOLDER = "files"
 MAX_SIDE_FILE_BYTES = 128_000_000
@@ -56,6 +57,9 @@ class Archive:
         except CheckpointError as error:
             raise ArchiveError(f"The archive {folder} is not whole: {error}") from None
         self._check_parts_listed()
+
+    def __reduce__(self) -> tuple[Callable[..., Archive], tuple[Path, str]]:
+        return _opened_elsewhere, (self.folder.absolute(), self.identity)
 
     def __enter__(self) -> Archive:
         return self
@@ -139,6 +143,18 @@ class Archive:
     def n_bytes(self) -> int:
         """Everything in the archive's folder, in bytes."""
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+
+@cache
+def _opened_elsewhere(folder: Path, identity: str) -> Archive:
+    """An archive that came pickled from another process. Raises ClusterError if it is another."""
+    try:
+        found = Archive(folder)
+        if found.identity == identity:
+            return found
+    except (ArchiveError, OSError):
+        pass
+    raise not_shared(folder)
 
 
 def is_archive(source: str | Path) -> bool:

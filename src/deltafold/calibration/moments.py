@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.devices import identity
 from deltafold.engine import Progress
+from deltafold.errors import not_shared
 from deltafold.linalg import Moments
 from deltafold.record import Meter
 
@@ -46,6 +47,9 @@ class Calibration:
         self.folder, self.samples = folder, samples
         self._index = index
         self._places: dict[str, Place] = index["tensors"]
+
+    def __reduce__(self) -> tuple[Callable[..., Calibration], tuple[Any, ...]]:
+        return _found_elsewhere, (self.folder.absolute(), self.samples, self._index)
 
     @property
     def names(self) -> list[str]:
@@ -67,6 +71,13 @@ class Calibration:
     def summary(self) -> dict[str, Any]:
         """What a record says of a calibration."""
         return {key: value for key, value in self._index.items() if key != "tensors"}
+
+
+def _found_elsewhere(folder: Path, samples: list[Sample], index: dict[str, Any]) -> Calibration:
+    """A calibration that came pickled from another process. Raises ClusterError if it is not there."""
+    if not (folder / INDEX).is_file():
+        raise not_shared(folder)
+    return Calibration(folder, samples, index)
 
 
 def calibrate(

@@ -12,13 +12,14 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from deltafold.checkpoint.header import DTYPES, TensorInfo, read_header
-from deltafold.errors import CheckpointError
+from deltafold.errors import CheckpointError, not_shared
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -69,6 +70,9 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Callable[..., Checkpoint], tuple[Path, str, str]]:
+        return _opened_elsewhere, (self.path.absolute(), self.label, self.fingerprint())
 
     def close(self) -> None:
         with self._lock:
@@ -161,6 +165,21 @@ class Checkpoint:
                     f"{self.path / 'config.json'} is not valid JSON ({error}); copy it again."
                 ) from None
         return {}
+
+
+@cache
+def _opened_elsewhere(path: Path, label: str, fingerprint: str) -> Checkpoint:
+    """A checkpoint that came pickled from another process, opened here once and for all.
+
+    Raises ClusterError if other files lie there.
+    """
+    try:
+        found = Checkpoint(path, label)
+        if found.fingerprint() == fingerprint:
+            return found
+    except (CheckpointError, OSError):
+        pass
+    raise not_shared(path)
 
 
 def _read_into(descriptor: int, view: memoryview, offset: int, info: TensorInfo) -> None:

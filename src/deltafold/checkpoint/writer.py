@@ -11,15 +11,16 @@ import errno
 import json
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from deltafold.checkpoint.header import DTYPES, build_header
 from deltafold.checkpoint.view import INDEX_FILE, SINGLE_FILE
-from deltafold.errors import StorageError
+from deltafold.errors import StorageError, not_shared
 
 Result = TypeVar("Result")
 TensorSpec = tuple[str, str, tuple[int, ...]]
@@ -73,6 +74,10 @@ class CheckpointWriter:
 
     `layout` maps shard file names to the tensors they hold, in order. Opening an existing folder
     of the same layout keeps what is in it (for resuming); the headers are rewritten.
+
+    Pickled, it writes into the same files from other processes. There every write is on disk, and
+    only its own bytes are, before it returns: a network file system may otherwise write whole
+    pages, and put back what others have written beside.
     """
 
     def __init__(
@@ -99,6 +104,29 @@ class CheckpointWriter:
             end = max(end, starts[name] + DTYPES[dtype].itemsize * torch.Size(shape).numel())
         os.ftruncate(descriptor, end)
         _write_all(descriptor, memoryview(header), 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        for descriptor in self._descriptors:  # the headers
+            guard_storage(self.folder, lambda d=descriptor: os.fsync(d))  # type: ignore[misc]
+        files = dict(zip(self._descriptors, self.layout, strict=True))
+        starts = {name: (files[each], start) for name, (each, start) in self._starts.items()}
+        return {"folder": self.folder.absolute(), "layout": self.layout, "starts": starts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.folder, self.layout = state["folder"], state["layout"]
+        self._lock = threading.Lock()
+        self._descriptors = []
+        weakref.finalize(self, _close_all, self._descriptors)
+        files = {}
+        for file in self.layout:
+            try:
+                files[file] = os.open(self.folder / file, os.O_RDWR | os.O_DSYNC)
+            except OSError:
+                raise not_shared(self.folder / file) from None
+            self._descriptors.append(files[file])
+        self._starts = {
+            name: (files[file], start) for name, (file, start) in state["starts"].items()
+        }
 
     def write(self, name: str, rows: torch.Tensor, offset_elements: int = 0) -> None:
         """Write `rows` (stored dtype) at an element offset inside tensor `name`."""
@@ -128,9 +156,13 @@ class CheckpointWriter:
 
     def close(self) -> None:
         with self._lock:
-            for descriptor in self._descriptors:
-                os.close(descriptor)
-            self._descriptors.clear()
+            _close_all(self._descriptors)
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+    descriptors.clear()
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

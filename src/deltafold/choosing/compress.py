@@ -77,7 +77,7 @@ def compress(
         device: where heavy steps compute: `cpu` (default), `cuda`, `cuda:N` or `auto`; tasks are
             answered on `cuda` if there is one.
         settings: `file_ratio`, `nominal_ratio` or `n_bytes` (the budget), `samples`, `max_tokens`,
-            `distill`, `seed`, `workers`, `memory_bytes`, `overwrite`, `restart`, `fallback`,
+            `distill`, `seed`, `workers`, `memory_bytes`, `engine`, `overwrite`, `restart`, `fallback`,
             `progress`, `record` (see `deltafold.verbs.compress.compress`), and the method's own,
             e.g. `beta=0.6, c="auto"`.
 
@@ -223,7 +223,7 @@ class _Search:
 
     def made(self, chosen: Candidate) -> tuple[Path, Record]:
         """Archive and record of one candidate; made once, found again when a run goes on."""
-        quiet = ("progress", "workers", "memory_bytes", "restart")
+        quiet = ("progress", "workers", "memory_bytes", "engine", "restart")
         named = {k: v for k, v in self.fixed.items() if k not in quiet}
         with open_checkpoint(self.base) as one, open_checkpoint(self.finetuned) as two:
             inputs = [one.fingerprint(), two.fingerprint(), str(self.calibration)]

@@ -18,7 +18,7 @@ from deltafold.verbs.sources import open_source
 from deltafold.verbs.workspace import check_output
 
 BUDGETS = ("file_ratio", "nominal_ratio", "n_bytes")
-QUIET = ("progress", "workers", "memory_bytes")
+QUIET = ("progress", "workers", "memory_bytes", "engine")
 
 
 def merge_to_archive(

@@ -89,6 +89,7 @@ def merge(
     ] = False,
     workers: o.WorkersOption = None,
     memory: o.MemoryOption = None,
+    engine: o.EngineOption = "threads",
     overwrite: o.OverwriteOption = False,
     restart: o.RestartOption = False,
     record: o.RecordOption = None,
@@ -120,6 +121,7 @@ def merge(
         "restart": restart,
         "workers": workers,
         "memory_bytes": o.parse_bytes(memory, "--memory"),
+        "engine": engine,
         "record": record,
     }
     with progress() as advance:

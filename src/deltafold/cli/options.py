@@ -53,6 +53,14 @@ MemoryOption = Annotated[
     str | None,
     typer.Option("--memory", help="Memory that running tasks may hold together, e.g. 2GB."),
 ]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="threads|ray",
+        help="What runs the work: threads of this process, or a Ray cluster.",
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 RestartOption = Annotated[
     bool, typer.Option("--restart", help="Drop unfinished work of an earlier run.")
@@ -112,8 +120,8 @@ _UNITS = {
 # What the verbs take beside a method's settings.
 _NO_SETTINGS = {
     "base", "finetuned", "output", "method", "file_ratio", "nominal_ratio", "n_bytes", "seed",
-    "fallback", "overwrite", "restart", "workers", "memory_bytes", "progress", "record", "calibration",
-    "samples", "max_tokens", "kl_at_most", "distill", "tasks", "limit", "answers",
+    "fallback", "overwrite", "restart", "workers", "memory_bytes", "engine", "progress", "record",
+    "calibration", "samples", "max_tokens", "kl_at_most", "distill", "tasks", "limit", "answers",
     "device",
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ def restore(
     device: o.ComputeOption = None,
     workers: o.WorkersOption = None,
     memory: o.MemoryOption = None,
+    engine: o.EngineOption = "threads",
     overwrite: o.OverwriteOption = False,
     restart: o.RestartOption = False,
     record: o.RecordOption = None,
@@ -46,6 +47,7 @@ def restore(
             device=device,
             workers=workers,
             memory_bytes=o.parse_bytes(memory, "--memory"),
+            engine=engine,
             progress=advance,
             record=record,
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.archive import Archive
+from deltafold.cluster import check_engine, open_engine
 from deltafold.codecs import get
 from deltafold.devices import computes
 from deltafold.engine import Progress, Resources
@@ -50,6 +51,7 @@ def compress(
     device: str | None = None,
     workers: int | None = None,
     memory_bytes: int | None = None,
+    engine: str = "threads",
     progress: Progress | None = None,
     record: str | Path | None = None,
     **options: Any,
@@ -72,6 +74,7 @@ def compress(
         device: where heavy steps compute: `cpu` (default), `cuda`, `cuda:N` or `auto`. Bytes are the
             same each time on one device, not from one to another.
         workers: threads; memory_bytes: what tasks may hold together. Neither changes a byte.
+        engine: `threads`, or `ray` for a cluster (see `cluster.py`); it changes no byte.
         record: where the run's record goes; default `OUTPUT.record.json`.
         options: the method's settings, e.g. `beta=0.6, c=1.0, value_dtype="fp16"`.
 
@@ -82,6 +85,7 @@ def compress(
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"seed must lie between 0 and 2^63 - 1, not {seed}.")
     check_record_path(record)
+    check_engine(engine)
     budget = budget_of(method, file_ratio, nominal_ratio, n_bytes)
     check_distill(distill, method)
     config = get(method).Config.from_options(method, options)
@@ -90,8 +94,11 @@ def compress(
         known = text.gather(pair.finetuned, method, distill)
         job = Job(pair, method, config, budget, seed, fallback, known)
         check_space(out, job.disk_needed_bytes)
-        with Workspace(out, job.identity(), restart) as workspace:
-            resources = Resources(workers, memory_bytes, progress)
+        with (
+            open_engine(engine, workers, memory_bytes) as runner,
+            Workspace(out, job.identity(), restart) as workspace,
+        ):
+            resources = Resources(workers, memory_bytes, progress, runner)
             plan = schedule(job, workspace, resources)
             if plan.lossy and job.codec(job.method).variable:
                 encode_to_size(job, plan, workspace, resources)
@@ -106,5 +113,7 @@ def compress(
     result["calibration"] = known.to_record()
     if distilled is not None:
         result["distill"] = distilled
+    if runner:
+        result["engine"] = runner.to_record()
     write_record(result, Path(record) if record else record_path(out))
     return result

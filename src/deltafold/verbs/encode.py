@@ -7,7 +7,7 @@ import math
 import torch
 
 from deltafold.codecs.base import DeltaCodec, Parts, Settings
-from deltafold.engine import Resources, Task, run_tasks
+from deltafold.engine import Resources, Task
 from deltafold.linalg import RowMatrix
 from deltafold.verbs.factor import load_factors
 from deltafold.verbs.job import Job
@@ -52,7 +52,7 @@ def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resource
                 work=float(elements),
             )
         )
-    run_tasks("encode", tasks, resources.workers, resources.memory_bytes, resources.progress)
+    resources.run("encode", tasks)
     for _, piece in plan.lossy:
         done = workspace.load_json(f"lossy/{piece.stem}.json")
         piece.settings, piece.checksums = done["settings"], done["checksums"]

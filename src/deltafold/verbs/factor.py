@@ -12,7 +12,7 @@ from deltafold.decomposition import (
     truncated_svds,
 )
 from deltafold.devices import place
-from deltafold.engine import Resources, Task, run_tasks
+from deltafold.engine import Resources, Task
 from deltafold.linalg import Factors
 from deltafold.verbs.job import Job
 from deltafold.verbs.pair import DeltaRows
@@ -68,7 +68,7 @@ def factor_all(
                 work=float(len(group) * shape[0] * shape[1] * min(shape)),
             )
         )
-    run_tasks("factor", tasks, resources.workers, resources.memory_bytes, resources.progress)
+    resources.run("factor", tasks)
     for tensor, piece in wanted:
         s = workspace.load_tensor(f"factors/{piece.stem}.safetensors", "s")
         piece.spectrum = s.double().numpy()

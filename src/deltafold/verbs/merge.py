@@ -14,7 +14,8 @@ from typing import Any
 
 from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
 from deltafold.checkpoint.writer import guard_storage
-from deltafold.engine import Progress, Resources, Task, run_tasks
+from deltafold.cluster import check_engine, open_engine
+from deltafold.engine import Progress, Resources, Task
 from deltafold.errors import UsageError
 from deltafold.merging.recipe import Recipe
 from deltafold.record import (
@@ -49,6 +50,7 @@ def merge(
     restart: bool = False,
     workers: int | None = None,
     memory_bytes: int | None = None,
+    engine: str = "threads",
     progress: Progress | None = None,
     record: str | Path | None = None,
 ) -> Record:
@@ -57,7 +59,8 @@ def merge(
     Models are checkpoints (folders, files, hub ids) or archives. With `candidates`, recipes of the
     same models in place of `recipe`, all are formed in one pass over the models; `choose` is given
     them (see `Formed`) and says which one is written, and what to say of it in the record.
-    `dry_run`: read headers and tokenizers, settle what differs, write nothing.
+    `dry_run`: read headers and tokenizers, settle what differs, write nothing. `engine`: `threads`, or
+    `ray` for a cluster; it changes no byte.
 
     Returns the record: norms, cosines and agreement of the deltas, tensor by tensor. Raises
     MismatchError where the models do not fit the base; nothing is left under `output` then.
@@ -65,6 +68,7 @@ def merge(
     out = Path(output)
     check_output(out, overwrite, [base, *(model.path for model in recipe.models)])
     check_record_path(record)
+    check_engine(engine)
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"seed must lie between 0 and 2^63 - 1, not {seed}.")
     with contextlib.ExitStack() as stack:
@@ -89,7 +93,8 @@ def merge(
             "shards": shard_bytes,
         }
         workspace = stack.enter_context(Workspace(out, identity, restart))
-        resources = Resources(workers, memory_bytes, progress)
+        runner = stack.enter_context(open_engine(engine, workers, memory_bytes))
+        resources = Resources(workers, memory_bytes, progress, runner)
         formed = None
         if choose is not None:
             formed = Formed(Tensors(inputs, seed), candidates, workspace)
@@ -107,6 +112,8 @@ def merge(
         "peak_memory_bytes": meter.peak_memory_bytes,
         "machine": machine(),
     }
+    if runner:
+        result["engine"] = runner.to_record()
     write_record(result, Path(record) if record else record_path(out))
     return result
 
@@ -162,7 +169,7 @@ class _Merge:
             if not self.workspace.has(_done(number))
         ]
         try:
-            run_tasks("merge", tasks, resources.workers, resources.memory_bytes, resources.progress)
+            resources.run("merge", tasks)
             writer.finish()
         finally:
             writer.close()

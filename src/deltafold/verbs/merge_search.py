@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from deltafold.engine import Resources, Task, run_tasks
+from deltafold.engine import Resources, Task
 from deltafold.merging.recipe import Recipe
 from deltafold.verbs.merge_tensors import Tensors, agreement, scaled_figures
 from deltafold.verbs.workspace import Workspace
@@ -60,7 +60,7 @@ class Formed:
             for name in self.names
             if self.tensors.is_float(name) and not self.workspace.has(self._figures_file(name))
         ]
-        run_tasks("form", tasks, resources.workers, resources.memory_bytes, resources.progress)
+        resources.run("form", tasks)
 
     def _form(self, name: str) -> None:
         reading = self.tensors.read(name, self._ways[0])

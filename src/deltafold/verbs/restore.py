@@ -10,8 +10,9 @@ from deltafold.archive import Archive, Tensor
 from deltafold.archive.manifest import Manifest
 from deltafold.checkpoint import DTYPES, CheckpointWriter, open_checkpoint, plan_shards
 from deltafold.checkpoint.writer import TensorSpec, guard_storage
+from deltafold.cluster import check_engine, open_engine
 from deltafold.devices import computes
-from deltafold.engine import Progress, Task, run_tasks
+from deltafold.engine import Progress, Resources, Task
 from deltafold.errors import UsageError, nearest
 from deltafold.record import (
     RECORD_VERSION,
@@ -41,6 +42,7 @@ def restore(
     device: str | None = None,
     workers: int | None = None,
     memory_bytes: int | None = None,
+    engine: str = "threads",
     progress: Progress | None = None,
     record: str | Path | None = None,
 ) -> Record:
@@ -48,13 +50,15 @@ def restore(
 
     The weight files are laid out as the fine-tune's were (same names, order and metadata), or in
     shards of `shard_bytes`. `tensors` restores only the named ones, into one file. `device` is where
-    heavy steps compute: `cpu` (default), `cuda`, `cuda:N` or `auto`. Raises
+    heavy steps compute: `cpu` (default), `cuda`, `cuda:N` or `auto`. `engine`: `threads`, or `ray`
+    for a cluster; it changes no byte. Raises
     MismatchError for a wrong base, ArchiveError for a damaged archive; nothing is left under
     `output` then.
     """
     out = Path(output)
     check_output(out, overwrite, [archive, base])
     check_record_path(record)
+    check_engine(engine)
     with (
         Meter() as meter,
         Archive(Path(archive)) as opened,
@@ -72,7 +76,10 @@ def restore(
             "base": base_checkpoint.fingerprint(),
             "layout": {file: [spec[0] for spec in specs] for file, specs in layout.items()},
         }
-        with Workspace(out, identity, restart) as workspace:
+        with (
+            open_engine(engine, workers, memory_bytes) as runner,
+            Workspace(out, identity, restart) as workspace,
+        ):
             folder = workspace.folder / "restored"
             guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
             writer = CheckpointWriter(
@@ -93,7 +100,7 @@ def restore(
                 if not workspace.has(done[t.name])
             ]
             try:
-                run_tasks("restore", tasks, workers, memory_bytes, progress)
+                Resources(workers, memory_bytes, progress, runner).run("restore", tasks)
                 writer.finish()
             finally:
                 writer.close()
@@ -104,6 +111,8 @@ def restore(
             workspace.publish("restored", overwrite)
         result = _record(opened, base_checkpoint.label, out, wanted, meter)
     result |= {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes}
+    if runner:
+        result["engine"] = runner.to_record()
     write_record(result, Path(record) if record else record_path(out))
     return result
 

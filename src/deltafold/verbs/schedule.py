@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deltafold.budget import Budget, allot, refuse, share_within
-from deltafold.engine import Resources, Task, run_tasks
+from deltafold.engine import Resources, Task
 from deltafold.verbs.factor import factor_all
 from deltafold.verbs.job import Job
 from deltafold.verbs.pair import Pairing
@@ -48,7 +48,7 @@ def _survey_all(job: Job, workspace: Workspace, resources: Resources) -> list[Te
         for index, pairing in enumerate(pair.pairings)
         if not workspace.has(f"survey/{index:06d}.json")
     ]
-    run_tasks("survey", tasks, resources.workers, resources.memory_bytes, resources.progress)
+    resources.run("survey", tasks)
     return [
         TensorSurvey.from_json(workspace.load_json(f"survey/{index:06d}.json"))
         for index in range(len(pair.pairings))

@@ -14,7 +14,7 @@ import numpy as np
 from deltafold.budget import refuse
 from deltafold.codecs.base import Settings, VariableCodec
 from deltafold.coding.correction import fix_bytes
-from deltafold.engine import Resources, Task, run_tasks
+from deltafold.engine import Resources, Task
 from deltafold.names import is_vocabulary
 from deltafold.verbs.encode import encode_lossy, task_memory_bytes
 from deltafold.verbs.job import Job
@@ -102,7 +102,7 @@ def _pilot_all(
         for tensor, piece in plan.lossy
         if not workspace.has(f"pilot/{piece.stem}.json")
     ]
-    run_tasks("pilot", tasks, resources.workers, resources.memory_bytes, resources.progress)
+    resources.run("pilot", tasks)
     return [workspace.load_json(f"pilot/{piece.stem}.json") for _, piece in plan.lossy]
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,20 @@ from deltafold.archive import MANIFEST_FILE, TensorDigest
 from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, tensor_bytes
 from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.writer import guard_storage
-from deltafold.errors import DeltafoldError, ResumeError, StorageError, UsageError
+from deltafold.errors import (
+    ClusterError,
+    DeltafoldError,
+    ResumeError,
+    StorageError,
+    UsageError,
+    not_shared,
+)
 
 JOURNAL = "journal.json"
 LOCK = "lock"
+PATIENCE_SECONDS = (
+    60.0  # as long as a network file system may go on saying that a file is not there
+)
 
 
 def partial_path(output: Path) -> Path:
@@ -37,6 +49,9 @@ class Workspace:
 
     On success call `publish`. Otherwise finished results stay for resuming, unless the error is one
     that the same command can never get past (a wrong base, an impossible budget).
+
+    Pickled, it goes to other processes, on this or other machines: they read and write results, but
+    hold no lock and decide nothing.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], restart: bool = False):
@@ -46,6 +61,25 @@ class Workspace:
         self.resumed = False
         self.restart = restart
         self._lock: int | None = None
+        self._shared = False  # others read and write here, too
+        self._joined = False  # this is one of the others
+
+    def __reduce__(self) -> tuple[Callable[..., Workspace], tuple[Any, ...]]:
+        self._shared = True
+        return Workspace._join, (self.output.absolute(), self.identity)
+
+    @classmethod
+    def _join(cls, output: Path, identity: dict[str, Any]) -> Workspace:
+        """The workspace that another process has opened. Raises ClusterError if it is not there."""
+        found = cls(output, identity)
+        found._shared = found._joined = True
+        try:
+            same = json.loads((found.folder / JOURNAL).read_text()) == identity
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            raise not_shared(found.folder)
+        return found
 
     def __enter__(self) -> Workspace:
         guard_storage(self.folder, lambda: self.folder.mkdir(parents=True, exist_ok=True))
@@ -113,7 +147,7 @@ class Workspace:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         hopeless = kind is not None and issubclass(kind, DeltafoldError)
-        if hopeless and not issubclass(kind, StorageError):  # type: ignore[arg-type]
+        if hopeless and not issubclass(kind, StorageError | ClusterError):  # type: ignore[arg-type]
             shutil.rmtree(self.folder, ignore_errors=True)
         self._release()
 
@@ -129,40 +163,49 @@ class Workspace:
         self._write_text(self.folder / name, json.dumps(value))
 
     def load_json(self, name: str) -> Any:
-        return json.loads((self.folder / name).read_text())
+        return json.loads(self._found(name).read_text())
 
     def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write tensors (sorted by name) as one safetensors file, by rename."""
         specs = [(k, DTYPE_NAMES[t.dtype], tuple(t.shape)) for k, t in sorted(tensors.items())]
         header, _ = build_header(specs, None)
         path = self.folder / name
-        working = path.with_name(path.name + ".tmp")
-
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with working.open("wb") as out:
-                out.write(header)
-                for key, _, _ in specs:
-                    out.write(tensor_bytes(tensors[key]))
-            working.replace(path)
-
-        guard_storage(path, write)
+        self._write(path, [header, *(tensor_bytes(tensors[key]) for key, _, _ in specs)])
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        with Checkpoint(self.folder / name) as file:
+        with Checkpoint(self._found(name)) as file:
             return {key: file.tensor(key) for key in file.tensors}
 
     def load_tensor(self, name: str, key: str) -> torch.Tensor:
         """One tensor of a saved file; the others are not read."""
-        with Checkpoint(self.folder / name) as file:
+        with Checkpoint(self._found(name)) as file:
             return file.tensor(key)
 
+    def _found(self, name: str) -> Path:
+        """A result's file; one that another machine has just made may take a while to show."""
+        path, until = self.folder / name, time.monotonic() + PATIENCE_SECONDS * self._shared
+        while not path.is_file() and time.monotonic() < until:
+            time.sleep(0.2)
+            if path.parent.is_dir():
+                list(path.parent.iterdir())  # makes a network file system look again
+        return path
+
     def _write_text(self, path: Path, text: str) -> None:
-        working = path.with_name(path.name + ".tmp")
+        self._write(path, [text.encode()])
+
+    def _write(self, path: Path, parts: Sequence[bytes | memoryview]) -> None:
+        """Write by rename. What others are told of must be on disk, and no two write one file."""
+        suffix = f".{secrets.token_hex(4)}.tmp" if self._joined else ".tmp"
+        working = path.with_name(path.name + suffix)
 
         def write() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            working.write_text(text)
+            with working.open("wb") as out:
+                for part in parts:
+                    out.write(part)
+                if self._joined:
+                    out.flush()
+                    os.fsync(out.fileno())
             working.replace(path)
 
         guard_storage(path, write)
