@@ -52,14 +52,23 @@ def vllm(tmp_path: Path) -> Path:
 
 
 class _Engine(BaseHTTPRequestHandler):
+    """Answers as vLLM does."""
+
     names: list[str]
+    base: str
+    updates = True
 
     def do_GET(self) -> None:
-        self._answer(200, {"data": [{"id": name} for name in self.names]})
+        base = {"id": "base", "root": self.base, "parent": None}
+        tunes = [{"id": name, "root": f"/{name}", "parent": "base"} for name in self.names[1:]]
+        self._answer(200, {"data": [*tunes, base][::-1]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = body["lora_name"]
+        if not self.updates:
+            self._answer(404, {"detail": "Not Found"})
+            return
         if self.path == "/v1/load_lora_adapter":
             assert Path(body["lora_path"], "adapter_config.json").is_file()
             if name in self.names:
@@ -67,6 +76,10 @@ class _Engine(BaseHTTPRequestHandler):
                 return
             self.names.append(name)
         elif self.path == "/v1/unload_lora_adapter":
+            if name not in self.names:
+                message = f"The lora adapter '{name}' cannot be found."
+                self._answer(404, {"error": {"message": message, "code": 404}})
+                return
             self.names.remove(name)
         self._answer(200, {})
 
@@ -83,7 +96,7 @@ class _Engine(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def engine() -> Iterator[str]:
-    _Engine.names = ["base"]
+    _Engine.names, _Engine.base, _Engine.updates = ["base"], "", True
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Engine)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -135,6 +148,24 @@ def test_add_and_remove(engine: str, adapter: Path) -> None:
     refused(ServeError, lambda: add_adapter(engine, "math", adapter), "math is there already")
     remove_adapter(engine, "math")
     assert served_names(engine) == ["base"]
+
+
+def test_an_archive_is_added_to_the_base_that_is_served(
+    engine: str, pair: PairFiles, archive: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Archives name their base by its folder's name alone, and may be added from elsewhere."""
+    monkeypatch.chdir(Path(tmp_path.root))
+    refused(ServeError, lambda: add_adapter(engine, "math", archive), "which base")
+    _Engine.base = str(pair.base)
+    add_adapter(engine, "math", archive, rank=8)
+    assert served_names(engine) == ["base", "math"]
+
+
+def test_what_an_engine_refuses(engine: str, adapter: Path) -> None:
+    refused(ServeError, lambda: remove_adapter(engine, "sql"), "'sql' cannot be found")
+    _Engine.updates = False
+    refused(ServeError, lambda: remove_adapter(engine, "sql"), "LORA_UPDATING")
+    refused(ServeError, lambda: add_adapter(engine, "math", adapter, "base"), "LORA_UPDATING")
 
 
 def test_no_engine(adapter: Path) -> None:

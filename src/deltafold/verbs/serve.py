@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deltafold.adapters.engines import VLLM_RANKS, vllm_rank
-from deltafold.archive import MANIFEST_FILE, read_manifest
+from deltafold.archive import MANIFEST_FILE
 from deltafold.checkpoint import local_folder
 from deltafold.engine import Progress
 from deltafold.errors import DeltafoldError, UsageError
@@ -158,11 +158,11 @@ def add_adapter(
 ) -> Adapter:
     """Export an archive and give it to an engine that runs. The engine must see the same disk.
 
-    `base` defaults to the one that the archive names. Raises UsageError, ServeError.
+    `base` defaults to the one that the engine serves. Raises UsageError, ServeError.
     """
     check_names({name: delta})
     if base is None and (Path(delta) / MANIFEST_FILE).is_file():
-        base = read_manifest(Path(delta)).base.label
+        base = served_base(url)
     made = find_adapter(
         name, delta, base or "", engine="vllm", rank=rank, workers=workers,
         memory_bytes=memory_bytes, progress=progress,
@@ -181,8 +181,20 @@ def remove_adapter(url: str, name: str) -> None:
 
 def served_names(url: str) -> list[str]:
     """Model names that an engine answers to. Raises ServeError."""
-    found = json.loads(_request(url, "models", None))
-    return [str(entry["id"]) for entry in found["data"]]
+    return [str(entry["id"]) for entry in _served(url)]
+
+
+def served_base(url: str) -> str:
+    """The folder or hub id of the model that an engine was started with. Raises ServeError."""
+    for entry in _served(url):
+        if entry.get("root") and not entry.get("parent"):
+            return str(entry["root"])
+    raise ServeError(f"{url} does not say which base it serves; give BASE.")
+
+
+def _served(url: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(_request(url, "models", None))["data"]
+    return found
 
 
 def _post(url: str, verb: str, body: Mapping[str, Any]) -> None:
@@ -206,12 +218,12 @@ def _request(url: str, verb: str, body: bytes | None) -> bytes:
 
 def _reason(error: urllib.error.HTTPError) -> str:
     """What an engine says of its refusal, on one line."""
-    if error.code == 404 and "lora_adapter" in (error.url or ""):
-        return f"it takes no adapters while it runs; start it by deltafold, or with {RUNTIME_UPDATES}=True"
     text = error.read(4000).decode(errors="replace")
     try:
         said = json.loads(text)
-        text = str((said.get("error") or said).get("message", text))
+        message = (said.get("error") or said).get("message")
     except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split()).rstrip(".") or f"HTTP status {error.code}"
+        message = None
+    if message is None and error.code == 404 and "lora_adapter" in (error.url or ""):
+        return f"it takes no adapters while it runs; start it by deltafold, or with {RUNTIME_UPDATES}=True"
+    return " ".join(str(message or text).split()).rstrip(".") or f"HTTP status {error.code}"
