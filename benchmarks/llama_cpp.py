@@ -1,8 +1,8 @@
 """Adapters of `export --to gguf-lora` in llama.cpp against the restored checkpoints.
 
     python convert_hf_to_gguf.py BASE --outtype bf16 --outfile base.gguf       # llama.cpp's own
-    python benchmarks/gguf.py BASE base.gguf NAME=FINETUNED=ARCHIVE=TASK.jsonl ...
-    python benchmarks/gguf.py --into docs/commands/export.md       # the table, from the record
+    python benchmarks/llama_cpp.py BASE base.gguf NAME=FINETUNED=ARCHIVE=TASK.jsonl ...
+    python benchmarks/llama_cpp.py --into docs/commands/export.md       # the table, from the record
 
 The package `xllamacpp` carries llama.cpp. Every row of a task goes to the base alone, then to the
 base with the adapter. Base, fine-tune and restored model answer the same rows through `evaluate`.
@@ -23,7 +23,7 @@ from deltafold import export
 from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import rewrite_block
 
-OUT = Path(__file__).parent / "records" / "gguf.json"
+OUT = Path(__file__).parent / "records" / "llama-cpp.json"
 
 
 def llama(model: str, adapters: list[str], threads: int) -> Any:
@@ -113,13 +113,13 @@ def main() -> None:
     parser.add_argument("--into", type=Path, help="Markdown file: write the table, measure nothing")
     asked = parser.parse_args()
     if asked.into:
-        rewrite_block(asked.into, "gguf", table(json.loads(asked.out.read_text())))
+        rewrite_block(asked.into, "llama-cpp", table(json.loads(asked.out.read_text())))
         return
     with tempfile.TemporaryDirectory() as scratch:
         rows = [measure(tune, asked, Path(scratch)) for tune in asked.tunes]
     record: Record = {
         "record_version": RECORD_VERSION,
-        "kind": "gguf",
+        "kind": "llama-cpp",
         "engine": importlib.metadata.version("xllamacpp"),
         "rows": rows,
         "settings": {
