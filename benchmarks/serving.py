@@ -132,7 +132,7 @@ def table(record: Record) -> str:
         "base", "served_base",
     )  # fmt: skip
     for each in record["rows"]:
-        shown = " | ".join(f"{100 * each[key]:.0f} %" for key in keys)
+        shown = " | ".join(f"{100 * each[key]:.1f} %" for key in keys)
         made = f"`{each['method']}` | {each['largest_rank']} | {each['relative_error']:.3f}"
         lines.append(f"| {each['name']} | {made} | {shown} |")
     found, used, rows = record["machine"], record["settings"], record["rows"]
@@ -141,7 +141,8 @@ def table(record: Record) -> str:
         f"Share of {used['limit']} held-out rows of its task answered to the letter, by fine-tunes "
         f"of {used['base']}. Rank: the largest; adapters of {sizes}. Mixed: the rows of all in "
         f"turn, {AT_ONCE} requests at a time. vLLM and the models beside it compute in "
-        f"{rows[0]['dtype']}, but not in one order. {sum(used['rows'].values())} answers took "
+        f"{rows[0]['dtype']}, but not in one order; what vLLM says ends at the first line break, even "
+        f"a leading one. {sum(used['rows'].values())} answers took "
         f"{record['alone_seconds']:.0f} s, mixed {record['mixed_seconds']:.0f} s; start "
         f"{record['start_seconds']:.0f} s, on a machine that did other work too. vLLM "
         f"{record['engine']}, {found['cpu']}, {found['cores']} cores."
