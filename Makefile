@@ -61,6 +61,8 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/factoring.py demo --into docs/commands/factor.md
 	$(BIN)/python benchmarks/memory.py --into README.md
 	$(BIN)/python benchmarks/together.py --into docs/commands/export.md
+	$(BIN)/python benchmarks/llama_cpp.py --into docs/commands/export.md
+	$(BIN)/python benchmarks/serving.py --into docs/commands/serve.md
 	$(BIN)/python benchmarks/mergekit.py --into docs/commands/merge.md
 
 # One stamp a set of extras: it is made again when the project's requirements change.

@@ -4,8 +4,8 @@
     python benchmarks/serving.py --into docs/commands/serve.md        # the table, from the record
 
 One engine serves all fine-tunes over one base. Every row of a task goes to its own fine-tune, one
-task after the other; then all rows of all tasks once more, mixed and several at a time: each must
-give the answer that it gave before. Restored models answer the same rows through `evaluate`.
+task after the other; then all rows of all tasks once more, mixed and several at a time, and last to
+the base. Base, fine-tune and restored model answer the same rows through `evaluate`, in one dtype.
 """
 
 from __future__ import annotations
@@ -19,37 +19,18 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltafold.evaluation import evaluate
-from deltafold.evaluation.data import AnswerRow, read_tasks
-from deltafold.evaluation.exact_match import first_lines
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
+from adapters import MAX_TOKENS, Reference, Rows, Tune, hits, same
+
+from deltafold.record import RECORD_VERSION, Record, machine, read_record, write_record
 from deltafold.reporting.markdown import rewrite_block
+from deltafold.verbs.adapters import Adapter
 from deltafold.verbs.serve import ServeError, Serving, prepare, served_names
 
 OUT = Path(__file__).parent / "records" / "serving.json"
-MAX_TOKENS = 24
 AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class Tune:
-    """A fine-tune, its archive, and the rows of its task."""
-
-    name: str
-    finetuned: str
-    archive: str
-    task: str
-
-    @classmethod
-    def parse(cls, text: str) -> Tune:
-        parts = text.split("=")
-        if len(parts) != 4:
-            raise SystemExit(f"{text!r} is not NAME=FINETUNED=ARCHIVE=TASK.jsonl.")
-        return cls(*parts)
 
 
 def ask(url: str, model: str, prompt: str) -> str:
@@ -78,54 +59,44 @@ def wait(url: str, process: subprocess.Popen[bytes], limit_seconds: float) -> fl
     raise SystemExit(f"The engine did not answer within {limit_seconds:.0f} seconds.")
 
 
-def served(url: str, tunes: list[Tune], rows: dict[str, tuple[AnswerRow, ...]]) -> dict[str, Any]:
-    """Answers of each fine-tune alone, then mixed; and of the first one's rows to the base."""
+def served(url: str, tunes: list[Tune], rows: dict[str, Rows]) -> dict[str, Any]:
+    """What each fine-tune answers alone, then mixed, and what the base answers; seconds."""
+    base = next(iter(served_names(url)))
+    jobs = {tune.name: [(tune.name, row.prompt) for row in rows[tune.name]] for tune in tunes}
+    longest = max(map(len, jobs.values()))
+    mixed = [(name, n) for n in range(longest) for name in jobs if n < len(jobs[name])]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        alone: dict[str, list[str]] = {}
+
+        def answers(asked: list[tuple[str, str]]) -> list[str]:
+            return list(pool.map(lambda job: ask(url, *job), asked))
+
         start = time.perf_counter()
-        for tune in tunes:
-            asked = rows[tune.name]
-            alone[tune.name] = list(pool.map(lambda r, t=tune: ask(url, t.name, r.prompt), asked))
+        alone = {name: answers(asked) for name, asked in jobs.items()}
         middle = time.perf_counter()
-        longest = max(map(len, rows.values()))
-        mixed = [(t.name, n) for n in range(longest) for t in tunes if n < len(rows[t.name])]
-        again = list(pool.map(lambda job: ask(url, job[0], rows[job[0]][job[1]].prompt), mixed))
+        again = answers([jobs[name][n] for name, n in mixed])
         end = time.perf_counter()
-    same = [text == alone[name][n] for (name, n), text in zip(mixed, again, strict=True)]
+        plain = {name: answers([(base, prompt) for _, prompt in jobs[name]]) for name in jobs}
+    texts: dict[str, list[str]] = {name: [] for name in jobs}
+    for (name, _), text in zip(mixed, again, strict=True):
+        texts[name].append(text)
     return {
-        "alone": {name: hits(texts, rows[name]) for name, texts in alone.items()},
-        "mixed": {
-            tune.name: hits(
-                [text for (name, _), text in zip(mixed, again, strict=True) if name == tune.name],
-                rows[tune.name],
-            )
-            for tune in tunes
-        },
-        "mixed_requests": len(mixed),
-        "mixed_same_answer": sum(same),
-        "alone_seconds": middle - start,
-        "mixed_seconds": end - middle,
-    }
+        "alone": alone, "mixed": texts, "base": plain,
+        "alone_seconds": middle - start, "mixed_seconds": end - middle,
+    }  # fmt: skip
 
 
-def hits(texts: list[str], rows: tuple[AnswerRow, ...]) -> float:
-    """Share of rows answered to the letter."""
-    right = [first_lines(t, 1) == r.answer.strip() for t, r in zip(texts, rows, strict=True)]
-    return sum(right) / len(right)
-
-
-def restored(base: str, tune: Tune, limit: int) -> dict[str, float]:
-    """Exact match of the fine-tune and of the restored model, by `evaluate`."""
-    record = evaluate(tune.finetuned, [tune.archive], base, [tune.task], limit=limit)
-    name = Path(tune.task).stem
-    shares = {
-        entry["role"]: float(entry["metrics"]["tasks"][name]["exact_match"]["value"])
-        for entry in record["models"]
-    }
+def row(tune: Tune, found: dict[str, Any], rows: Rows, reference: Reference) -> Record:
+    """One row of the record."""
+    alone, mixed = found["alone"][tune.name], found["mixed"][tune.name]
     return {
-        "base": shares["base"],
-        "finetuned": shares["fine-tune"],
-        "restored": shares["candidate"],
+        "name": tune.name,
+        **reference.row(),
+        "dtype": reference.dtype,
+        "served": hits(alone, rows),
+        "served_mixed": hits(mixed, rows),
+        "served_base": hits(found["base"][tune.name], rows),
+        "same_as_restored": same(alone, reference.texts),
+        "same_when_mixed": same(alone, mixed),
     }
 
 
@@ -141,22 +112,39 @@ def engine(serving: Serving, url: str, limit_seconds: float, log: Path) -> Any:
         raise
 
 
+def exported(adapter: Adapter) -> Record:
+    """What a row says of an adapter, from the record of its export."""
+    keys = ("method", "adapter_bytes", "largest_rank", "relative_error", "relative_error_of_pairs")
+    made = read_record(adapter.folder)
+    return {key: made[key] for key in keys}
+
+
 def table(record: Record) -> str:
     """The record as a Markdown table."""
     lines = [
-        "| task | base | fine-tune | restored | served adapter | served, requests mixed | error of the delta |",
-        "|:--|--:|--:|--:|--:|--:|--:|",
+        "| fine-tune | archive | rank | error of the delta | fine-tune itself | restored | served "
+        "| served, requests mixed | the same answer as restored | the same when mixed | base "
+        "| served base |",
+        "|:--|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for row in record["rows"]:
-        cells = [row[key] for key in ("base", "finetuned", "restored", "served", "served_mixed")]
-        shown = " | ".join(f"{100 * cell:.1f} %" for cell in cells)
-        lines.append(f"| {row['name']} | {shown} | {row['relative_error']:.3f} |")
-    found, used = record["machine"], record["settings"]
+    keys = (
+        "finetuned", "restored", "served", "served_mixed", "same_as_restored", "same_when_mixed",
+        "base", "served_base",
+    )  # fmt: skip
+    for each in record["rows"]:
+        shown = " | ".join(f"{100 * each[key]:.1f} %" for key in keys)
+        made = f"`{each['method']}` | {each['largest_rank']} | {each['relative_error']:.3f}"
+        lines.append(f"| {each['name']} | {made} | {shown} |")
+    found, used, rows = record["machine"], record["settings"], record["rows"]
+    sizes = ", ".join(f"{each['adapter_bytes'] / 1e6:.0f} MB" for each in rows)
     note = (
-        f"Share of {used['limit']} held-out rows answered to the letter. Mixed: the rows of all "
-        f"tasks in turn, {AT_ONCE} requests at a time; {record['mixed_same_answer']} of "
-        f"{record['mixed_requests']} got the answer that they got before. Adapters: rank "
-        f"{used['rank'] or 'by default'}, {record['adapter_bytes'] / 1e6:.1f} MB each; vLLM "
+        f"Share of {used['limit']} held-out rows of its task answered to the letter, by fine-tunes "
+        f"of {used['base']}. Rank: the largest; adapters of {sizes}. Mixed: the rows of all in "
+        f"turn, {AT_ONCE} requests at a time. vLLM and the models beside it compute in "
+        f"{rows[0]['dtype']}, but not in one order; what vLLM says ends at the first line break, even "
+        f"a leading one. {sum(used['rows'].values())} answers took "
+        f"{record['alone_seconds']:.0f} s, mixed {record['mixed_seconds']:.0f} s; start "
+        f"{record['start_seconds']:.0f} s, on a machine that did other work too. vLLM "
         f"{record['engine']}, {found['cpu']}, {found['cores']} cores."
     )
     return "\n".join([*lines, "", note])
@@ -169,7 +157,7 @@ def main() -> None:
     parser.add_argument("tunes", nargs="*", type=Tune.parse, metavar="NAME=FINETUNED=ARCHIVE=TASK")
     parser.add_argument("--vllm", type=Path)
     parser.add_argument("--rank", type=int)
-    parser.add_argument("--limit", type=int, default=60)
+    parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--start-limit", type=float, default=1200, help="seconds")
     parser.add_argument("--log", type=Path, default=Path("serving.log"))
@@ -180,7 +168,7 @@ def main() -> None:
     if asked.into:
         rewrite_block(asked.into, "serving", table(json.loads(asked.out.read_text())))
         return
-    rows = {t.name: read_tasks([t.task], asked.limit)[0].answer_rows for t in asked.tunes}
+    rows = {tune.name: tune.rows(asked.limit) for tune in asked.tunes}
     serving = prepare(
         asked.base, {t.name: t.archive for t in asked.tunes}, vllm=asked.vllm, rank=asked.rank,
         port=asked.port, extra=shlex.split(asked.engine_options),
@@ -194,28 +182,27 @@ def main() -> None:
     finally:
         process.terminate()
         process.wait()
-    print(json.dumps(found), flush=True)
-    sizes = [sum(f.stat().st_size for f in a.folder.iterdir()) for a in serving.adapters]
-    made = {each.name: each for each in serving.adapters}
     record: Record = {
         "record_version": RECORD_VERSION,
         "kind": "serving",
         "engine": version,
         "start_seconds": start_seconds,
-        "adapter_bytes": sum(sizes) / len(sizes),
+        "alone_seconds": found["alone_seconds"],
+        "mixed_seconds": found["mixed_seconds"],
         "rows": [
-            {
-                "name": t.name,
-                "served": found["alone"][t.name],
-                "served_mixed": found["mixed"][t.name],
-                "relative_error": made[t.name].relative_error,
-                **restored(asked.base, t, asked.limit),
-            }
-            for t in asked.tunes
+            row(tune, found, rows[tune.name], Reference.measure(asked.base, tune, asked.limit))
+            | exported(adapter)
+            for tune, adapter in zip(asked.tunes, serving.adapters, strict=True)
         ],
-        "settings": {"base": Path(asked.base).name, "rank": asked.rank, "limit": asked.limit},
+        "settings": {
+            "base": Path(asked.base).name,
+            "rank": asked.rank,
+            "limit": asked.limit,
+            "rows": {name: len(each) for name, each in rows.items()},
+            "engine_options": asked.engine_options,
+        },
         "machine": machine(),
-    } | {key: found[key] for key in found if key not in ("alone", "mixed")}
+    }
     write_record(record, asked.out)
     print(table(record))
 

