@@ -46,6 +46,12 @@ def saved(folder: Path, family: str) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def exact_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes is held against full precision."""
+    monkeypatch.setattr("deltafold.calibration.stream.multiplies_bf16", lambda device: False)
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_weighed_and_measured(

@@ -262,10 +262,8 @@ class StreamedModel:
 
     def run(self, call: Call, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """A filled block's new hidden states (b, t, width). Raises MismatchError."""
-        with (
-            self.entry.sentence(),
-            torch.autocast(self.skeleton.device.type, torch.bfloat16, enabled=self.mixed),
-        ):
+        in_bf16 = torch.autocast("cpu", torch.bfloat16) if self.mixed else contextlib.nullcontext()
+        with self.entry.sentence(), in_bf16:
             return call.run(block, self.moved(hidden)).to(self.skeleton.dtype)
 
     def store_beside(self, done: Pass) -> TensorStore:
