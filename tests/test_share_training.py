@@ -19,6 +19,7 @@ from deltafold.sharing.initialise import INITIALISATIONS
 from deltafold.sharing.plan import Request, make_plan
 from deltafold.sharing.replacing import Schedule, SharedStudent
 from deltafold.training import Rows, Settings, State, pack, train
+from deltafold.training.distilled import distilled
 from deltafold.training.loop import batch_rows, losses
 from deltafold.verbs.share_job import structure_of
 from deltafold.verbs.share_start import Start
@@ -197,10 +198,47 @@ def test_the_loss_by_hand() -> None:
     ids, counted = torch.tensor([[0, 1, 1]]), torch.tensor([[False, True, True]])
     p = torch.tensor([[0.0, math.log(3.0)], [0.0, math.log(3.0)]])
     with torch.no_grad():
-        ce, kl = losses(student.logits, lambda n: p[n], ids, counted, Settings(1, temperature=1.0))
+        _, ce, kl = losses(
+            student.logits, lambda n: p[n], ids, counted, Settings(1, temperature=1.0)
+        )
     # after 0: q = (1/2, 1/2), p = (1/4, 3/4); after 1: q = p = (1/4, 3/4); the next is 1 twice
     assert float(ce) == pytest.approx(math.log(2) - math.log(0.75), rel=1e-5)
     assert float(kl) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_gradient_made_on_the_way_is_that_of_autograd(share: float, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, 9, generator=generator, requires_grad=True)
+    other = torch.randn(6, 9, generator=generator)
+    next_ids = torch.tensor([0, 8, 3, 3, 1, 7])
+    found, ce, kl = distilled(logits, other, next_ids, share, temperature)
+    found.backward()
+    (got,), logits.grad = [logits.grad], None
+    functional = torch.nn.functional
+    want_ce = functional.cross_entropy(logits, next_ids, reduction="sum")
+    want_kl = functional.kl_div(
+        (logits / temperature).log_softmax(-1), (other / temperature).log_softmax(-1),
+        reduction="sum", log_target=True,
+    )  # fmt: skip
+    want = (1 - share) * want_ce + share * temperature**2 * want_kl
+    want.backward()
+    assert got is not None
+    torch.testing.assert_close(got, logits.grad)
+    assert [float(found), float(ce), float(kl)] == pytest.approx(
+        [float(want), float(want_ce), float(want_kl)], rel=1e-5
+    )
+
+
+def test_pieces_of_a_large_vocabulary_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits, other = (torch.randn(7, 11, generator=generator) for _ in range(2))
+    arguments = (other, torch.arange(7), 0.5, 2.0)
+    whole = distilled(logits.requires_grad_(), *arguments)
+    monkeypatch.setattr("deltafold.training.distilled.PIECE_NUMBERS", 25)  # two tokens each
+    pieces = distilled(logits, *arguments)
+    assert [float(x) for x in pieces] == pytest.approx([float(x) for x in whole], rel=1e-6)
 
 
 def test_the_loop_learns_and_goes_on_where_it_was() -> None:

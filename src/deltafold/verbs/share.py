@@ -106,7 +106,7 @@ def share(
         Settings(
             max(1, steps), rate, batch, kl_share, temperature,
             check_steps=check_steps, patience=patience, earliest_stop=round(replace_until * steps),
-            bf16=bf16 and tune == "all", seed=seed,
+            seed=seed,
         ),
         schedule,
         request,

@@ -74,9 +74,10 @@ class Run:
     def model(self) -> Model:
         """The model in memory, loaded when it is first needed."""
         if self._model is None:
-            bf16 = self.settings["bf16"] and self.settings["tune"] == "delta"
             folder = self.source.checkpoint.path
-            self._model = Model.load(folder, bf16, self.device, self.settings["recompute"])
+            self._model = Model.load(
+                folder, self.settings["bf16"], self.device, self.settings["recompute"]
+            )
         return self._model
 
     def do(self) -> Record:
