@@ -4,8 +4,8 @@
     python benchmarks/sharing.py smollm2                # hours on two cores
     python benchmarks/sharing.py demo --into docs/sharing.md
 
-Every model is measured before and after the same number of steps on the same text: what the whole
-model wrote itself. What it is measured on is other text. `delta` trains the low-rank factors alone, as
+Every model is measured before and after the same number of steps on the same text. What it is
+measured on is other text. `delta` trains the low-rank factors alone, as
 DeltaLLM does; `all` trains every weight, as the folded models are healed. A folded model has the number
 of blocks whose parameters are nearest to the share asked for; sub-layers that jointdrop silences are
 not counted.
@@ -33,26 +33,31 @@ from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text, seconds_text
-from deltafold.training import Rows, Settings, exam, pack, train
+from deltafold.training import Masters, Rows, Settings, exam, pack, train
 from deltafold.verbs.share_train import load_model
 
 HERE = Path(__file__).parent
 PEERS = ("shortgpt", "laco", "jointdrop")
 SHARES = (0.88, 0.76)
+HOW: dict[str, Any] = {"replace_until": 0.0}
 # (method, start, what is trained)
 SHARED = (
-    ("deltallm", "svd", "delta"),
-    ("deltallm", "activation", "delta"),
-    ("deltallm", "zero", "delta"),
     ("deltallm", "activation", "all"),
-    ("no-anchor", "activation", "delta"),
     ("no-anchor", "activation", "all"),
-    ("drop-mlp", "activation", "delta"),
+    ("deltallm", "activation", "delta"),
+    ("no-anchor", "activation", "delta"),
     ("drop-mlp", "activation", "all"),
-    ("tie", "activation", "delta"),
     ("tie", "activation", "all"),
 )
-RATES = {"delta": 1e-3, "all": 2e-4}
+DEMO = (
+    ("deltallm", "svd", "delta"),
+    ("deltallm", "zero", "delta"),
+    ("drop-mlp", "activation", "delta"),
+    ("tie", "activation", "delta"),
+)
+RATES = {"delta": 2e-3, "all": 3e-4}
+TOPIC_CHARACTERS = 1200  # of each topic; a measurement is made for each of many models
+SAMPLES = 512  # of text that the model writes itself
 TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
 
 
@@ -64,19 +69,20 @@ class Subject:
     title: str
     folder: Path
     protect: tuple[int, ...]
-    samples: int
+    text: str
     row_tokens: int
     steps: int
     batch: int
+    bf16: bool
 
 
 def subject_of(name: str, cache: Path) -> Subject:
     if name == "demo":
         folder = HERE.parent / "demo" / "models" / "base"
         title = "the demo's base (3.2 M parameters, 4 blocks)"
-        return Subject(name, title, folder, (), 512, 64, 150, 8)
+        return Subject(name, title, folder, (), "self", 64, 150, 8, False)
     title = "SmolLM2-135M-Instruct (134.5 M parameters, 30 blocks)"
-    return Subject(name, title, cache / "smollm2-base", (0, 1, -2, -1), 512, 256, 400, 8)
+    return Subject(name, title, cache / "smollm2-base", (0, 1, -2, -1), "pages", 128, 30, 4, True)
 
 
 def measured_text(subject: Subject, folder: Path) -> Path:
@@ -85,7 +91,7 @@ def measured_text(subject: Subject, folder: Path) -> Path:
         return HERE.parent / "demo" / "tasks" / "text.txt"
     path = folder / "help.txt"
     found = pydoc_data.topics.topics
-    path.write_text("\n\n".join(found[name] for name in TOPICS if name in found), encoding="utf-8")
+    path.write_text("\n\n".join(found[name][:TOPIC_CHARACTERS] for name in TOPICS if name in found), encoding="utf-8")
     return path
 
 
@@ -96,13 +102,18 @@ class Bench:
         self.subject, self.options = subject, options
         self.steps = options.steps or subject.steps
         self.text = measured_text(subject, folder)
-        self.judged = self.rows(self.text, 1_000_000)
+        self.judged = self.rows(self.text)
+        self.dtype = torch.bfloat16 if subject.bf16 else torch.float32
 
-    def rows(self, source: str | Path, samples: int) -> Rows:
+    def rows(self, source: str | Path) -> Rows:
+        samples = SAMPLES if source == "self" else 1_000_000
         found = gather_samples(
             self.subject.folder, source, samples=samples, max_tokens=self.subject.row_tokens
         )
         return pack(found, self.subject.row_tokens)
+
+    def load(self, folder: Path) -> Any:
+        return load_model(folder, self.dtype, torch.device("cpu"))
 
     def shared(self, share: float, method: str, start: str, tune: str) -> Record:
         """One `share` run."""
@@ -110,9 +121,11 @@ class Bench:
         with tempfile.TemporaryDirectory() as name:
             made = deltafold.share(
                 subject.folder, Path(name) / "shared", method, parameters=share,
-                protect=subject.protect, start=start, train="self", steps=self.steps,
-                samples=subject.samples, max_tokens=subject.row_tokens, batch=subject.batch,
-                rate=RATES[tune], tune=tune, measure=self.text,
+                protect=subject.protect, start=start, train=subject.text, steps=self.steps,
+                samples=SAMPLES if subject.text == "self" else None,
+                max_tokens=subject.row_tokens, batch=subject.batch, rate=RATES[tune], tune=tune,
+                measure=self.text, kl_share=1.0, temperature=1.0, bf16=subject.bf16,
+                check_steps=max(1, self.steps // 2), **HOW,
             )  # fmt: skip
         keep = ("parameters", "quality", "seconds", "peak_memory_bytes", "best_step", "curve",
                 "tokens_per_second_training", "weight_bytes", "exams")  # fmt: skip
@@ -126,9 +139,8 @@ class Bench:
             plan = deltafold.fold(subject.folder, folder, method, blocks=1, dry_run=True)
             blocks = max(1, round((1 - share) * plan["parameters"] / plan["block_parameters"]))
             made = deltafold.fold(subject.folder, folder, method, blocks=blocks)
-            model = load_model(folder, torch.float32, torch.device("cpu"))
-        whole = load_model(subject.folder, torch.float32, torch.device("cpu"))
-        student = Plain(model)
+            student = Plain(self.load(folder), trained=True)
+        whole = self.load(subject.folder)
         gone = made["removed"]["parameters"] + round(
             made["silenced_parameter_share"] * made["parameters"]
         )
@@ -136,8 +148,8 @@ class Bench:
             "parameters": made["parameters"] - gone,
             "quality": {"start": self.figures(student, whole)},
         }
-        learn, held = self.rows("self", subject.samples).split(0)
-        settings = Settings(self.steps, RATES["all"], subject.batch)
+        learn, held = self.rows(subject.text).split(0)
+        settings = self.settings(RATES["all"])
         state = train(student, Plain(whole).logits, learn, held, settings)
         found["quality"]["trained"] = self.figures(student, whole)
         return found | {
@@ -146,6 +158,12 @@ class Bench:
             "exams": [{"step": int(s), "ce": ce, "kl": kl} for s, ce, kl in state.exams],
         }
 
+    def settings(self, rate: float) -> Settings:
+        return Settings(
+            self.steps, rate, self.subject.batch, kl_share=1.0, temperature=1.0,
+            check_steps=max(1, self.steps // 2),
+        )  # fmt: skip
+
     def figures(self, student: Plain, whole: Any) -> Record:
         """Perplexity and KL on the measured text."""
         ce, kl = exam(student.logits, Plain(whole).logits, self.judged, torch.device("cpu"))
@@ -153,7 +171,7 @@ class Bench:
 
     def whole(self) -> Record:
         """Perplexity of the whole model."""
-        plain = Plain(load_model(self.subject.folder, torch.float32, torch.device("cpu")))
+        plain = Plain(self.load(self.subject.folder))
         ce, _ = exam(plain.logits, None, self.judged, torch.device("cpu"))
         return {
             "perplexity": math.exp(ce),
@@ -164,27 +182,32 @@ class Bench:
 class Plain:
     """An ordinary model as a student: every weight is trained."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, trained: bool = False):
         self.model = model
-        self.parameters = dict(model.named_parameters())
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+        # A sub-layer that was dropped stays so.
+        self.masters = Masters(
+            (name, each) for name, each in model.named_parameters() if trained and each.any()
+        )
+        self.parameters = self.masters.parameters
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=ids, use_cache=False).logits
 
     def begin_step(self, step: int) -> None:
         """Nothing is drawn."""
+        self.masters.round()
 
     def begin_exam(self) -> None:
         """It is always as it will be."""
+        self.masters.round()
 
 
 def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) -> None:
     """Measure what the record lacks; it is written after each cell."""
     record["whole"] = record["whole"] or bench.whole()
-    cells = [(share, *row) for share in options.shares for row in SHARED]
-    cells += [(share, peer, "fold", "all") for share in options.shares for peer in PEERS]
+    ways = [(peer, "fold", "all") for peer in PEERS] + list(SHARED)
+    ways += DEMO if bench.subject.name == "demo" else ()
+    cells = [(share, *way) for share in options.shares for way in ways]
     for share, method, start, tune in cells:
         key = {"share": share, "method": method, "start": start, "tune": tune, "steps": bench.steps}
         if options.methods and method not in options.methods:

@@ -212,33 +212,34 @@ def test_the_gradient_made_on_the_way_is_that_of_autograd(share: float, temperat
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(6, 9, generator=generator, requires_grad=True)
     other = torch.randn(6, 9, generator=generator)
-    next_ids = torch.tensor([0, 8, 3, 3, 1, 7])
-    found, ce, kl = distilled(logits, other, next_ids, share, temperature)
+    places, next_ids = torch.tensor([5, 0, 1, 3]), torch.tensor([0, 8, 3, 3])
+    found, ce, kl = distilled(logits, other, places, next_ids, share, temperature)
     found.backward()
     (got,), logits.grad = [logits.grad], None
     functional = torch.nn.functional
-    want_ce = functional.cross_entropy(logits, next_ids, reduction="sum")
+    q, p = logits[places], other[places]
+    want_ce = functional.cross_entropy(q, next_ids, reduction="sum")
     want_kl = functional.kl_div(
-        (logits / temperature).log_softmax(-1), (other / temperature).log_softmax(-1),
+        (q / temperature).log_softmax(-1), (p / temperature).log_softmax(-1),
         reduction="sum", log_target=True,
     )  # fmt: skip
     want = (1 - share) * want_ce + share * temperature**2 * want_kl
     want.backward()
     assert got is not None
     torch.testing.assert_close(got, logits.grad)
-    assert [float(found), float(ce), float(kl)] == pytest.approx(
-        [float(want), float(want_ce), float(want_kl)], rel=1e-5
+    assert [found.item(), ce.item(), kl.item()] == pytest.approx(
+        [want.item(), want_ce.item(), want_kl.item()], rel=1e-5
     )
 
 
 def test_pieces_of_a_large_vocabulary_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     logits, other = (torch.randn(7, 11, generator=generator) for _ in range(2))
-    arguments = (other, torch.arange(7), 0.5, 2.0)
+    arguments = (other, torch.arange(7), torch.arange(7), 0.5, 2.0)
     whole = distilled(logits.requires_grad_(), *arguments)
     monkeypatch.setattr("deltafold.training.distilled.PIECE_NUMBERS", 25)  # two tokens each
     pieces = distilled(logits, *arguments)
-    assert [float(x) for x in pieces] == pytest.approx([float(x) for x in whole], rel=1e-6)
+    assert [x.item() for x in pieces] == pytest.approx([x.item() for x in whole], rel=1e-6)
 
 
 def test_the_loop_learns_and_goes_on_where_it_was() -> None:

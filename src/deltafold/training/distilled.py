@@ -21,15 +21,16 @@ PIECE_NUMBERS = 1 << 22
 def distilled(
     logits: torch.Tensor,
     teacher: torch.Tensor | None,
+    places: torch.Tensor,
     next_ids: torch.Tensor,
     kl_share: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, CE, KL) summed over tokens; `logits` and `teacher` (n, vocabulary), `next_ids` (n,).
+    """(loss, CE, KL) summed over some tokens; `logits` and `teacher` are (tokens, vocabulary).
 
-    Only the loss is differentiable. CE and KL are fp64. Without a teacher KL is 0.
+    `places` (n,) are rows of both, no row twice, and `next_ids` (n,) what follows there. Only the loss is differentiable. CE and KL are fp64. Without a teacher KL is 0.
     """
-    loss, ce, kl = _Distilled.apply(logits, teacher, next_ids, kl_share, temperature)  # type: ignore[no-untyped-call]
+    loss, ce, kl = _Distilled.apply(logits, teacher, places, next_ids, kl_share, temperature)  # type: ignore[no-untyped-call]
     return loss, ce, kl
 
 
@@ -39,21 +40,22 @@ class _Distilled(torch.autograd.Function):
         ctx: Any,
         logits: torch.Tensor,
         teacher: torch.Tensor | None,
+        places: torch.Tensor,
         next_ids: torch.Tensor,
         a: float,
         t: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits) if wanted else None
+        gradient = torch.zeros_like(logits) if wanted else None
         sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
         each = max(1, PIECE_NUMBERS // logits.shape[1])
-        for first in range(0, len(logits), each):
-            at = slice(first, first + each)
+        for first in range(0, len(places), each):
+            at = places[first : first + each]
             p = None if teacher is None else teacher[at]
-            made, ce, kl = _piece(logits[at], p, next_ids[at], a, t, wanted)
+            made, ce, kl = _piece(logits[at], p, next_ids[first : first + each], a, t, wanted)
             sums += torch.stack([ce, kl])
             if gradient is not None:
-                gradient[at] = made
+                gradient[at] = made.to(gradient.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ce, kl = sums[0].clone(), sums[1].clone()
@@ -63,7 +65,7 @@ class _Distilled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: torch.Tensor, *unused: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer.to(gradient.dtype), None, None, None, None
+        return gradient * outer.to(gradient.dtype), None, None, None, None, None
 
 
 def _piece(

@@ -321,17 +321,13 @@ def losses(
 
     Only the loss is differentiable. Without a teacher KL is 0.
     """
-    at = counted[:, 1:].reshape(-1).nonzero()[:, 0]
-
-    def wanted(logits: torch.Tensor) -> torch.Tensor:
-        return logits[:, :-1].flatten(0, 1).index_select(0, at)
-
     # The teacher first: a student that draws may share its layers.
     with torch.no_grad():
-        p = None if teacher is None else wanted(teacher(ids))
-    found = wanted(student(ids))
-    next_ids = ids[:, 1:].flatten()[at]
-    return distilled(found, p, next_ids, settings.kl_share, settings.temperature)
+        p = None if teacher is None else teacher(ids).flatten(0, 1)
+    found = student(ids).flatten(0, 1)
+    next_at = counted.flatten().nonzero()[:, 0]
+    next_ids = ids.flatten()[next_at]
+    return distilled(found, p, next_at - 1, next_ids, settings.kl_share, settings.temperature)
 
 
 @torch.no_grad()
