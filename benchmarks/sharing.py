@@ -14,6 +14,7 @@ not counted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import pydoc_data.topics
@@ -39,25 +40,28 @@ from deltafold.verbs.share_train import load_model
 HERE = Path(__file__).parent
 PEERS = ("shortgpt", "laco", "jointdrop")
 SHARES = (0.88, 0.76)
-HOW: dict[str, Any] = {"replace_until": 0.0}
-# (method, start, what is trained)
-SHARED = (
-    ("deltallm", "activation", "all"),
-    ("no-anchor", "activation", "all"),
-    ("deltallm", "activation", "delta"),
-    ("no-anchor", "activation", "delta"),
-    ("drop-mlp", "activation", "all"),
-    ("tie", "activation", "all"),
-)
-DEMO = (
-    ("deltallm", "svd", "delta"),
-    ("deltallm", "zero", "delta"),
-    ("drop-mlp", "activation", "delta"),
-    ("tie", "activation", "delta"),
-)
+HOW: dict[str, Any] = {"start": "activation", "replace_until": 0.0}
+# label -> method and settings, beside HOW
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "deltallm": ("deltallm", {}),
+    "no-anchor": ("no-anchor", {}),
+    "drop-mlp": ("drop-mlp", {}),
+    "tie": ("tie", {}),
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deltallm, scaled": ("deltallm", {"scale": True}),
+    "deltallm, scaled, aligned": ("deltallm", {"scale": True, "align": True}),
+    "deltallm, scaled, fitted": ("deltallm", {"scale": True, "start": "fit"}),
+    "no-anchor, fitted": ("no-anchor", {"start": "fit"}),
+    "deltallm, replaced by and by": ("deltallm", {"replace_until": 0.5}),
+    "deltallm, svd": ("deltallm", {"start": "svd"}),
+    "deltallm, zero": ("deltallm", {"start": "zero"}),
+}
 RATES = {"delta": 2e-3, "all": 3e-4}
+DEMO_CHARACTERS = 8000
 TOPIC_CHARACTERS = 1200  # of each topic; a measurement is made for each of many models
 SAMPLES = 512  # of text that the model writes itself
+FOLD_SAMPLES = 128  # of text that tells which blocks are alike
 TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
 
 
@@ -80,7 +84,7 @@ def subject_of(name: str, cache: Path) -> Subject:
     if name == "demo":
         folder = HERE.parent / "demo" / "models" / "base"
         title = "the demo's base (3.2 M parameters, 4 blocks)"
-        return Subject(name, title, folder, (), "self", 64, 150, 8, False)
+        return Subject(name, title, folder, (), "self", 64, 60, 8, False)
     title = "SmolLM2-135M-Instruct (134.5 M parameters, 30 blocks)"
     return Subject(name, title, cache / "smollm2-base", (0, 1, -2, -1), "pages", 128, 30, 4, True)
 
@@ -88,7 +92,9 @@ def subject_of(name: str, cache: Path) -> Subject:
 def measured_text(subject: Subject, folder: Path) -> Path:
     """Text that no training saw."""
     if subject.name == "demo":
-        return HERE.parent / "demo" / "tasks" / "text.txt"
+        text = (HERE.parent / "demo" / "tasks" / "text.txt").read_text(encoding="utf-8")
+        (folder / "text.txt").write_text(text[:DEMO_CHARACTERS], encoding="utf-8")
+        return folder / "text.txt"
     path = folder / "help.txt"
     found = pydoc_data.topics.topics
     path.write_text("\n\n".join(found[name][:TOPIC_CHARACTERS] for name in TOPICS if name in found), encoding="utf-8")
@@ -115,17 +121,18 @@ class Bench:
     def load(self, folder: Path) -> Any:
         return load_model(folder, self.dtype, torch.device("cpu"))
 
-    def shared(self, share: float, method: str, start: str, tune: str) -> Record:
+    def shared(self, share: float, label: str, tune: str) -> Record:
         """One `share` run."""
         subject = self.subject
+        method, settings = (SHARED | VARIANTS)[label]
         with tempfile.TemporaryDirectory() as name:
             made = deltafold.share(
                 subject.folder, Path(name) / "shared", method, parameters=share,
-                protect=subject.protect, start=start, train=subject.text, steps=self.steps,
+                protect=subject.protect, train=subject.text, steps=self.steps,
                 samples=SAMPLES if subject.text == "self" else None,
                 max_tokens=subject.row_tokens, batch=subject.batch, rate=RATES[tune], tune=tune,
                 measure=self.text, kl_share=1.0, temperature=1.0, bf16=subject.bf16,
-                check_steps=max(1, self.steps // 2), **HOW,
+                check_steps=max(1, self.steps // 2), **(HOW | settings),
             )  # fmt: skip
         keep = ("parameters", "quality", "seconds", "peak_memory_bytes", "best_step", "curve",
                 "tokens_per_second_training", "weight_bytes", "exams")  # fmt: skip
@@ -136,9 +143,11 @@ class Bench:
         subject = self.subject
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "folded"
+            text = {"calibration": subject.text, "samples": FOLD_SAMPLES,
+                    "max_tokens": subject.row_tokens}  # fmt: skip
             plan = deltafold.fold(subject.folder, folder, method, blocks=1, dry_run=True)
             blocks = max(1, round((1 - share) * plan["parameters"] / plan["block_parameters"]))
-            made = deltafold.fold(subject.folder, folder, method, blocks=blocks)
+            made = deltafold.fold(subject.folder, folder, method, blocks=blocks, **text)
             student = Plain(self.load(folder), trained=True)
         whole = self.load(subject.folder)
         gone = made["removed"]["parameters"] + round(
@@ -205,20 +214,22 @@ class Plain:
 def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) -> None:
     """Measure what the record lacks; it is written after each cell."""
     record["whole"] = record["whole"] or bench.whole()
-    ways = [(peer, "fold", "all") for peer in PEERS] + list(SHARED)
-    ways += DEMO if bench.subject.name == "demo" else ()
-    cells = [(share, *way) for share in options.shares for way in ways]
-    for share, method, start, tune in cells:
-        key = {"share": share, "method": method, "start": start, "tune": tune, "steps": bench.steps}
-        if options.methods and method not in options.methods:
+    ways = [(label, tune) for label in [*PEERS, *SHARED] for tune in ("all", "delta")]
+    if bench.subject.name == "demo":
+        ways += [(label, tune) for label in VARIANTS for tune in ("all", "delta")]
+    for share, (label, tune) in itertools.product(options.shares, ways):
+        key = {"share": share, "method": label, "tune": tune, "steps": bench.steps}
+        if (options.methods and label not in options.methods) or tune not in options.tune:
             continue
         if any(all(row[k] == key[k] for k in key) for row in record["rows"]):
             continue
+        if label in PEERS and tune == "delta":
+            continue
         try:
             made = (
-                bench.folded(share, method)
-                if start == "fold"
-                else bench.shared(share, method, start, tune)
+                bench.folded(share, label)
+                if label in PEERS
+                else bench.shared(share, label, tune)
             )
         except DeltafoldError as error:
             made = {"unmet": str(error)}
@@ -257,11 +268,9 @@ def tables(record: Record) -> list[Table]:
 
 def line(row: Record, best: bool, whole: Record) -> list[Cell]:
     quality, name = row["quality"], row["method"]
-    if row["start"] not in ("fold", "activation"):
-        name += f", {row['start']}"
     share = row["parameters"] / whole["parameters"]
     cells: list[Cell] = [
-        f"{name} (fold)" if row["start"] == "fold" else name,
+        f"{name} (fold)" if name in PEERS else name,
         row["tune"],
         f"{row['parameters'] / 1e6:.2f} M ({percent_text(share)})",
         number_text(quality["start"]["perplexity"]),
@@ -278,6 +287,7 @@ def main() -> int:
     parser.add_argument("model", choices=("demo", "smollm2"))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--methods", nargs="+", help="Only these")
+    parser.add_argument("--tune", nargs="+", default=["all", "delta"], help="Only these")
     parser.add_argument("--steps", type=int, help="Of every training")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--record", type=Path)

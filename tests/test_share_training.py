@@ -13,15 +13,17 @@ from folding_models import write_deep
 from sharing_models import IDS
 from tiny_models import FAMILIES
 
+from deltafold.calibration.building import find_blocks
 from deltafold.checkpoint import open_checkpoint
 from deltafold.errors import NonFiniteError, UsageError
-from deltafold.sharing.initialise import INITIALISATIONS
+from deltafold.sharing.initialise import INITIALISATIONS, least_scale
 from deltafold.sharing.plan import Request, make_plan
 from deltafold.sharing.replacing import Schedule, SharedStudent
-from deltafold.training import Rows, Settings, State, pack, train
+from deltafold.training import Masters, Rows, Settings, State, pack, train
 from deltafold.training.distilled import distilled
 from deltafold.training.loop import batch_rows, losses
 from deltafold.verbs.share_job import structure_of
+from deltafold.verbs.share_fit import fit
 from deltafold.verbs.share_start import Start
 from deltafold.verbs.share_train import Model
 from deltafold.verbs.share_write import Source
@@ -46,9 +48,10 @@ def make_student(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_invariants(tmp_path: Path, family: str) -> None:
-    model, student, plan = make_student(tmp_path, family, rank=64)
+def test_invariants(tmp_path: Path, family: str, scale: bool) -> None:
+    model, student, plan = make_student(tmp_path, family, rank=64, scale=scale)
     whole = Model.load(tmp_path / "base", False, CPU).model
     expected = whole(IDS).logits
     # full rank and svd: the base model
@@ -133,6 +136,65 @@ def test_initialisations_by_hand() -> None:
     assert a.any()
     same, _ = INITIALISATIONS["zero"](difference, 1, None, "x", 0)
     assert torch.equal(a, same)
+
+
+def test_the_scale_of_a_row_is_its_least_squares() -> None:
+    anchor = torch.tensor([[1.0, 1.0], [2.0, 0.0]])
+    weight = torch.tensor([[3.0, 1.0], [-1.0, 5.0]])
+    assert least_scale(weight, anchor, None).tolist() == pytest.approx([2.0, -0.5])
+    # The second input is all that there is: each row is scaled to it.
+    second = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    assert least_scale(weight, anchor, second).tolist() == pytest.approx([1.0, 0.0])
+    assert least_scale(weight, anchor, second.diagonal()).tolist() == pytest.approx([1.0, 0.0])
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["deltallm", "no-anchor"])
+def test_a_fitted_start_writes_nearer_to_the_original(
+    tmp_path: Path, family: str, method: str
+) -> None:
+    """Of the first block that shares: what its last matrix puts out, against the original's."""
+    model, student, plan = make_student(
+        tmp_path, family, method=method, rank=6, scale=method == "deltallm"
+    )
+    blocks, _ = find_blocks(model.model, tmp_path / "base")
+    number, parts = plan.places[0].block, plan.parts
+    local = [layer for layer in plan.structure.of(number, parts) if layer.writes][-1].local
+    writer, made = blocks[number].get_submodule(local), []
+    handle = writer.register_forward_hook(lambda layer, args, out: made.append(out.detach()))
+
+    def error() -> float:
+        made.clear()
+        student.teacher(ids)
+        student.begin_exam()
+        student.logits(ids)
+        return float((made[0] - made[1]).square().sum())
+
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(5, 60, (16, 24), generator=generator)
+    before, frozen = error(), student.teacher(ids)
+    found = fit(student, blocks, plan, Rows(ids, torch.ones_like(ids).bool()), CPU, 0)
+    assert set(found) <= set(student.parameters)
+    assert found
+    assert error() < 0.9 * before
+    assert torch.equal(student.teacher(ids), frozen)
+    handle.remove()
+
+
+def test_masters_move_by_less_than_bf16_resolves() -> None:
+    layer = torch.nn.Linear(3, 1, bias=False).bfloat16()
+    layer.weight.data.fill_(1.0)
+    masters = Masters([("weight", layer.weight)])
+    optimizer = torch.optim.SGD(masters.parameters.values(), lr=1.0)
+    for _ in range(8):  # each step moves by 1/1024; bf16 near 1 has steps of 1/128
+        for _ in range(2):  # gradients of two pieces add up
+            layer(torch.full((1, 3), -1 / 2048, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        masters.round()
+    assert masters.parameters["weight"].tolist() == [[1 + 8 / 1024] * 3]
+    assert layer.weight.tolist() == [[1 + 8 / 1024] * 3]
 
 
 def test_schedule_by_hand() -> None:

@@ -121,6 +121,11 @@ class SharedStudent:
         finally:
             self._apply()
 
+    def use(self, composed: bool) -> None:
+        """Every module, or every original in its place, until the next step or exam."""
+        self._used = [composed] * len(self.swaps)
+        self._apply()
+
     def begin_step(self, step: int) -> None:
         """Draw which modules are used in this step."""
         for place, swap in enumerate(self.swaps):
@@ -133,9 +138,8 @@ class SharedStudent:
 
     def begin_exam(self) -> None:
         """Every module is used, as in the model that is written."""
-        self._used = [True] * len(self.swaps)
         self.masters.round()
-        self._apply()
+        self.use(True)
 
     def _apply(self) -> None:
         for swap, used in zip(self.swaps, self._used, strict=True):

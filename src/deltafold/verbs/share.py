@@ -50,6 +50,7 @@ def share(
     matrices: str = "mlp",
     protect: Sequence[int] = PROTECTED,
     split: float = 1.0,
+    scale: bool = False,
     start: str = "svd",
     align: bool = False,
     train: str | Path | None = None,
@@ -85,7 +86,7 @@ def share(
     """Write `model` into `output` with fewer stored parameters, at the same depth.
 
     Two of `parameters` (share kept), `shared` (blocks) and `rank` say how much, or `parameters` alone.
-    `start` is `svd`, `activation` or `zero`; `align` first puts neurons into the anchor's order.
+    `scale` lets each row of an anchor be scaled. `start` is `svd`, `activation`, `fit` or `zero`; `align` first puts neurons into the anchor's order.
     `steps` of training on `train` (a text, a data set, `general`, or by default `self`: the model's
     own); 0 writes the start. `replace_*` are p0, f and w of the schedule. `tune` `all` trains every
     weight, with a second copy of the model as the teacher. `search` tries numbers of the training
@@ -96,7 +97,7 @@ def share(
     >>> share("smollm2/", "shared/", parameters=0.88, train="text.jsonl", steps=500)  # doctest: +SKIP
     """
     out = Path(output)
-    request = Request(method, shared, rank, parameters, placement, matrices, tuple(protect), split)
+    request = Request(method, shared, rank, parameters, placement, matrices, tuple(protect), split, scale)
     request.check()
     check_start(start, align, MATRICES[matrices])
     check_tune(tune)
@@ -137,7 +138,7 @@ def share(
         identity = {
             "command": "share", "model": checkpoint.fingerprint(), "method": method,
             "shared": shared, "rank": rank, "parameters": parameters, "placement": placement,
-            "matrices": matrices, "shards": shard_bytes, "world": processes.world, **settings,
+            "matrices": matrices, "scale": scale, "shards": shard_bytes, "world": processes.world, **settings,
         }  # fmt: skip
         workspace = None
         if processes.is_main:
