@@ -97,7 +97,8 @@ def measured_text(subject: Subject, folder: Path) -> Path:
         return folder / "text.txt"
     path = folder / "help.txt"
     found = pydoc_data.topics.topics
-    path.write_text("\n\n".join(found[name][:TOPIC_CHARACTERS] for name in TOPICS if name in found), encoding="utf-8")
+    pieces = [found[name][:TOPIC_CHARACTERS] for name in TOPICS if name in found]
+    path.write_text("\n\n".join(pieces), encoding="utf-8")
     return path
 
 
@@ -227,9 +228,7 @@ def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) ->
             continue
         try:
             made = (
-                bench.folded(share, label)
-                if label in PEERS
-                else bench.shared(share, label, tune)
+                bench.folded(share, label) if label in PEERS else bench.shared(share, label, tune)
             )
         except DeltafoldError as error:
             made = {"unmet": str(error)}

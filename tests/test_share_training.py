@@ -22,8 +22,8 @@ from deltafold.sharing.replacing import Schedule, SharedStudent
 from deltafold.training import Masters, Rows, Settings, State, pack, train
 from deltafold.training.distilled import distilled
 from deltafold.training.loop import batch_rows, losses
-from deltafold.verbs.share_job import structure_of
 from deltafold.verbs.share_fit import fit
+from deltafold.verbs.share_job import structure_of
 from deltafold.verbs.share_start import Start
 from deltafold.verbs.share_train import Model
 from deltafold.verbs.share_write import Source

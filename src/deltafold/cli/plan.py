@@ -14,8 +14,8 @@ from deltafold.cli.share import (
     PlacementOption,
     ProtectOption,
     RankOption,
-    SharedOption,
     ScaleOption,
+    SharedOption,
     SplitOption,
     plan_share,
 )

@@ -50,7 +50,8 @@ def share(
     split: SplitOption = 1.0,
     scale: ScaleOption = False,
     start: Annotated[
-        str, typer.Option(help="Deltas begin as: svd, activation (whitened by inputs), fit, or zero.")
+        str,
+        typer.Option(help="Deltas begin as: svd, activation (whitened by inputs), fit, or zero."),
     ] = "svd",
     align: Annotated[
         bool, typer.Option("--align", help="First put neurons in the order of the anchor's.")

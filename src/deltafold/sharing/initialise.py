@@ -29,9 +29,8 @@ def least_scale(
 
     s_o = w_o^T G a_o / a_o^T G a_o, G = `second`: E[x x^T] or its diagonal; None: the weights alone.
     """
-    if second is None:
-        seen = anchor
-    else:
+    seen = anchor
+    if second is not None:
         seen = anchor * second if second.ndim == 1 else anchor @ second
     return (weight * seen).sum(1) / (anchor * seen).sum(1).clamp_min(1e-30)
 

@@ -28,7 +28,8 @@ def distilled(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, CE, KL) summed over some tokens; `logits` and `teacher` are (tokens, vocabulary).
 
-    `places` (n,) are rows of both, no row twice, and `next_ids` (n,) what follows there. Only the loss is differentiable. CE and KL are fp64. Without a teacher KL is 0.
+    `places` (n,) are rows of both, no row twice, and `next_ids` (n,) what follows there. Only the
+    loss is differentiable. CE and KL are fp64. Without a teacher KL is 0.
     """
     loss, ce, kl = _Distilled.apply(logits, teacher, places, next_ids, kl_share, temperature)  # type: ignore[no-untyped-call]
     return loss, ce, kl

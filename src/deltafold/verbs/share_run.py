@@ -14,8 +14,8 @@ from deltafold.record import Record
 from deltafold.sharing.plan import DELTA, Place, Plan, make_plan
 from deltafold.sharing.structure import Structure
 from deltafold.training import Processes, Rows, State, exam, pack, train
-from deltafold.verbs.share_search import Numbers, search
 from deltafold.verbs.share_fit import fit
+from deltafold.verbs.share_search import Numbers, search
 from deltafold.verbs.share_start import FIT, Start
 from deltafold.verbs.share_train import Model, quality, rounded, set_values, whole_quality
 from deltafold.verbs.share_write import Source
