@@ -30,8 +30,12 @@ METHODS = (DELTA, "no-anchor", "drop-mlp", "tie")
 PLACEMENTS = ("alternating", "sequential", "searched")
 MATRICES = {"mlp": ("mlp",), "attention": ("attention",), "both": PARTS}
 PROTECTED = (0, 1, -2, -1)
-WIDTH_A_RANK = 32
-"""With a share of parameters alone, so many blocks share that a rank of width / 32 is left to each."""
+WIDTH_A_RANK = 3
+"""With a share of parameters alone, so many blocks share that a rank of width / 3 is left to each.
+
+Of SmolLM2-135M at 88 % of its parameters, before training: KL 0.66 with 13 MLPs of rank 222, 0.94 with
+7 of rank 54 (factors without anchors).
+"""
 
 
 @dataclass(frozen=True)
