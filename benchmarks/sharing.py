@@ -1,14 +1,14 @@
 """DeltaLLM against its controls and against folding, at equal stored parameters, trained alike.
 
     python benchmarks/sharing.py demo                   # minutes; goes on where it stopped
-    python benchmarks/sharing.py smollm2                # hours on two cores
-    python benchmarks/sharing.py demo --into docs/sharing.md
+    python benchmarks/sharing.py smollm2                # an hour on one core that is free
+    python benchmarks/sharing.py demo --into docs/commands/share.md
 
-Every model is measured before and after the same number of steps on the same text. What it is
-measured on is other text. `delta` trains the low-rank factors alone, as
-DeltaLLM does; `all` trains every weight, as the folded models are healed. A folded model has the number
-of blocks whose parameters are nearest to the share asked for; sub-layers that jointdrop silences are
-not counted.
+Every model is measured before and after the same number of steps on the same text, towards the whole
+model (KL alone, at temperature 1). What it is measured on is other text. `delta` trains the low-rank
+factors alone, as DeltaLLM does; `all` trains every weight, as the folded models are healed. A folded
+model has the number of blocks whose parameters are nearest to the share asked for; sub-layers that
+jointdrop silences are not counted. SmolLM2 runs, and is measured, in bf16.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deltallm, not scaled, zero": ("deltallm", {"start": "zero"}),
 }
 RATES = {"delta": 2e-3, "all": 3e-4}
-DEMO_CHARACTERS = 8000
+DEMO_CHARACTERS = 8000  # of its held-out text
 TOPIC_CHARACTERS = 600  # of each topic; a measurement is made for each of many models
+TEXTS = {"self": "text that the whole model wrote", "pages": "the pages that come with deltafold"}
 SAMPLES = 512  # of text that the model writes itself
 FOLD_SAMPLES = 128  # of text that tells which blocks are alike
 TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
@@ -259,8 +260,9 @@ def tables(record: Record) -> list[Table]:
         about, steps = record["machine"], sorted({row["steps"] for row in record["rows"]})
         made[-1].notes += [
             f"Model: {record['model']}. {', '.join(map(str, steps))} steps of {record['batch']} rows "
-            f"of {record['row_tokens']} tokens that the whole model wrote, for every row of the table; "
-            "before and after them. KL from the whole model, nats a token. Bold: least KL after.",
+            f"of {record['row_tokens']} tokens of {record['text']}, for every row of the table; before "
+            "and after them. Trained: all weights, or deltas alone. KL from the whole model, nats a "
+            "token. Bold: least KL after.",
             f"Machine: {about['cpu']}, {about['cores']} cores, deltafold {about['deltafold']}.",
         ]
     return made
@@ -305,7 +307,7 @@ def main() -> int:
     }  # fmt: skip
     if out.is_file():
         record = json.loads(out.read_text(encoding="utf-8"))
-    record |= {"machine": machine()}
+    record |= {"machine": machine(), "text": TEXTS[subject.text]}
     try:
         with tempfile.TemporaryDirectory() as name:
             run(Bench(subject, Path(name), options), record, out, options)

@@ -251,10 +251,12 @@ def show_sharing(found: dict[str, Any]) -> None:
 
 
 def _count(found: dict[str, Any]) -> str:
+    from deltafold.cli.show import size
+
     return (
         f"{found['base_parameters']:,} -> [bold]{found['parameters']:,}[/bold] parameters "
         f"({found['parameter_share']:.1%}), of which {found['delta_parameters']:,} in deltas "
-        f"({found['delta_parameters'] * 2 / 1e6:.0f} MB in bf16)"
+        f"({size(found['delta_parameters'] * 2)} in bf16)"
     )
 
 
