@@ -16,6 +16,7 @@ from tiny_models import FAMILIES
 from deltafold.calibration.building import find_blocks
 from deltafold.checkpoint import open_checkpoint
 from deltafold.errors import NonFiniteError, UsageError
+from deltafold.sharing.form import Linear, Part
 from deltafold.sharing.initialise import INITIALISATIONS, least_scale
 from deltafold.sharing.plan import Request, make_plan
 from deltafold.sharing.replacing import Schedule, SharedStudent
@@ -24,9 +25,10 @@ from deltafold.training.distilled import distilled
 from deltafold.training.loop import batch_rows, losses
 from deltafold.verbs.share_fit import fit
 from deltafold.verbs.share_job import structure_of
-from deltafold.verbs.share_start import Start
+from deltafold.verbs.share_start import Start, composed_values
 from deltafold.verbs.share_train import Model
 from deltafold.verbs.share_write import Source
+from deltafold.whitening import output_error
 
 MOE = ("mixtral", "qwen2 moe")
 CPU = torch.device("cpu")
@@ -364,3 +366,21 @@ def test_packing() -> None:
     assert rows.counted.tolist() == [[False, False, True, True], [False, True, True, False]]
     with pytest.raises(UsageError, match="two are needed"):
         pack([Sample((1, 2))], 4).split(0)
+
+
+def test_scaled_anchors_are_never_farther_than_factors_alone() -> None:
+    generator = torch.Generator().manual_seed(6)
+    anchor, other, x = (torch.randn(n, 12, generator=generator) for n in (8, 8, 40))
+    second = x.T @ x / 40
+    for likeness in (0.0, 0.5):
+        weight = likeness * anchor + other
+        errors = []
+        for scale in (False, True):
+            entry = Linear(shape=(8, 12), scale=scale, parts=(Part(rows=8, rank=3),))
+            base = anchor if scale else torch.zeros_like(anchor)
+            found = composed_values("x", entry, weight, base, second, "activation", 0)
+            made = found["x.delta.0.b"] @ found["x.delta.0.a"]
+            if scale:
+                made += found["x.scale"][:, None] * anchor
+            errors.append(output_error(weight, made, second)[0])
+        assert errors[1] < errors[0]

@@ -5,8 +5,9 @@
     zero        B = 0, A random: the anchor's matrix as it is
 
 B and A share the singular values evenly (balanced), so that both learn at one pace. Without an anchor
-W_anchor is nothing. With scales it is diag(s) W_anchor: row for row the least squares of W by the
-anchor, which is almost nothing where the two have nothing in common.
+W_anchor is nothing. With scales it is diag(s) W_anchor, and s and the factors are found in turns: s row
+for row the least squares of what the factors leave, beginning with factors alone. It is almost nothing
+where W and its anchor have nothing in common.
 """
 
 from __future__ import annotations

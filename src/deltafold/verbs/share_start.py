@@ -21,6 +21,7 @@ from deltafold.verbs.fold_job import read_layout
 from deltafold.verbs.share_write import Source
 
 FIT = "fit"
+SCALE_ROUNDS = 3
 STARTS = (*INITIALISATIONS, FIT)
 Tensors = dict[str, torch.Tensor]
 
@@ -149,14 +150,35 @@ def composed_values(
 
     `anchor` is of the same shape; `second` E[x x^T] of the inputs, or its diagonal.
     """
+    if anchor is None or not entry.scale:
+        return _factors(
+            path, entry, weight if anchor is None else weight - anchor, second, how, seed
+        )
+    scale = torch.ones(len(anchor)) if how == "zero" else torch.zeros(len(anchor))
+    scale = scale.to(anchor)
+    made = _factors(path, entry, weight - scale[:, None] * anchor, second, how, seed)
+    for _ in range(0 if how == "zero" else SCALE_ROUNDS):
+        # Each half is the best for the other: never farther from the weight than factors alone.
+        product = torch.cat(
+            [
+                made[f"{path}.delta.{number}.b"] @ made[f"{path}.delta.{number}.a"]
+                for number in range(len(entry.parts))
+            ]
+        )
+        scale = least_scale(weight - product, anchor, second)
+        made = _factors(path, entry, weight - scale[:, None] * anchor, second, how, seed)
+    return {f"{path}.scale": scale} | made
+
+
+def _factors(
+    path: str,
+    entry: Linear,
+    weight: torch.Tensor,
+    second: torch.Tensor | None,
+    how: str,
+    seed: int,
+) -> Tensors:
     made: Tensors = {}
-    if anchor is not None:
-        if entry.scale:
-            one = how == "zero"  # the anchor's matrix as it is
-            scale = weight.new_ones(len(anchor)) if one else least_scale(weight, anchor, second)
-            made[f"{path}.scale"] = scale
-            anchor = scale[:, None] * anchor
-        weight = weight - anchor
     start = 0
     for number, part in enumerate(entry.parts):
         name = f"{path}.delta.{number}"
