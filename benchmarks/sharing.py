@@ -1,19 +1,20 @@
 """DeltaLLM against its controls and against folding, at equal stored parameters, trained alike.
 
     python benchmarks/sharing.py demo                   # minutes; goes on where it stopped
-    python benchmarks/sharing.py smollm2                # hours on two cores
-    python benchmarks/sharing.py demo --into docs/sharing.md
+    python benchmarks/sharing.py smollm2                # an hour on one core that is free
+    python benchmarks/sharing.py demo --into docs/commands/share.md
 
-Every model is measured before and after the same number of steps on the same text: what the whole
-model wrote itself. What it is measured on is other text. `delta` trains the low-rank factors alone, as
-DeltaLLM does; `all` trains every weight, as the folded models are healed. A folded model has the number
-of blocks whose parameters are nearest to the share asked for; sub-layers that jointdrop silences are
-not counted.
+Every model is measured before and after the same number of steps on the same text, towards the whole
+model (KL alone, at temperature 1). What it is measured on is other text. `delta` trains the low-rank
+factors alone, as DeltaLLM does; `all` trains every weight, as the folded models are healed. A folded
+model has the number of blocks whose parameters are nearest to the share asked for; sub-layers that
+jointdrop silences are not counted. SmolLM2 runs, and is measured, in bf16.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import pydoc_data.topics
@@ -33,26 +34,35 @@ from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text, seconds_text
-from deltafold.training import Rows, Settings, exam, pack, train
+from deltafold.training import Masters, Rows, Settings, exam, pack, train
 from deltafold.verbs.share_train import load_model
 
 HERE = Path(__file__).parent
 PEERS = ("shortgpt", "laco", "jointdrop")
 SHARES = (0.88, 0.76)
-# (method, start, what is trained)
-SHARED = (
-    ("deltallm", "svd", "delta"),
-    ("deltallm", "activation", "delta"),
-    ("deltallm", "zero", "delta"),
-    ("deltallm", "activation", "all"),
-    ("no-anchor", "activation", "delta"),
-    ("no-anchor", "activation", "all"),
-    ("drop-mlp", "activation", "delta"),
-    ("drop-mlp", "activation", "all"),
-    ("tie", "activation", "delta"),
-    ("tie", "activation", "all"),
-)
-RATES = {"delta": 1e-3, "all": 2e-4}
+HOW: dict[str, Any] = {"start": "activation", "replace_until": 0.0}
+# label -> method and settings, beside HOW
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "deltallm": ("deltallm", {"scale": True}),
+    "no-anchor": ("no-anchor", {}),
+    "drop-mlp": ("drop-mlp", {}),
+    "tie": ("tie", {}),
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deltallm, not scaled": ("deltallm", {}),
+    "deltallm, scaled, aligned": ("deltallm", {"scale": True, "align": True}),
+    "deltallm, scaled, fitted": ("deltallm", {"scale": True, "start": "fit"}),
+    "no-anchor, fitted": ("no-anchor", {"start": "fit"}),
+    "deltallm, scaled, replaced by and by": ("deltallm", {"scale": True, "replace_until": 0.5}),
+    "deltallm, not scaled, svd": ("deltallm", {"start": "svd"}),
+    "deltallm, not scaled, zero": ("deltallm", {"start": "zero"}),
+}
+RATES = {"delta": 2e-3, "all": 3e-4}
+DEMO_CHARACTERS = 8000  # of its held-out text
+TOPIC_CHARACTERS = 600  # of each topic; a measurement is made for each of many models
+TEXTS = {"self": "text that the whole model wrote", "pages": "the pages that come with deltafold"}
+SAMPLES = 512  # of text that the model writes itself
+FOLD_SAMPLES = 128  # of text that tells which blocks are alike
 TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
 
 
@@ -64,28 +74,32 @@ class Subject:
     title: str
     folder: Path
     protect: tuple[int, ...]
-    samples: int
+    text: str
     row_tokens: int
     steps: int
     batch: int
+    bf16: bool
 
 
 def subject_of(name: str, cache: Path) -> Subject:
     if name == "demo":
         folder = HERE.parent / "demo" / "models" / "base"
         title = "the demo's base (3.2 M parameters, 4 blocks)"
-        return Subject(name, title, folder, (), 512, 64, 150, 8)
+        return Subject(name, title, folder, (), "self", 64, 60, 8, False)
     title = "SmolLM2-135M-Instruct (134.5 M parameters, 30 blocks)"
-    return Subject(name, title, cache / "smollm2-base", (0, 1, -2, -1), 512, 256, 400, 8)
+    return Subject(name, title, cache / "smollm2-base", (0, 1, -2, -1), "pages", 64, 16, 4, True)
 
 
 def measured_text(subject: Subject, folder: Path) -> Path:
     """Text that no training saw."""
     if subject.name == "demo":
-        return HERE.parent / "demo" / "tasks" / "text.txt"
+        text = (HERE.parent / "demo" / "tasks" / "text.txt").read_text(encoding="utf-8")
+        (folder / "text.txt").write_text(text[:DEMO_CHARACTERS], encoding="utf-8")
+        return folder / "text.txt"
     path = folder / "help.txt"
     found = pydoc_data.topics.topics
-    path.write_text("\n\n".join(found[name] for name in TOPICS if name in found), encoding="utf-8")
+    pieces = [found[name][:TOPIC_CHARACTERS] for name in TOPICS if name in found]
+    path.write_text("\n\n".join(pieces), encoding="utf-8")
     return path
 
 
@@ -96,23 +110,31 @@ class Bench:
         self.subject, self.options = subject, options
         self.steps = options.steps or subject.steps
         self.text = measured_text(subject, folder)
-        self.judged = self.rows(self.text, 1_000_000)
+        self.judged = self.rows(self.text)
+        self.dtype = torch.bfloat16 if subject.bf16 else torch.float32
 
-    def rows(self, source: str | Path, samples: int) -> Rows:
+    def rows(self, source: str | Path) -> Rows:
+        samples = SAMPLES if source == "self" else 1_000_000
         found = gather_samples(
             self.subject.folder, source, samples=samples, max_tokens=self.subject.row_tokens
         )
         return pack(found, self.subject.row_tokens)
 
-    def shared(self, share: float, method: str, start: str, tune: str) -> Record:
+    def load(self, folder: Path) -> Any:
+        return load_model(folder, self.dtype, torch.device("cpu"))
+
+    def shared(self, share: float, label: str, tune: str) -> Record:
         """One `share` run."""
         subject = self.subject
+        method, settings = (SHARED | VARIANTS)[label]
         with tempfile.TemporaryDirectory() as name:
             made = deltafold.share(
                 subject.folder, Path(name) / "shared", method, parameters=share,
-                protect=subject.protect, start=start, train="self", steps=self.steps,
-                samples=subject.samples, max_tokens=subject.row_tokens, batch=subject.batch,
-                rate=RATES[tune], tune=tune, measure=self.text,
+                protect=subject.protect, train=subject.text, steps=self.steps,
+                samples=SAMPLES if subject.text == "self" else None,
+                max_tokens=subject.row_tokens, batch=subject.batch, rate=RATES[tune], tune=tune,
+                measure=self.text, kl_share=1.0, temperature=1.0, bf16=subject.bf16,
+                check_steps=max(1, self.steps // 2), **(HOW | settings),
             )  # fmt: skip
         keep = ("parameters", "quality", "seconds", "peak_memory_bytes", "best_step", "curve",
                 "tokens_per_second_training", "weight_bytes", "exams")  # fmt: skip
@@ -123,12 +145,13 @@ class Bench:
         subject = self.subject
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "folded"
+            text = {"calibration": subject.text, "samples": FOLD_SAMPLES,
+                    "max_tokens": subject.row_tokens}  # fmt: skip
             plan = deltafold.fold(subject.folder, folder, method, blocks=1, dry_run=True)
             blocks = max(1, round((1 - share) * plan["parameters"] / plan["block_parameters"]))
-            made = deltafold.fold(subject.folder, folder, method, blocks=blocks)
-            model = load_model(folder, torch.float32, torch.device("cpu"))
-        whole = load_model(subject.folder, torch.float32, torch.device("cpu"))
-        student = Plain(model)
+            made = deltafold.fold(subject.folder, folder, method, blocks=blocks, **text)
+            student = Plain(self.load(folder), trained=True)
+        whole = self.load(subject.folder)
         gone = made["removed"]["parameters"] + round(
             made["silenced_parameter_share"] * made["parameters"]
         )
@@ -136,8 +159,8 @@ class Bench:
             "parameters": made["parameters"] - gone,
             "quality": {"start": self.figures(student, whole)},
         }
-        learn, held = self.rows("self", subject.samples).split(0)
-        settings = Settings(self.steps, RATES["all"], subject.batch)
+        learn, held = self.rows(subject.text).split(0)
+        settings = self.settings(RATES["all"])
         state = train(student, Plain(whole).logits, learn, held, settings)
         found["quality"]["trained"] = self.figures(student, whole)
         return found | {
@@ -146,6 +169,12 @@ class Bench:
             "exams": [{"step": int(s), "ce": ce, "kl": kl} for s, ce, kl in state.exams],
         }
 
+    def settings(self, rate: float) -> Settings:
+        return Settings(
+            self.steps, rate, self.subject.batch, kl_share=1.0, temperature=1.0,
+            check_steps=max(1, self.steps // 2),
+        )  # fmt: skip
+
     def figures(self, student: Plain, whole: Any) -> Record:
         """Perplexity and KL on the measured text."""
         ce, kl = exam(student.logits, Plain(whole).logits, self.judged, torch.device("cpu"))
@@ -153,7 +182,7 @@ class Bench:
 
     def whole(self) -> Record:
         """Perplexity of the whole model."""
-        plain = Plain(load_model(self.subject.folder, torch.float32, torch.device("cpu")))
+        plain = Plain(self.load(self.subject.folder))
         ce, _ = exam(plain.logits, None, self.judged, torch.device("cpu"))
         return {
             "perplexity": math.exp(ce),
@@ -164,38 +193,44 @@ class Bench:
 class Plain:
     """An ordinary model as a student: every weight is trained."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, trained: bool = False):
         self.model = model
-        self.parameters = dict(model.named_parameters())
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+        # A sub-layer that was dropped stays so.
+        self.masters = Masters(
+            (name, each) for name, each in model.named_parameters() if trained and each.any()
+        )
+        self.parameters = self.masters.parameters
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=ids, use_cache=False).logits
 
     def begin_step(self, step: int) -> None:
         """Nothing is drawn."""
+        self.masters.round()
 
     def begin_exam(self) -> None:
         """It is always as it will be."""
+        self.masters.round()
 
 
 def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) -> None:
     """Measure what the record lacks; it is written after each cell."""
     record["whole"] = record["whole"] or bench.whole()
-    cells = [(share, *row) for share in options.shares for row in SHARED]
-    cells += [(share, peer, "fold", "all") for share in options.shares for peer in PEERS]
-    for share, method, start, tune in cells:
-        key = {"share": share, "method": method, "start": start, "tune": tune, "steps": bench.steps}
-        if options.methods and method not in options.methods:
+    labels = options.methods or [*SHARED, *PEERS]
+    ways = [(label, tune) for label in labels for tune in ("all", "delta")]
+    if bench.subject.name == "demo" and not options.methods:
+        ways += [(label, tune) for label in VARIANTS for tune in ("all", "delta")]
+    for share, (label, tune) in itertools.product(options.shares, ways):
+        key = {"share": share, "method": label, "tune": tune, "steps": bench.steps}
+        if tune not in options.tune:
             continue
         if any(all(row[k] == key[k] for k in key) for row in record["rows"]):
             continue
+        if label in PEERS and tune == "delta":
+            continue
         try:
             made = (
-                bench.folded(share, method)
-                if start == "fold"
-                else bench.shared(share, method, start, tune)
+                bench.folded(share, label) if label in PEERS else bench.shared(share, label, tune)
             )
         except DeltafoldError as error:
             made = {"unmet": str(error)}
@@ -225,8 +260,9 @@ def tables(record: Record) -> list[Table]:
         about, steps = record["machine"], sorted({row["steps"] for row in record["rows"]})
         made[-1].notes += [
             f"Model: {record['model']}. {', '.join(map(str, steps))} steps of {record['batch']} rows "
-            f"of {record['row_tokens']} tokens that the whole model wrote, for every row of the table; "
-            "before and after them. KL from the whole model, nats a token. Bold: least KL after.",
+            f"of {record['row_tokens']} tokens of {record['text']}, for every row of the table; before "
+            "and after them. Trained: all weights, or deltas alone. KL from the whole model, nats a "
+            "token. Bold: least KL after.",
             f"Machine: {about['cpu']}, {about['cores']} cores, deltafold {about['deltafold']}.",
         ]
     return made
@@ -234,11 +270,9 @@ def tables(record: Record) -> list[Table]:
 
 def line(row: Record, best: bool, whole: Record) -> list[Cell]:
     quality, name = row["quality"], row["method"]
-    if row["start"] not in ("fold", "activation"):
-        name += f", {row['start']}"
     share = row["parameters"] / whole["parameters"]
     cells: list[Cell] = [
-        f"{name} (fold)" if row["start"] == "fold" else name,
+        f"{name} (fold)" if name in PEERS else name,
         row["tune"],
         f"{row['parameters'] / 1e6:.2f} M ({percent_text(share)})",
         number_text(quality["start"]["perplexity"]),
@@ -255,6 +289,7 @@ def main() -> int:
     parser.add_argument("model", choices=("demo", "smollm2"))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--methods", nargs="+", help="Only these")
+    parser.add_argument("--tune", nargs="+", default=["all", "delta"], help="Only these")
     parser.add_argument("--steps", type=int, help="Of every training")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--record", type=Path)
@@ -272,7 +307,7 @@ def main() -> int:
     }  # fmt: skip
     if out.is_file():
         record = json.loads(out.read_text(encoding="utf-8"))
-    record |= {"machine": machine()}
+    record |= {"machine": machine(), "text": TEXTS[subject.text]}
     try:
         with tempfile.TemporaryDirectory() as name:
             run(Bench(subject, Path(name), options), record, out, options)

@@ -55,10 +55,13 @@ def test_every_family_is_shared_trained_and_loads(tmp_path: Path, family: str) -
     assert again["curve"] == record["curve"]
 
 
-@pytest.mark.parametrize("method", ["no-anchor", "drop-mlp", "tie"])
-def test_controls_are_written_and_dense_is_the_same_model(tmp_path: Path, method: str) -> None:
-    base, text = model_and_text(tmp_path)
-    options = TINY | {"shared": 1, "rank": 20}
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["deltallm", "no-anchor", "drop-mlp", "tie"])
+def test_methods_are_written_and_dense_is_the_same_model(
+    tmp_path: Path, method: str, family: str
+) -> None:
+    base, text = model_and_text(tmp_path, family)
+    options = TINY | {"shared": 1, "rank": 20, "scale": True}
     record = share(base, tmp_path / "shared", method, train=text, steps=2, **options)
     share(base, tmp_path / "dense", method, train=text, steps=2, dense=True, **options)
     from transformers import AutoModelForCausalLM
@@ -123,7 +126,7 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
 
 
-@pytest.mark.parametrize("start", ["svd", "activation", "zero"])
+@pytest.mark.parametrize("start", ["svd", "activation", "fit", "zero"])
 @pytest.mark.parametrize("align", [False, True])
 def test_starts_without_training(tmp_path: Path, start: str, align: bool) -> None:
     base, text = model_and_text(tmp_path)

@@ -13,17 +13,22 @@ from folding_models import write_deep
 from sharing_models import IDS
 from tiny_models import FAMILIES
 
+from deltafold.calibration.building import find_blocks
 from deltafold.checkpoint import open_checkpoint
 from deltafold.errors import NonFiniteError, UsageError
-from deltafold.sharing.initialise import INITIALISATIONS
+from deltafold.sharing.form import Linear, Part
+from deltafold.sharing.initialise import INITIALISATIONS, least_scale
 from deltafold.sharing.plan import Request, make_plan
 from deltafold.sharing.replacing import Schedule, SharedStudent
-from deltafold.training import Rows, Settings, State, pack, train
+from deltafold.training import Masters, Rows, Settings, State, pack, train
+from deltafold.training.distilled import distilled
 from deltafold.training.loop import batch_rows, losses
+from deltafold.verbs.share_fit import fit
 from deltafold.verbs.share_job import structure_of
-from deltafold.verbs.share_start import Start
+from deltafold.verbs.share_start import Start, composed_values
 from deltafold.verbs.share_train import Model
 from deltafold.verbs.share_write import Source
+from deltafold.whitening import output_error
 
 MOE = ("mixtral", "qwen2 moe")
 CPU = torch.device("cpu")
@@ -45,9 +50,10 @@ def make_student(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_invariants(tmp_path: Path, family: str) -> None:
-    model, student, plan = make_student(tmp_path, family, rank=64)
+def test_invariants(tmp_path: Path, family: str, scale: bool) -> None:
+    model, student, plan = make_student(tmp_path, family, rank=64, scale=scale)
     whole = Model.load(tmp_path / "base", False, CPU).model
     expected = whole(IDS).logits
     # full rank and svd: the base model
@@ -134,6 +140,65 @@ def test_initialisations_by_hand() -> None:
     assert torch.equal(a, same)
 
 
+def test_the_scale_of_a_row_is_its_least_squares() -> None:
+    anchor = torch.tensor([[1.0, 1.0], [2.0, 0.0]])
+    weight = torch.tensor([[3.0, 1.0], [-1.0, 5.0]])
+    assert least_scale(weight, anchor, None).tolist() == pytest.approx([2.0, -0.5])
+    # The second input is all that there is: each row is scaled to it.
+    second = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    assert least_scale(weight, anchor, second).tolist() == pytest.approx([1.0, 0.0])
+    assert least_scale(weight, anchor, second.diagonal()).tolist() == pytest.approx([1.0, 0.0])
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["deltallm", "no-anchor"])
+def test_a_fitted_start_writes_nearer_to_the_original(
+    tmp_path: Path, family: str, method: str
+) -> None:
+    """Of the first block that shares: what its last matrix puts out, against the original's."""
+    model, student, plan = make_student(
+        tmp_path, family, method=method, rank=6, scale=method == "deltallm"
+    )
+    blocks, _ = find_blocks(model.model, tmp_path / "base")
+    number, parts = plan.places[0].block, plan.parts
+    local = [layer for layer in plan.structure.of(number, parts) if layer.writes][-1].local
+    writer, made = blocks[number].get_submodule(local), []
+    handle = writer.register_forward_hook(lambda layer, args, out: made.append(out.detach()))
+
+    def error() -> float:
+        made.clear()
+        student.teacher(ids)
+        student.begin_exam()
+        student.logits(ids)
+        return float((made[0] - made[1]).square().sum())
+
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(5, 60, (16, 24), generator=generator)
+    before, frozen = error(), student.teacher(ids)
+    found = fit(student, blocks, plan, Rows(ids, torch.ones_like(ids).bool()), CPU, 0)
+    assert set(found) <= set(student.parameters)
+    assert found
+    assert error() < 0.9 * before
+    assert torch.equal(student.teacher(ids), frozen)
+    handle.remove()
+
+
+def test_masters_move_by_less_than_bf16_resolves() -> None:
+    layer = torch.nn.Linear(3, 1, bias=False).bfloat16()
+    layer.weight.data.fill_(1.0)
+    masters = Masters([("weight", layer.weight)])
+    optimizer = torch.optim.SGD(masters.parameters.values(), lr=1.0)
+    for _ in range(8):  # each step moves by 1/1024; bf16 near 1 has steps of 1/128
+        for _ in range(2):  # gradients of two pieces add up
+            layer(torch.full((1, 3), -1 / 2048, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        masters.round()
+    assert masters.parameters["weight"].tolist() == [[1 + 8 / 1024] * 3]
+    assert layer.weight.tolist() == [[1 + 8 / 1024] * 3]
+
+
 def test_schedule_by_hand() -> None:
     schedule = Schedule(0.3, 0.5, 0.5)  # T = 100, n = 3: ramps of 25 steps, starts at 0, 12.5, 25
     for step, place, expected in (
@@ -197,10 +262,48 @@ def test_the_loss_by_hand() -> None:
     ids, counted = torch.tensor([[0, 1, 1]]), torch.tensor([[False, True, True]])
     p = torch.tensor([[0.0, math.log(3.0)], [0.0, math.log(3.0)]])
     with torch.no_grad():
-        ce, kl = losses(student.logits, lambda n: p[n], ids, counted, Settings(1, temperature=1.0))
+        _, ce, kl = losses(
+            student.logits, lambda n: p[n], ids, counted, Settings(1, temperature=1.0)
+        )
     # after 0: q = (1/2, 1/2), p = (1/4, 3/4); after 1: q = p = (1/4, 3/4); the next is 1 twice
     assert float(ce) == pytest.approx(math.log(2) - math.log(0.75), rel=1e-5)
     assert float(kl) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_gradient_made_on_the_way_is_that_of_autograd(share: float, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, 9, generator=generator, requires_grad=True)
+    other = torch.randn(6, 9, generator=generator)
+    places, next_ids = torch.tensor([5, 0, 1, 3]), torch.tensor([0, 8, 3, 3])
+    found, ce, kl = distilled(logits, other, places, next_ids, share, temperature)
+    found.backward()
+    (got,), logits.grad = [logits.grad], None
+    functional = torch.nn.functional
+    q, p = logits[places], other[places]
+    want_ce = functional.cross_entropy(q, next_ids, reduction="sum")
+    want_kl = functional.kl_div(
+        (q / temperature).log_softmax(-1), (p / temperature).log_softmax(-1),
+        reduction="sum", log_target=True,
+    )  # fmt: skip
+    want = (1 - share) * want_ce + share * temperature**2 * want_kl
+    want.backward()
+    assert got is not None
+    torch.testing.assert_close(got, logits.grad)
+    assert [found.item(), ce.item(), kl.item()] == pytest.approx(
+        [want.item(), want_ce.item(), want_kl.item()], rel=1e-5
+    )
+
+
+def test_pieces_of_a_large_vocabulary_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits, other = (torch.randn(7, 11, generator=generator) for _ in range(2))
+    arguments = (other, torch.arange(7), torch.arange(7), 0.5, 2.0)
+    whole = distilled(logits.requires_grad_(), *arguments)
+    monkeypatch.setattr("deltafold.training.distilled.PIECE_NUMBERS", 25)  # two tokens each
+    pieces = distilled(logits, *arguments)
+    assert [x.item() for x in pieces] == pytest.approx([x.item() for x in whole], rel=1e-6)
 
 
 def test_the_loop_learns_and_goes_on_where_it_was() -> None:
@@ -263,3 +366,21 @@ def test_packing() -> None:
     assert rows.counted.tolist() == [[False, False, True, True], [False, True, True, False]]
     with pytest.raises(UsageError, match="two are needed"):
         pack([Sample((1, 2))], 4).split(0)
+
+
+def test_scaled_anchors_are_never_farther_than_factors_alone() -> None:
+    generator = torch.Generator().manual_seed(6)
+    anchor, other, x = (torch.randn(n, 12, generator=generator) for n in (8, 8, 40))
+    second = x.T @ x / 40
+    for likeness in (0.0, 0.5):
+        weight = likeness * anchor + other
+        errors = []
+        for scale in (False, True):
+            entry = Linear(shape=(8, 12), scale=scale, parts=(Part(rows=8, rank=3),))
+            base = anchor if scale else torch.zeros_like(anchor)
+            found = composed_values("x", entry, weight, base, second, "activation", 0)
+            made = found["x.delta.0.b"] @ found["x.delta.0.a"]
+            if scale:
+                made += found["x.scale"][:, None] * anchor
+            errors.append(output_error(weight, made, second)[0])
+        assert errors[1] < errors[0]

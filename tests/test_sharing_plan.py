@@ -80,16 +80,18 @@ def test_placements() -> None:
     assert pairs(sequential) == [(7, 6), (8, 6), (9, 6)]
     costs = {2: 0.5, 3: 0.1, 4: 0.2, 5: 0.05, 6: 0.3, 7: 0.9, 8: 0.01, 9: 0.02}
     searched = make_plan(small(), Request(shared=3, rank=1, placement="searched"), costs)
-    # 8 first, then 5, then 3: 9 neighbours 8, and 4 neighbours 5
-    assert pairs(searched) == [(3, 2), (5, 4), (8, 7)]
+    # 8 first, then 9, then 5; before 9 stands a delta, so it refers to 7, too
+    assert pairs(searched) == [(5, 4), (8, 7), (9, 7)]
     every = {block for plan in (sequential, searched) for block, _ in pairs(plan)}
     assert not every & {0, 1, 10, 11}
 
 
-@pytest.mark.parametrize("placement", ["alternating", "sequential"])
+@pytest.mark.parametrize("placement", ["alternating", "sequential", "searched"])
 def test_an_anchor_is_never_a_delta(placement: str) -> None:
+    costs = {block: (7 * block % 11) / 11 for block in range(1, 13)}
     for shared in range(1, 5):
-        plan = make_plan(small(13), Request(shared=shared, rank=1, placement=placement))
+        request = Request(shared=shared, rank=1, placement=placement)
+        plan = make_plan(small(13), request, costs)
         assert not {b for b, _ in pairs(plan)} & {anchor for _, anchor in pairs(plan)}
         assert all(anchor < block for block, anchor in pairs(plan) if anchor is not None)
 

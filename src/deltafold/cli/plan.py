@@ -14,6 +14,7 @@ from deltafold.cli.share import (
     PlacementOption,
     ProtectOption,
     RankOption,
+    ScaleOption,
     SharedOption,
     SplitOption,
     plan_share,
@@ -43,6 +44,7 @@ def plan(
     matrices: MatricesOption = "mlp",
     protect: ProtectOption = "0,1,-2,-1",
     split: SplitOption = 1.0,
+    scale: ScaleOption = False,
     file_ratio: o.FileRatioOption = None,
     nominal_ratio: o.NominalRatioOption = None,
     n_bytes: o.BytesOption = None,
@@ -60,8 +62,9 @@ def plan(
         if finetuned is not None:
             raise UsageError(f"{method} is for one model, so {finetuned} is not needed.")
         plan_share(
-            base, method, shared, rank, parameters, placement, matrices, protect, split, json_output
-        )
+            base, method, shared, rank, parameters, placement, matrices, protect, split, scale,
+            json_output,
+        )  # fmt: skip
         return
     if finetuned is None:
         raise UsageError(

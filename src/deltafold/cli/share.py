@@ -29,6 +29,10 @@ SplitOption = Annotated[
     float, typer.Option(help="Rank of down and output projections over that of the others.")
 ]
 
+ScaleOption = Annotated[
+    bool, typer.Option("--scale", help="Scale each row of an anchor by a number of its own.")
+]
+
 
 def share(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint: folder or hub id.")],
@@ -44,8 +48,10 @@ def share(
     matrices: MatricesOption = "mlp",
     protect: ProtectOption = "0,1,-2,-1",
     split: SplitOption = 1.0,
+    scale: ScaleOption = False,
     start: Annotated[
-        str, typer.Option(help="Deltas begin as: svd, activation (whitened by inputs), or zero.")
+        str,
+        typer.Option(help="Deltas begin as: svd, activation (whitened by inputs), fit, or zero."),
     ] = "svd",
     align: Annotated[
         bool, typer.Option("--align", help="First put neurons in the order of the anchor's.")
@@ -153,6 +159,7 @@ def share(
             matrices=matrices,
             protect=block_numbers(protect),
             split=split,
+            scale=scale,
             start=start,
             align=align,
             train=train,
@@ -208,6 +215,7 @@ def plan_share(
     matrices: str,
     protect: str,
     split: float,
+    scale: bool,
     json_output: bool,
 ) -> None:
     """`deltafold plan CONFIG_OR_MODEL --method deltallm`: exact counts from a config alone."""
@@ -215,8 +223,9 @@ def plan_share(
     from deltafold.verbs.share_job import plan_sharing
 
     request = Request(
-        method, shared, rank, parameters, placement, matrices, tuple(block_numbers(protect)), split
-    )
+        method, shared, rank, parameters, placement, matrices, tuple(block_numbers(protect)),
+        split, scale,
+    )  # fmt: skip
     found = plan_sharing(source, request)
     if json_output:
         import json
@@ -242,10 +251,12 @@ def show_sharing(found: dict[str, Any]) -> None:
 
 
 def _count(found: dict[str, Any]) -> str:
+    from deltafold.cli.show import size
+
     return (
         f"{found['base_parameters']:,} -> [bold]{found['parameters']:,}[/bold] parameters "
         f"({found['parameter_share']:.1%}), of which {found['delta_parameters']:,} in deltas "
-        f"({found['delta_parameters'] * 2 / 1e6:.0f} MB in bf16)"
+        f"({size(found['delta_parameters'] * 2)} in bf16)"
     )
 
 

@@ -4,13 +4,14 @@
       "model.layers.3.mlp.up_proj": {
         "shape": [8192, 3072],                        out x in
         "weight": "model.layers.2.mlp.up_proj",       "own", another module's, or null: nothing
+        "scale": true,                                rows of that weight are scaled, each by a number
         "bias": false, "transposed": false,           a bias is always own
         "parts": [{"rows": 8192, "rank": 100, "a": null, "b": null}]
       }, ...
 
 A part is some rows with factors of rank r: A (r, in) and B (rows, r). Null: own. Else the name of the
 factor's owner, such as "model.layers.2.mlp.up_proj.delta.0". Own tensors go by the names NAME.weight,
-NAME.bias, NAME.delta.N.a and NAME.delta.N.b; everything else in the file is the model's as it was.
+NAME.bias, NAME.scale, NAME.delta.N.a and NAME.delta.N.b; everything else in the file is the model's as it was.
 
     "experts": {
       "model.layers.3.mlp.experts.down_proj":          a parameter of stacked experts, count x out x in
@@ -53,6 +54,7 @@ class Linear(_Frozen):
 
     shape: tuple[int, int]
     weight: str | None = None
+    scale: bool = False
     bias: bool = False
     transposed: bool = False
     parts: tuple[Part, ...] = ()
@@ -72,7 +74,9 @@ class Linear(_Frozen):
         yield from self.factors(name)
 
     def factors(self, name: str) -> Iterator[tuple[str, Shape]]:
-        """(name, shape) of the factors that the layer owns."""
+        """(name, shape) of the scale and the factors that the layer owns."""
+        if self.scale:
+            yield f"{name}.scale", self.shape[:1]
         for number, part in enumerate(self.parts):
             if part.a is None:
                 yield f"{name}.delta.{number}.a", (part.rank, self.shape[1])
@@ -122,7 +126,7 @@ class Form(_Frozen):
         }
 
     def factors(self) -> dict[str, Shape]:
-        """Names and shapes of all low-rank factors."""
+        """Names and shapes of all low-rank factors, and of scales."""
         return {
             name: shape
             for path, linear in self.linears.items()

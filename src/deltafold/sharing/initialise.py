@@ -5,7 +5,9 @@
     zero        B = 0, A random: the anchor's matrix as it is
 
 B and A share the singular values evenly (balanced), so that both learn at one pace. Without an anchor
-W_anchor is nothing.
+W_anchor is nothing. With scales it is diag(s) W_anchor, and s and the factors are found in turns: s row
+for row the least squares of what the factors leave, beginning with factors alone. It is almost nothing
+where W and its anchor have nothing in common.
 """
 
 from __future__ import annotations
@@ -19,6 +21,19 @@ from deltafold.whitening import whitened_svd
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A (rank, in), B (rows, rank), fp32."""
+
+
+def least_scale(
+    weight: torch.Tensor, anchor: torch.Tensor, second: torch.Tensor | None
+) -> torch.Tensor:
+    """s (out,) for which diag(s) `anchor` is nearest to `weight`, both (out, in), in their outputs.
+
+    s_o = w_o^T G a_o / a_o^T G a_o, G = `second`: E[x x^T] or its diagonal; None: the weights alone.
+    """
+    seen = anchor
+    if second is not None:
+        seen = anchor * second if second.ndim == 1 else anchor @ second
+    return (weight * seen).sum(1) / (anchor * seen).sum(1).clamp_min(1e-30)
 
 
 def svd(

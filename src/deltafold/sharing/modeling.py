@@ -2,6 +2,8 @@
 
     y = W x + bias,   W = [own weight | another module's weight | nothing] + sum over parts of B A
 
+Rows of another module's weight may be scaled, each by a number of the layer's own.
+
 The rows of W are cut into parts (query, key and value of a fused projection), each with factors of
 its own: A (rank, in) and B (rows, rank), or those of another module. What belongs to another module
 is referred to, never owned: it is in memory and in the file once. `config.deltafold` says how each
@@ -64,6 +66,7 @@ class ComposedLinear(nn.Module):
         if entry.get("weight") == "own":
             self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(self.out_features)) if entry.get("bias") else None
+        self.scale = nn.Parameter(torch.empty(self.out_features)) if entry.get("scale") else None
         self.delta = nn.ModuleList(parts)
 
     def base_weight(self) -> torch.Tensor | None:
@@ -74,7 +77,7 @@ class ComposedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(.., in) -> (.., out)"""
-        weight, bias = self.base_weight(), self.bias
+        weight, bias = self.base_weight(), None if self.scale is not None else self.bias
         if weight is None:
             y = x.new_zeros(*x.shape[:-1], self.out_features)
             y = y if bias is None else y + bias
@@ -84,6 +87,9 @@ class ComposedLinear(nn.Module):
             y = flat.view(*x.shape[:-1], self.out_features)
         else:
             y = nn.functional.linear(x, weight.to(x.device), bias)
+        if self.scale is not None:
+            y = y * self.scale.to(y.device, y.dtype)
+            y = y if self.bias is None else y + self.bias
         if not self.delta:
             return y
         made = [part(x) for part in self.delta]
@@ -98,6 +104,8 @@ class ComposedLinear(nn.Module):
             dense = torch.zeros(shape, device=device)
         else:
             dense = (weight.T if self.transposed else weight).float().clone()
+        if self.scale is not None:
+            dense *= self.scale[:, None].to(dense)
         start = 0
         for part in self.delta:
             a, b = part.factors()  # type: ignore[operator]

@@ -2,7 +2,7 @@
 
     alternating   . . A d A d A d . .        A anchor, d delta, . as it is
     sequential    . . . A d d d d . .
-    searched      deltas where they cost least, each after the nearest block that is none
+    searched      deltas where they cost least, each with the nearest block before it that is none
 
 The deepest blocks come first. The first two and the last two are protected: never deltas. Parameters
 are those of the base, less the weights of shared layers, plus r (out + in) for each matrix.
@@ -30,8 +30,12 @@ METHODS = (DELTA, "no-anchor", "drop-mlp", "tie")
 PLACEMENTS = ("alternating", "sequential", "searched")
 MATRICES = {"mlp": ("mlp",), "attention": ("attention",), "both": PARTS}
 PROTECTED = (0, 1, -2, -1)
-WIDTH_A_RANK = 32
-"""With a share of parameters alone, so many blocks share that a rank of width / 32 is left to each."""
+WIDTH_A_RANK = 3
+"""With a share of parameters alone, so many blocks share that a rank of width / 3 is left to each.
+
+Of SmolLM2-135M at 88 % of its parameters, before training: KL 0.66 with 13 MLPs of rank 222, 0.94 with
+7 of rank 54 (factors without anchors).
+"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Request:
     """What is asked for: two of `shared` (blocks), `rank` and `parameters` (share kept), or the last.
 
     `split` is the rank of what writes into the hidden states (down, o) over that of what reads.
+    `scale` gives each row of a shared matrix a number of its own that the anchor's row is scaled by.
     """
 
     method: str = DELTA
@@ -49,6 +54,7 @@ class Request:
     matrices: str = "mlp"
     protect: tuple[int, ...] = PROTECTED
     split: float = 1.0
+    scale: bool = False
 
     def check(self) -> None:
         """Raises UsageError."""
@@ -103,6 +109,11 @@ class Plan:
         return MATRICES[self.request.matrices]
 
     @property
+    def scaled(self) -> bool:
+        """Whether anchors' rows are scaled: those of the controls are not."""
+        return self.request.scale and self.request.method == DELTA
+
+    @property
     def shared_parameters(self) -> int:
         """Weights that are not stored any more."""
         return sum(
@@ -113,9 +124,10 @@ class Plan:
 
     @property
     def delta_parameters(self) -> int:
-        """Numbers in factors."""
+        """Numbers in factors and scales."""
         return sum(
             layer.factor_cost(place.write_rank if layer.writes else place.read_rank)
+            + self.scaled * layer.shape[0]
             for place in self.places
             for layer in self.structure.of(place.block, self.parts)
         )
@@ -155,6 +167,7 @@ class Plan:
                 linears[self.structure.path(place.block, layer.local)] = Linear(
                     shape=layer.shape,
                     weight=anchor,
+                    scale=self.scaled,
                     bias=layer.bias,
                     transposed=layer.transposed,
                     parts=parts,
@@ -170,6 +183,7 @@ class Plan:
                 "placement": self.request.placement,
                 "matrices": self.request.matrices,
                 "split": self.request.split,
+                "scale": self.scaled,
             },
             "blocks": self.structure.depth,
             "places": [
@@ -231,7 +245,8 @@ def _control(plan: Plan) -> Plan:
         for place in sorted(plan.places, key=lambda place: -place.block)
     ]
     each = sum(layer.weights for layer in plan.structure.of(bare[0].block, plan.parts))
-    gone = plan.structure.parameters - plan.parameters
+    main = replace(plan, request=replace(plan.request, method=DELTA))
+    gone = plan.structure.parameters - main.parameters
     count = math.ceil(gone / each)
     left = count * each - gone
     rank = _rank_for(plan.structure, plan.parts, bare[count - 1].block, left)
@@ -264,11 +279,15 @@ def _pairs(
             "The placement searched measures what each block costs, for which it needs weights and "
             "text: it is made by share, and plan does alternating and sequential."
         )
-    taken: list[int] = []
-    for block in sorted((n for n in free if n in costs), key=lambda n: (costs[n], -n)):
-        if block - 1 not in taken and block + 1 not in taken:
-            taken.append(block)
-    return [(block, block - 1) for block in taken]
+    order = sorted((n for n in free if n in costs), key=lambda n: (costs[n], -n))
+    most = len(order) if request.shared is None else min(request.shared, len(order))
+    count = most if request.shared else _count_and_rank(structure, request, _before(order))[0]
+    return _before(order[:count])
+
+
+def _before(deltas: Sequence[int]) -> list[tuple[int, int]]:
+    """(delta, the nearest block before it that is none), in the order given."""
+    return [(block, max(set(range(block)) - set(deltas))) for block in deltas]
 
 
 def _sequential_count(structure: Structure, request: Request, free: Sequence[int]) -> int:
@@ -290,7 +309,7 @@ def _count_and_rank(
             "ask for fewer, or protect fewer."
         )
     layers = structure.of(pairs[0][0], parts)
-    each = sum(layer.weights for layer in layers)
+    each = sum(layer.weights - request.scale * layer.shape[0] for layer in layers)
     largest = max(min(*layer.shape) for layer in layers)
     if request.rank is not None and request.rank > largest:
         raise UsageError(f"rank {request.rank} is more than these matrices have ({largest}).")

@@ -20,6 +20,7 @@ from torch import nn
 
 from deltafold.coding.counter import derive_key, random_u64
 from deltafold.errors import UsageError
+from deltafold.training.masters import Masters
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,18 @@ class SharedStudent:
     """
 
     def __init__(
-        self, model: Any, swaps: Sequence[Swap], schedule: Schedule, steps: int, seed: int
+        self,
+        model: Any,
+        swaps: Sequence[Swap],
+        schedule: Schedule,
+        steps: int,
+        seed: int,
+        masters: Masters,
     ):
         self.model, self.swaps, self.schedule = model, list(swaps), schedule
         self.steps, self.seed = steps, seed
         self._used = [True] * len(self.swaps)
-        self.parameters: dict[str, nn.Parameter] = {}
+        self.masters, self.parameters = masters, masters.parameters
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Of the student, as last drawn: (b, t) -> (b, t, vocabulary)."""
@@ -114,6 +121,11 @@ class SharedStudent:
         finally:
             self._apply()
 
+    def use(self, composed: bool) -> None:
+        """Every module, or every original in its place, until the next step or exam."""
+        self._used = [composed] * len(self.swaps)
+        self._apply()
+
     def begin_step(self, step: int) -> None:
         """Draw which modules are used in this step."""
         for place, swap in enumerate(self.swaps):
@@ -121,12 +133,13 @@ class SharedStudent:
             drawn = int(random_u64(key, step, step + 1)[0]) / 2.0**64
             chance = self.schedule.probability(step, place, len(self.swaps), self.steps)
             self._used[place] = drawn < chance
+        self.masters.round()
         self._apply()
 
     def begin_exam(self) -> None:
         """Every module is used, as in the model that is written."""
-        self._used = [True] * len(self.swaps)
-        self._apply()
+        self.masters.round()
+        self.use(True)
 
     def _apply(self) -> None:
         for swap, used in zip(self.swaps, self._used, strict=True):

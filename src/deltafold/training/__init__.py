@@ -4,7 +4,8 @@ Knows nothing of what is trained: any student that gives logits and names its pa
 """
 
 from deltafold.training.loop import Settings, State, exam, train
+from deltafold.training.masters import Masters
 from deltafold.training.processes import Processes
 from deltafold.training.rows import Rows, pack
 
-__all__ = ["Processes", "Rows", "Settings", "State", "exam", "pack", "train"]
+__all__ = ["Masters", "Processes", "Rows", "Settings", "State", "exam", "pack", "train"]

@@ -11,7 +11,6 @@ else that a step depends on: a run taken up again ends in the same bits.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from torch import nn
 
 from deltafold.coding.counter import derive_key, random_u64
 from deltafold.errors import NonFiniteError, UsageError
+from deltafold.training.distilled import distilled
 from deltafold.training.processes import Processes
 from deltafold.training.rows import Rows
 
@@ -38,7 +38,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Student(Protocol):
-    """What is trained. `parameters` are those that move, by name, fp32."""
+    """What is trained. `parameters` are those that move, by name, fp32: see `Masters` for a model in bf16."""
 
     parameters: dict[str, nn.Parameter]
 
@@ -66,7 +66,6 @@ class Settings:
     check_steps: int = 25
     patience: int = 0
     earliest_stop: int = 0
-    bf16: bool = False
     seed: int = 0
 
     def check(self) -> None:
@@ -202,7 +201,7 @@ class _Run:
         self.optimizer: Any = None
         if self.parameters:
             self.optimizer = torch.optim.AdamW(
-                self.parameters, settings.rate, BETAS, EPSILON, settings.decay, foreach=False
+                self.parameters, settings.rate, BETAS, EPSILON, settings.decay, fused=True
             )
 
     def begin(self, state: State | None) -> State:
@@ -243,15 +242,13 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for part in _pieces(mine):
-            ce, kl = losses(
+            loss, ce, kl = losses(
                 self.student.logits, self.teacher, part.ids.to(self.device),
                 part.counted.to(self.device), settings,
             )  # fmt: skip
-            a, t = settings.kl_share, settings.temperature
-            loss = ((1 - a) * ce + a * t * t * kl) / count
             if loss.requires_grad:  # else the student is the teacher, by its draws
-                loss.backward()
-            sums += torch.stack([ce.detach(), kl.detach()]).double()
+                (loss / count).backward()
+            sums += torch.stack([ce, kl])
         self.processes.sum_gradients(self.parameters)
         ce_mean, kl_mean = (self.processes.total(sums) / count).tolist()
         if not math.isfinite(ce_mean + kl_mean):
@@ -314,23 +311,23 @@ def _pieces(rows: Rows) -> Iterator[Rows]:
 
 
 def losses(
-    student: Logits, teacher: Logits, ids: torch.Tensor, counted: torch.Tensor, settings: Settings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(CE, KL at the temperature), each summed over the counted tokens of ids (b, t)."""
-    wanted, t = counted[:, 1:], settings.temperature
+    student: Logits,
+    teacher: Logits | None,
+    ids: torch.Tensor,
+    counted: torch.Tensor,
+    settings: Settings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, CE, KL at the temperature), each summed over the counted tokens of ids (b, t).
+
+    Only the loss is differentiable. Without a teacher KL is 0.
+    """
     # The teacher first: a student that draws may share its layers.
-    with torch.no_grad(), _precision(settings.bf16, ids.device):
-        p = (teacher(ids)[:, :-1][wanted].float() / t).log_softmax(-1)
-    with _precision(settings.bf16, ids.device):
-        found = student(ids)
-    found = found[:, :-1][wanted].float()
-    ce = nn.functional.cross_entropy(found, ids[:, 1:][wanted], reduction="sum")
-    kl = nn.functional.kl_div((found / t).log_softmax(-1), p, reduction="sum", log_target=True)
-    return ce, kl
-
-
-def _precision(bf16: bool, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    with torch.no_grad():
+        p = None if teacher is None else teacher(ids).flatten(0, 1)
+    found = student(ids).flatten(0, 1)
+    next_at = counted.flatten().nonzero()[:, 0]
+    next_ids = ids.flatten()[next_at]
+    return distilled(found, p, next_at - 1, next_ids, settings.kl_share, settings.temperature)
 
 
 @torch.no_grad()
@@ -341,7 +338,7 @@ def exam(
     sums, settings = [0.0, 0.0], Settings(1, temperature=1.0)
     for part in _pieces(rows):
         ids, counted = part.ids.to(device), part.counted.to(device)
-        ce, kl = losses(student, teacher or student, ids, counted, settings)
+        _, ce, kl = losses(student, teacher, ids, counted, settings)
         sums = [sums[0] + float(ce), sums[1] + float(kl)]
     count = max(1, int(rows.counted.sum()))
     return sums[0] / count, sums[1] / count

@@ -50,6 +50,7 @@ def share(
     matrices: str = "mlp",
     protect: Sequence[int] = PROTECTED,
     split: float = 1.0,
+    scale: bool = False,
     start: str = "svd",
     align: bool = False,
     train: str | Path | None = None,
@@ -85,18 +86,21 @@ def share(
     """Write `model` into `output` with fewer stored parameters, at the same depth.
 
     Two of `parameters` (share kept), `shared` (blocks) and `rank` say how much, or `parameters` alone.
-    `start` is `svd`, `activation` or `zero`; `align` first puts neurons into the anchor's order.
+    `scale` lets each row of an anchor be scaled. `start` is `svd`, `activation`, `fit` or `zero`;
+    `align` first puts neurons into the anchor's order.
     `steps` of training on `train` (a text, a data set, `general`, or by default `self`: the model's
     own); 0 writes the start. `replace_*` are p0, f and w of the schedule. `tune` `all` trains every
-    weight, with a second copy of the model as the teacher. `search` tries numbers of the training
-    first, so many times. `measure` is a text for perplexity and KL; without it, held-out text of
-    `train`. `dense` writes the ordinary model that results. Returns the record. Raises DeltafoldError;
-    nothing is left under `output` then.
+    weight, with a second copy of the model as the teacher. `bf16` runs and measures in bf16. `search`
+    tries numbers of the training first, so many times. `measure` is a text for perplexity and KL;
+    without it, held-out text of `train`. `dense` writes the ordinary model that results. Returns the
+    record. Raises DeltafoldError; nothing is left under `output` then.
 
     >>> share("smollm2/", "shared/", parameters=0.88, train="text.jsonl", steps=500)  # doctest: +SKIP
     """
     out = Path(output)
-    request = Request(method, shared, rank, parameters, placement, matrices, tuple(protect), split)
+    request = Request(
+        method, shared, rank, parameters, placement, matrices, tuple(protect), split, scale
+    )
     request.check()
     check_start(start, align, MATRICES[matrices])
     check_tune(tune)
@@ -106,7 +110,7 @@ def share(
         Settings(
             max(1, steps), rate, batch, kl_share, temperature,
             check_steps=check_steps, patience=patience, earliest_stop=round(replace_until * steps),
-            bf16=bf16 and tune == "all", seed=seed,
+            seed=seed,
         ),
         schedule,
         request,
@@ -137,7 +141,7 @@ def share(
         identity = {
             "command": "share", "model": checkpoint.fingerprint(), "method": method,
             "shared": shared, "rank": rank, "parameters": parameters, "placement": placement,
-            "matrices": matrices, "shards": shard_bytes, "world": processes.world, **settings,
+            "matrices": matrices, "scale": scale, "shards": shard_bytes, "world": processes.world, **settings,
         }  # fmt: skip
         workspace = None
         if processes.is_main:

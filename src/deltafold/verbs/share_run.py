@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 
 from deltafold.calibration import Sample, calibrate, gather_samples
+from deltafold.calibration.building import find_blocks
 from deltafold.engine import Progress, Step
 from deltafold.record import Record
 from deltafold.sharing.plan import DELTA, Place, Plan, make_plan
 from deltafold.sharing.structure import Structure
 from deltafold.training import Processes, Rows, State, exam, pack, train
+from deltafold.verbs.share_fit import fit
 from deltafold.verbs.share_search import Numbers, search
-from deltafold.verbs.share_start import Start
+from deltafold.verbs.share_start import FIT, Start
 from deltafold.verbs.share_train import Model, quality, rounded, set_values, whole_quality
 from deltafold.verbs.share_write import Source
 from deltafold.verbs.workspace import Workspace
@@ -74,9 +76,10 @@ class Run:
     def model(self) -> Model:
         """The model in memory, loaded when it is first needed."""
         if self._model is None:
-            bf16 = self.settings["bf16"] and self.settings["tune"] == "delta"
             folder = self.source.checkpoint.path
-            self._model = Model.load(folder, bf16, self.device, self.settings["recompute"])
+            self._model = Model.load(
+                folder, self.settings["bf16"], self.device, self.settings["recompute"]
+            )
         return self._model
 
     def do(self) -> Record:
@@ -95,6 +98,8 @@ class Run:
             found["search"] = self._search(costs, learn, held)
         self.plan = make_plan(self.structure, self.numbers.request, costs)
         self.values, self.changed = self._start(self.plan)
+        if self.settings["start"] == FIT:
+            self.values |= self._fitted(self.plan)
         if costs is not None:
             found["costs"] = [{"block": block, "kl": kl} for block, kl in sorted(costs.items())]
         if judged is not None:
@@ -115,8 +120,9 @@ class Run:
     def _train_text(self) -> str | Path:
         return OWN_TEXT if self.texts.train is None else self.texts.train
 
-    def _rows(self, source: str | Path) -> Rows:
-        samples = self.texts.samples
+    def _rows(self, source: str | Path, most: int | None = None) -> Rows:
+        """Rows of a text, of `most` samples if that is given."""
+        samples = most or self.texts.samples
         if samples is None:
             samples = OWN_SAMPLES if str(source) == OWN_TEXT else ALL_SAMPLES
         found: list[Sample] = []
@@ -143,11 +149,11 @@ class Run:
 
     def _starter(self, plan: Plan) -> Start:
         calibration = None
-        if self.settings["start"] == "activation":
-            text = "pages" if self.texts.train is None else self.texts.train
+        how = self.settings["start"]
+        if how in ("activation", FIT):
             calibration = calibrate(
                 self.source.checkpoint.path,
-                text,
+                self._calibration_text(),
                 samples=CALIBRATION_SAMPLES,
                 max_tokens=self.texts.max_tokens,
                 seed=self.numbers.settings.seed,
@@ -155,10 +161,28 @@ class Run:
                 progress=self.progress,
             )
         return Start(
-            self.source, plan, self.settings["start"],
+            self.source, plan, "activation" if how == FIT else how,
             self.settings["align"] and plan.request.method in (DELTA, "tie"),
             calibration, self.numbers.settings.seed,
         )  # fmt: skip
+
+    def _calibration_text(self) -> str | Path:
+        return "pages" if self.texts.train is None else self.texts.train
+
+    def _fitted(self, plan: Plan) -> Tensors:
+        """Values of what writes, fitted to the original's outputs by the main process."""
+        rows = self._rows(self._calibration_text(), CALIBRATION_SAMPLES)
+        found: Tensors = {}
+        if self.processes.is_main:
+            student = self.model.student(
+                plan, self.values, self.changed, self.numbers.schedule, 1, 0
+            )
+            blocks, _ = find_blocks(self.model.model, self.source.checkpoint.path)
+            found = fit(
+                student, blocks, plan, rows, self.device, self.numbers.settings.seed, self.progress
+            )
+            self.model.close()
+        return self.processes.shared(found)
 
     def _costs(self, rows: Rows) -> dict[int, float]:
         """KL that each block costs when it alone shares, with the block before it as its anchor."""

@@ -14,17 +14,22 @@ from deltafold.folding.align import match
 from deltafold.folding.layout import Layout
 from deltafold.folding.units import Units, features, rearranged
 from deltafold.sharing.form import Linear
-from deltafold.sharing.initialise import INITIALISATIONS
+from deltafold.sharing.initialise import INITIALISATIONS, least_scale
 from deltafold.sharing.plan import Place, Plan
 from deltafold.sharing.structure import Layer
 from deltafold.verbs.fold_job import read_layout
 from deltafold.verbs.share_write import Source
 
+FIT = "fit"
+SCALE_ROUNDS = 3
+STARTS = (*INITIALISATIONS, FIT)
+Tensors = dict[str, torch.Tensor]
+
 
 def check_start(how: str, align: bool, plan_parts: Sequence[str]) -> None:
     """Raises UsageError for a start that cannot be."""
-    if how not in INITIALISATIONS:
-        raise UsageError(f"There is no start {how!r}; {nearest(how, list(INITIALISATIONS))}")
+    if how not in STARTS:
+        raise UsageError(f"There is no start {how!r}; {nearest(how, list(STARTS))}")
     if align and "mlp" not in plan_parts:
         raise UsageError(
             "Only neurons of MLPs are aligned, and none are shared; leave out --align."
@@ -86,24 +91,14 @@ class Start:
     def _layer(
         self, path: str, entry: Linear, weight: torch.Tensor, orders: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        anchor = None
         if entry.weight is not None:
-            weight = (
-                weight
-                - self.source.checkpoint.tensor(
-                    self.source.tensor_of(f"{entry.weight}.weight")
-                ).float()
-            )
+            name = self.source.tensor_of(f"{entry.weight}.weight")
+            anchor = self.source.checkpoint.tensor(name).float()
+            anchor = anchor.T if entry.transposed else anchor
         weight = weight.T if entry.transposed else weight
         second = self._second(path, entry, orders)
-        made: dict[str, torch.Tensor] = {}
-        start = 0
-        for number, part in enumerate(entry.parts):
-            name = f"{path}.delta.{number}"
-            rows = weight[start : start + part.rows]
-            a, b = INITIALISATIONS[self.how](rows, part.rank, second, name, self.seed)
-            made |= {f"{name}.a": a, f"{name}.b": b}
-            start += part.rows
-        return made
+        return composed_values(path, entry, weight, anchor, second, self.how, self.seed)
 
     def _second(
         self, path: str, entry: Linear, orders: dict[str, torch.Tensor]
@@ -140,6 +135,58 @@ class Start:
             for kind in units
             if kind.name != "heads"
         }
+
+
+def composed_values(
+    path: str,
+    entry: Linear,
+    weight: torch.Tensor,
+    anchor: torch.Tensor | None,
+    second: torch.Tensor | None,
+    how: str,
+    seed: int,
+) -> Tensors:
+    """Scale and factors, by name, for which a layer is nearest to `weight` (out, in).
+
+    `anchor` is of the same shape; `second` E[x x^T] of the inputs, or its diagonal.
+    """
+    if anchor is None or not entry.scale:
+        return _factors(
+            path, entry, weight if anchor is None else weight - anchor, second, how, seed
+        )
+    scale = torch.ones(len(anchor)) if how == "zero" else torch.zeros(len(anchor))
+    scale = scale.to(anchor)
+    made = _factors(path, entry, weight - scale[:, None] * anchor, second, how, seed)
+    for _ in range(0 if how == "zero" else SCALE_ROUNDS):
+        # Each half is the best for the other: never farther from the weight than factors alone.
+        product = torch.cat(
+            [
+                made[f"{path}.delta.{number}.b"] @ made[f"{path}.delta.{number}.a"]
+                for number in range(len(entry.parts))
+            ]
+        )
+        scale = least_scale(weight - product, anchor, second)
+        made = _factors(path, entry, weight - scale[:, None] * anchor, second, how, seed)
+    return {f"{path}.scale": scale} | made
+
+
+def _factors(
+    path: str,
+    entry: Linear,
+    weight: torch.Tensor,
+    second: torch.Tensor | None,
+    how: str,
+    seed: int,
+) -> Tensors:
+    made: Tensors = {}
+    start = 0
+    for number, part in enumerate(entry.parts):
+        name = f"{path}.delta.{number}"
+        rows = weight[start : start + part.rows]
+        a, b = INITIALISATIONS[how](rows, part.rank, second, name, seed)
+        made |= {f"{name}.a": a, f"{name}.b": b}
+        start += part.rows
+    return made
 
 
 def _ordered(

@@ -19,7 +19,7 @@ from deltafold.sharing.form import Form
 from deltafold.sharing.modeling import compose, put
 from deltafold.sharing.plan import Plan
 from deltafold.sharing.replacing import Schedule, SharedStudent, Swap
-from deltafold.training import Rows, exam
+from deltafold.training import Masters, Rows, exam
 from deltafold.verbs.share_write import Source
 
 TUNES = ("delta", "all")
@@ -88,7 +88,7 @@ class Model:
         form = plan.form()
         originals = compose(self.model, form.to_json())
         if tune == "all" and self.whole is None:
-            self.whole = load_model(self.folder, torch.float32, self.device)
+            self.whole = load_model(self.folder, self.model.dtype, self.device)
         if tune == "all":
             originals = {name: self.whole.get_submodule(name) for name in originals}
         fill(self.model, form, factors, changed, originals)
@@ -96,12 +96,14 @@ class Model:
             Swap(name, tuple((self.model.get_submodule(path), originals[path]) for path in paths))
             for name, paths in plan.groups.items()
         ]
-        student = SharedStudent(self.model, swaps, schedule, steps, seed)
+        self.model.requires_grad_(False)
         names = None if tune == "all" else set(form.factors())
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(names is None or name in names)
-            if parameter.requires_grad:
-                student.parameters[name] = parameter
+        masters = Masters(
+            (name, parameter)
+            for name, parameter in self.model.named_parameters()
+            if names is None or name in names
+        )
+        student = SharedStudent(self.model, swaps, schedule, steps, seed, masters)
         self._originals = originals
         return student
 

@@ -269,6 +269,8 @@ def dense_weight(
         held = replaced.get(name)
         held = (source.checkpoint.tensor(name) if held is None else held).float()
         total += held.T if linear.transposed else held
+    if linear.scale:
+        total *= tensors(f"{path}.scale").float()[:, None]
     start = 0
     for number, part in enumerate(linear.parts):
         own = f"{path}.delta.{number}"
