@@ -39,9 +39,13 @@ from deltafold.reporting.units import MISSING, kl_text, number_text, percent_tex
 
 HERE = Path(__file__).parent
 BLOCKS = (2, 4, 6, 8)
-HEALED = ("mka", "shortgpt", "reverse", "random")  # also with closed-form healing
-TRAINED, STEPS = ("auto", "shortgpt"), 60  # also trained afterwards, with 6 blocks gone
-TRAINED_BLOCKS = 6
+HEALED = (
+    "mka",
+    "angular",
+    "reverse",
+    "random",
+)  # also healed as `auto` is, which is shortgpt healed
+TRAINED, STEPS = ("auto",), 60  # also trained afterwards
 ROWS, CHOICES, SHOTS, WINDOWS, MAX_LENGTH = 24, 16, 3, 24, 256
 OPTIONS = 4  # of a multiple choice, at most
 SAMPLES = 128
@@ -126,7 +130,7 @@ def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) ->
         write_record(record, out)
     for blocks in options.blocks:
         for method in options.methods:
-            for healing in healings(method, blocks):
+            for healing in healings(method):
                 if options.healings and (healing or "none") not in options.healings:
                     continue
                 key = {"method": method, "blocks": blocks, "healing": healing}
@@ -137,10 +141,10 @@ def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) ->
                 print(json.dumps(record["rows"][-1]), flush=True)
 
 
-def healings(method: str, blocks: int) -> list[str | None]:
+def healings(method: str) -> list[str | None]:
     """Ways to heal that are measured: as the method does by itself, in closed form, trained."""
     through = ["through"] * (method in HEALED)
-    trained = ["trained"] * (method in TRAINED and blocks == TRAINED_BLOCKS)
+    trained = ["trained"] * (method in TRAINED)
     return [None, *through, *trained]
 
 
@@ -170,7 +174,7 @@ def cell(bench: Bench, method: str, blocks: int, healing: str | None) -> Record:
         try:
             made = deltafold.fold(
                 bench.model, folder, method, blocks=blocks, samples=SAMPLES,
-                closed_form="through" if healing and method != "auto" else None,
+                closed_form="through" if healing else None,
                 heal=STEPS if healing == "trained" else 0,
             )  # fmt: skip
         except DeltafoldError as error:

@@ -337,20 +337,6 @@ def edit(folder: Path, change: Any) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("allowance_bytes", [0, 1 << 20])
-def test_part_of_a_store(tmp_path: Path, allowance_bytes: int) -> None:
-    """Its tensors under new numbers; closing it leaves the store as it is."""
-    store = TensorStore([(2, 3), (1, 4), (5,)], allowance_bytes, tmp_path)
-    for place, shape in enumerate(store.shapes):
-        store[place] = torch.full(shape, float(place))
-    part = store.part([2, 0])
-    assert len(part) == 2 and part.n_bytes == 4 * 11
-    assert torch.equal(part[0], torch.full((5,), 2.0)) and torch.equal(part[1], torch.zeros(2, 3))
-    part.close()
-    assert torch.equal(store[1], torch.ones(1, 4))
-    store.close()
-
-
 def test_missing_weight(llama: Path) -> None:
     edit(llama, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(CheckpointError, match=r"lacks the weight model.layers.1.mlp.up_proj"):

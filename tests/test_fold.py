@@ -252,16 +252,13 @@ def test_replace_me_solves_its_equation(llama: Path, text: Path, tmp_path: Path)
     assert gaps["out"] < 0.9 * gaps["plain"]
 
 
-def test_auto_takes_the_candidate_with_the_least_kl(
-    llama: Path, text: Path, tmp_path: Path
-) -> None:
-    record = run(llama, tmp_path / "out", "auto", text, blocks=2)
-    rows = record["candidates"]
-    assert len(rows) >= 2 and rows[-1]["way"].endswith("healed through")
-    finals = [row for row in rows if row["way"].endswith("healed through")]
-    assert len(finals) == min(2, len(rows) - len(finals))
-    best = min(finals, key=lambda row: row["kl"])
-    assert record["chosen"] == best["way"] and record["removed"]["blocks"] == best["removed"]
+def test_auto_is_block_influence_healed_through(llama: Path, text: Path, tmp_path: Path) -> None:
+    auto = run(llama, tmp_path / "auto", "auto", text, blocks=2)
+    healed = run(llama, tmp_path / "out", "shortgpt", text, blocks=2, closed_form="through")
+    plain = run(llama, tmp_path / "plain", "auto", text, blocks=2, closed_form="none")
+    assert auto["settings"]["closed_form"] == "through" and auto["patches"] == healed["patches"]
+    made = [tree_hashes(tmp_path / name)["model.safetensors"] for name in ("auto", "out", "plain")]
+    assert made[0] == made[1] != made[2] and not plain["patches"]
 
 
 def test_sharded_and_side_files(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -337,7 +334,7 @@ def test_presets_are_not_all_alike(llama: Path, text: Path, tmp_path: Path) -> N
         run(llama, tmp_path / rule, "shortgpt", text, rule=rule, protect=[0, 1, 2, 4])
         hashes.add(tree_hashes(tmp_path / rule)["model.safetensors"])
     assert len(hashes) == 6
-    assert len(PRESETS) == 12
+    assert len(PRESETS) == 13
 
 
 def test_sleb_removes_what_costs_least_perplexity(

@@ -89,7 +89,6 @@ def test_methods_that_cannot_be() -> None:
         (("shortgpt", "perplexity"), "compares states"),
         (("jointdrop", None, None, "average"), "does not suit the selection joint"),
         (("laco", None, None, "drop"), "folds blocks together"),
-        (("auto", "cosine"), "auto chooses similarity itself"),
     ]:
         with pytest.raises(UsageError, match=words):
             Method.of(*arguments)

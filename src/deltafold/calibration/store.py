@@ -39,7 +39,6 @@ class TensorStore:
         on_gpu = free is not None and self.n_bytes <= free // GPU_SHARE
         self.device = here() if on_gpu else torch.device("cpu")
         self.on_disk = not on_gpu and self.n_bytes > allowance_bytes
-        self._borrowed = False
         self._held: list[torch.Tensor | None] = [None] * len(shapes)
         self._starts = list(accumulate(sizes, initial=0))
         self._place = folder or Path(tempfile.gettempdir())
@@ -68,20 +67,8 @@ class TensorStore:
     def close(self) -> None:
         """Forget everything. Closing twice does no harm."""
         self._held = [None] * len(self.shapes)
-        if self.on_disk and not self._borrowed:
-            self._file.close()
-
-    def part(self, numbers: Sequence[int]) -> TensorStore:
-        """Some of the tensors, numbered anew. They stay this store's: leave it open for as long."""
-        made = TensorStore([], 0, self._place)
-        made.shapes = [self.shapes[number] for number in numbers]
-        made.n_bytes = sum(4 * math.prod(shape) for shape in made.shapes)
-        made._held = [self._held[number] for number in numbers]
-        made._starts = [self._starts[number] for number in numbers]
-        made.on_disk, made._borrowed = self.on_disk, True
         if self.on_disk:
-            made._file = self._file
-        return made
+            self._file.close()
 
     def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
         if tuple(tensor.shape) != self.shapes[number]:

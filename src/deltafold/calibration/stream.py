@@ -91,14 +91,6 @@ class Pass:
         for store in self.stores:
             store.close()
 
-    def part(self, numbers: Sequence[int]) -> Pass:
-        """The same of some of the batches; its states stay this pass's."""
-        return Pass(
-            [self.batches[number] for number in numbers],
-            [self.calls[number] for number in numbers],
-            [store.part(numbers) for store in self.stores],
-        )
-
     @property
     def last(self) -> TensorStore:
         """What comes out of the last block, before the last norm."""

@@ -202,8 +202,6 @@ def _show(result: dict[str, Any], where: Path) -> None:
             f"  trained for {healing['steps']} steps, best at step {healing['best_step']}: held-out "
             f"KL {first:.3g} -> {best:.3g}"
         )
-    if "chosen" in result:
-        say(f"  chosen of {len(result['candidates'])} candidates: {result['chosen']}")
     for stage, found in result["quality"].items():
         kl = f", KL {found['kl']:.3g}" if "kl" in found else ""
         say(f"  {stage}: perplexity {found['perplexity']:.4g}{kl}")

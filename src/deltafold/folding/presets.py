@@ -15,6 +15,7 @@ class Preset:
     """A method. `ratio` says where a kept block's share of a weighted sum comes from.
 
     `similarity`: the value for the pair. `reference`: what MKA's program takes. `half`: 0.5.
+    `closed_form` is the healing where none is asked for: `none`, `cut` or `through`.
     """
 
     similarity: str
@@ -22,9 +23,12 @@ class Preset:
     rule: str
     ratio: str = "similarity"
     paper: str = ""
+    closed_form: str = "none"
 
 
+AUTO = "auto"
 PRESETS: dict[str, Preset] = {
+    AUTO: Preset("cosine", "lowest", "drop", closed_form="through"),
     "mka": Preset("npib", "adjacent-pairs", "average", paper="2406.16330"),
     "mka-reference": Preset(
         "npib-reference", "last-pair", "average-matrices", "reference", "2406.16330"
@@ -40,8 +44,7 @@ PRESETS: dict[str, Preset] = {
     "linearpatch": Preset("cosine", "contiguous", "linear-patch", paper="2505.24680"),
     "come": Preset("cosine", "adjacent-pairs", "concatenate", paper="2510.15304"),
 }
-AUTO = "auto"
-METHODS = (AUTO, *PRESETS)
+METHODS = tuple(PRESETS)
 RATIOS = ("similarity", "reference", "half")
 
 
@@ -75,12 +78,7 @@ class Method:
             if value not in rows:
                 raise UsageError(f"There is no {field} {value!r}; {nearest(value, rows)}")
             changed[field] = value
-        if name == AUTO and changed:
-            raise UsageError(
-                f"auto chooses {next(iter(changed))} itself; name another method to set it."
-            )
-        preset = PRESETS.get(name, Preset("perplexity", "greedy", "drop"))
-        made = cls(name, replace(preset, **changed))
+        made = cls(name, replace(PRESETS[name], **changed))
         made.check()
         return made
 
@@ -103,8 +101,6 @@ class Method:
     def to_json(self) -> dict[str, str]:
         """Name, rows, and where ratios come from; for the record."""
         preset = self.preset
-        if self.name == AUTO:
-            return {"name": self.name}
         return {
             "name": self.name,
             "similarity": preset.similarity,

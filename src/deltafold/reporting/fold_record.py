@@ -83,7 +83,6 @@ class FoldRecord(Run):
     silenced: list[Silenced] = []
     similarity: StateSimilarity | None = None
     quality: dict[str, TextQuality] = {}
-    chosen: str | None = None
     healing: Training | None = None
     scores: list[FoldScore] = []
 

@@ -33,8 +33,6 @@ def _totals(record: FoldRecord) -> Table:
     if record.silenced:
         parts = ", ".join(f"{part.part} of {part.block}" for part in record.silenced)
         rows.append(("silent, but stored", parts))
-    if record.chosen:
-        rows.append(("chosen", record.chosen))
     return Table(f"fold {record.title}", ("", ""), rows, notes=[run_note(record)], left=2)
 
 

@@ -82,6 +82,7 @@ def fold(
     """
     out = Path(output)
     chosen = Method.of(method, similarity, selection, rule)
+    closed_form = closed_form or chosen.preset.closed_form
     _check_settings(closed_form, heal, pool, seed)
     check_quantize(quantize)
     if not dry_run:
@@ -160,10 +161,10 @@ def fold(
     return result
 
 
-def _check_settings(closed_form: str | None, heal: int, pool: str, seed: int) -> None:
+def _check_settings(closed_form: str, heal: int, pool: str, seed: int) -> None:
     if heal < 0:
         raise UsageError(f"{heal} steps of healing cannot be; give 0 or more.")
-    if closed_form is not None and closed_form not in HEALINGS:
+    if closed_form not in HEALINGS:
         raise UsageError(
             f"There is no healing {closed_form!r}; {nearest(closed_form, list(HEALINGS))}"
         )

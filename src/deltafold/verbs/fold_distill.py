@@ -3,13 +3,13 @@
     loss   mean over tokens of KL(p || q)      p: the model's next token, q: the folded model's
 
 Every weight moves; the rows held out say which state was the best. Both models are in memory for
-this, the folded one in fp32 with two more numbers a weight.
+this, the folded one with three fp32 numbers a weight: its master and two moments. A model that is
+stored in bf16 runs in bf16 where the processor is built for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch import nn
 
 from deltafold.calibration import Sample
 from deltafold.calibration.building import quiet
+from deltafold.calibration.stream import is_bf16, multiplies_bf16
 from deltafold.checkpoint import Checkpoint
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.devices import here
 from deltafold.engine import Progress, Step
 from deltafold.folding.draft import Block, Draft, Read
 from deltafold.record import Record
-from deltafold.training import Settings, State, pack, train
+from deltafold.training import Masters, Settings, State, pack, train
 from deltafold.verbs.fold_quantize import copy_side_files
 from deltafold.verbs.share_train import load_model
 from deltafold.verbs.workspace import Workspace
@@ -34,22 +35,32 @@ ROW_TOKENS = 128
 RATE, BATCH_ROWS = 3e-4, 8
 
 
-@dataclass
 class _Folded:
-    """The folded model as a student: all its weights move."""
+    """The folded model as a student: all its weights move, but those of sub-layers that were dropped."""
 
-    model: Any
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    def __init__(self, model: Any):
+        self.model = model
+        self.masters = Masters(
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if bool(parameter.any())
+        )
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.masters.parameters
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return made
 
     def begin_step(self, step: int) -> None:
-        """Nothing is drawn."""
+        """The model runs on what its masters are now."""
+        self.masters.round()
 
     def begin_exam(self) -> None:
-        """The student is always as it will be."""
+        """As for a step."""
+        self.masters.round()
 
 
 def distill_folder(
@@ -68,11 +79,11 @@ def distill_folder(
     A run that was broken off goes on from its last look at held-out text. Raises UsageError for too
     little text, CheckpointError, NonFiniteError, StorageError.
     """
-    teacher, model = (load_model(each, torch.float32, here()) for each in (whole, folder))
+    with Checkpoint(folder) as stored:
+        short = is_bf16(stored) and multiplies_bf16(here())
+    dtype = torch.bfloat16 if short else torch.float32
+    teacher, model = (load_model(each, dtype, here()) for each in (whole, folder))
     student = _Folded(model)
-    for name, parameter in model.named_parameters():
-        if bool(parameter.any()):  # a sub-layer that was dropped stays so
-            student.parameters[name] = parameter.requires_grad_(True)
     learn, held = pack(samples, ROW_TOKENS).split(seed)
     settings = Settings(
         steps, RATE, BATCH_ROWS, kl_share=1.0, temperature=1.0, seed=seed,
@@ -95,6 +106,7 @@ def distill_folder(
         save=lambda now: workspace.save_tensors(STATE, now.to_tensors()),
         report=report,
     )
+    student.masters.round()
     _write(model, folder, target, shard_bytes)
     return {
         "steps": state.step,

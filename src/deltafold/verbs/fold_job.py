@@ -11,7 +11,7 @@ from deltafold.checkpoint import DTYPES, Checkpoint
 from deltafold.errors import BudgetError, CheckpointError, MismatchError, UsageError
 from deltafold.folding.configs import depth_of, text_config
 from deltafold.folding.layout import Layout, find_layout
-from deltafold.folding.presets import AUTO, Method
+from deltafold.folding.presets import Method
 from deltafold.folding.units import Heads, Units, find_units
 
 
@@ -24,10 +24,6 @@ class Job:
     method: Method
     count: int
     protected: frozenset[int]
-
-    @property
-    def is_auto(self) -> bool:
-        return self.method.name == AUTO
 
     @property
     def is_joint(self) -> bool:

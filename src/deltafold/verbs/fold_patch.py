@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from deltafold.calibration.stream import Pass
+from deltafold.engine import Progress, Step
 from deltafold.errors import MismatchError
 from deltafold.folding.draft import Block, Draft
 from deltafold.folding.healing import (
@@ -51,7 +52,8 @@ class Rows:
 class Patcher:
     """Patches drafts of one model, whose states over the samples are computed once."""
 
-    def __init__(self, states: States, whole: Draft):
+    def __init__(self, states: States, whole: Draft, progress: Progress | None = None):
+        self.progress = progress
         self.states, self.model = states, states.model
         self.layout = whole.layout
         self.original = states.whole(whole)
@@ -75,6 +77,7 @@ class Patcher:
         )
         try:
             for place in range(places[0], last):
+                self._tell(kind, numbers[place], place - places[0], last - places[0])
                 leaving = None
                 if place in chosen and kind == "heal" and self.by_projection:
                     draft, leaving, made = self.healer.heal(
@@ -90,6 +93,10 @@ class Patcher:
         finally:
             entering.close()
         return draft, rows
+
+    def _tell(self, kind: Kind, number: int, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(Step(kind, f"block {number}", float(done), float(total), 0))
 
     def _run(self, draft: Draft, entering: Pass, number: int) -> Pass:
         return self.model.with_weights(draft.tensor).resume(entering, -1, [number])

@@ -16,11 +16,10 @@ from deltafold.engine import Progress
 from deltafold.errors import UsageError
 from deltafold.folding.draft import Draft
 from deltafold.folding.mka import embeddings
-from deltafold.verbs.fold_auto import fold_best
 from deltafold.verbs.fold_distill import draft_of
 from deltafold.verbs.fold_job import Job
 from deltafold.verbs.fold_patch import Patcher
-from deltafold.verbs.fold_states import JUDGE_EVERY, Pool, Probe, States, parted, pooled_rows
+from deltafold.verbs.fold_states import Pool, Probe, States, pooled_rows
 from deltafold.verbs.fold_work import Folded, Folder
 
 LEAST_MEMORY = 1 << 28
@@ -57,7 +56,6 @@ class Run:
         self.whole = Draft.of(job.layout, checkpoint.tensor)
         self.states: States | None = None
         self.measured: list[Sample] = []
-        self.judged: list[Sample] = []
         self._probe: Probe | None = None
 
     def close(self) -> None:
@@ -80,17 +78,16 @@ class Run:
         tokens = sum(len(sample.ids) for sample in self.states.samples)
         return {"samples": len(self.states.samples), "tokens": tokens}
 
-    def read_text(self, closed_form: str | None, heal: int = 0) -> None:
+    def read_text(self, closed_form: str, heal: int = 0) -> None:
         """Samples, as far as they are needed. Raises UsageError where a method may have none."""
         if self.texts.measure is not None:
             self.measured = self._samples(self.texts.measure)
         method = self.job.method
         needed = (
-            self.job.is_auto
-            or method.uses_matrix
+            method.uses_matrix
             or method.chooser.needs != "nothing"
             or method.rule.patch != "none"
-            or closed_form not in (None, "none")
+            or closed_form != "none"
             or heal
         )
         if not needed:
@@ -100,13 +97,7 @@ class Run:
                 f"{'--heal' if heal else method.name} looks at what the model does on text; give "
                 "--calibration a file, or leave it out for the text that comes with deltafold."
             )
-        if not self.job.is_auto:
-            self.states = States(self.model, self._samples(self.texts.calibration))
-            return
-        # Candidates are judged on other samples, asked for beyond those to choose and heal by.
-        more = self.texts.samples // (JUDGE_EVERY - 1)
-        seen, self.judged = parted(self._samples(self.texts.calibration, more))
-        self.states = States(self.model, seen)
+        self.states = States(self.model, self._samples(self.texts.calibration))
 
     @functools.cached_property
     def model(self) -> StreamedModel:
@@ -114,11 +105,11 @@ class Run:
         memory = self.memory_bytes or max(LEAST_MEMORY, self.checkpoint.weight_bytes)
         return StreamedModel(self.checkpoint, memory_bytes=memory, scratch=self.scratch, mixed=True)
 
-    def _samples(self, source: str | Path, more: int = 0) -> list[Sample]:
+    def _samples(self, source: str | Path) -> list[Sample]:
         return gather_samples(
             self.model,
             source,
-            samples=self.texts.samples + more,
+            samples=self.texts.samples,
             max_tokens=self.texts.max_tokens,
             seed=self.seed,
             memory_bytes=self.memory_bytes,
@@ -154,22 +145,18 @@ class Run:
         with self.states.run(self.whole) as done:
             return embeddings(pooled_rows(done, self.pool))
 
-    def fold(self, closed_form: str | None) -> Folded:
+    def fold(self, closed_form: str) -> Folded:
         """Choose, fold, patch."""
-        if self.job.is_auto:
-            assert self.states is not None
-            return fold_best(self.job, self.states, self.whole, closed_form, self.probe,
-                             self.judged, self.seed, self.progress)  # fmt: skip
         folder = Folder(self.job, self.states, self.probe, self.seed, self.pool, self.progress)
         folded = folder.fold(self.whole)
         kinds: list[tuple[Any, Any]] = []
         if self.job.method.rule.patch != "none":
             kinds.append((self.job.method.rule.patch, "cut"))
-        if closed_form in ("cut", "through"):
+        if closed_form != "none":
             kinds.append(("heal", closed_form))
         if kinds:
             assert self.states is not None
-            patcher = Patcher(self.states, self.whole)
+            patcher = Patcher(self.states, self.whole, self.progress)
             folded.unhealed = folded.draft
             for kind, reach in kinds:
                 folded.draft, rows = patcher.patched(folded.draft, kind, reach)

@@ -21,12 +21,10 @@ ROWS = 256
 """Rows that a manifold or a kernel wants. Where there are fewer samples each gives several."""
 PROBE_TOKENS = 512
 """Tokens that the cost of an absence is measured on: it is measured many times."""
-SCREEN_TOKENS = 6144
-"""Tokens that candidates are healed on for a first look."""
 HELD_EVERY = 4
 """One sample in so many is held out: the ridge is chosen on it."""
 JUDGE_EVERY = 9
-"""One sample in so many is seen by nothing but the comparison of candidates."""
+"""One sample in so many is seen by nothing but a comparison of candidates."""
 IN_A_ROW = 8
 """As many neighbours are set apart together, where there are enough."""
 
@@ -95,19 +93,6 @@ class States:
     def few(self) -> list[Sample]:
         """Samples of about PROBE_TOKENS tokens, evenly spread."""
         return _spread(self.samples, PROBE_TOKENS)
-
-    def part(self, draft: Draft) -> States:
-        """Batches of about SCREEN_TOKENS tokens, evenly spread, for a first look.
-
-        The model's states of them stay these states': keep them open for as long.
-        """
-        tokens = sum(sum(batch.lengths) for batch in self.batches)
-        step = max(1, round(tokens / SCREEN_TOKENS))
-        numbers = range(len(self.batches))[step // 2 :: step] or [0]
-        made = States(self.model, self.samples)
-        made.batches = [self.batches[number] for number in numbers]
-        made._whole = self.whole(draft).part(numbers)
-        return made
 
 
 def parted(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:

@@ -38,7 +38,7 @@ def fold_view(record: FoldRecord) -> View:
         kind="fold",
         title=record.title,
         sentence=(
-            f"{gone} of {record.blocks} blocks gone by {record.chosen or record.method.name}; "
+            f"{gone} of {record.blocks} blocks gone by {record.method.name}; "
             "an ordinary model of what is left."
         ),
         numbers=_numbers(record),
