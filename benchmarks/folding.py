@@ -45,7 +45,7 @@ HEALED = (
     "reverse",
     "random",
 )  # also healed as `auto` is, which is shortgpt healed
-TRAINED, STEPS = ("auto",), 60  # also trained afterwards
+TRAINED, STEPS = ("auto",), 30  # also trained afterwards
 ROWS, CHOICES, SHOTS, WINDOWS, MAX_LENGTH = 24, 16, 3, 24, 256
 OPTIONS = 4  # of a multiple choice, at most
 SAMPLES = 128

@@ -32,7 +32,7 @@ from deltafold.verbs.workspace import Workspace
 
 STATE = "healing.safetensors"
 ROW_TOKENS = 128
-RATE, BATCH_ROWS = 3e-4, 8
+RATE, BATCH_ROWS = 1e-4, 8
 
 
 class _Folded:
