@@ -38,6 +38,9 @@ bench: $(VENV)/.model
 	$(BIN)/python benchmarks/factoring.py
 	$(BIN)/python benchmarks/factoring.py demo
 	$(BIN)/python benchmarks/folding.py
+	$(BIN)/python benchmarks/sharing.py demo
+	$(BIN)/python benchmarks/sharing.py smollm2
+	$(BIN)/python benchmarks/anchors.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/mergekit.py --base demo/models/base --models demo/models/add demo/models/sort
 	$(MAKE) tables
@@ -59,6 +62,9 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
 	$(BIN)/python benchmarks/factoring.py --into docs/commands/factor.md
 	$(BIN)/python benchmarks/factoring.py demo --into docs/commands/factor.md
+	$(BIN)/python benchmarks/sharing.py demo --into docs/commands/share.md
+	$(BIN)/python benchmarks/sharing.py smollm2 --into docs/commands/share.md
+	$(BIN)/python benchmarks/anchors.py --into docs/commands/share.md
 	$(BIN)/python benchmarks/memory.py --into README.md
 	$(BIN)/python benchmarks/together.py --into docs/commands/export.md
 	$(BIN)/python benchmarks/llama_cpp.py --into docs/commands/export.md

@@ -61,7 +61,9 @@ def low_rank(
         path, layer = (
             f"matrix {number}",
             Linear(
-                shape=tuple(weight.shape), scale=scaled, parts=(Part(rows=len(weight), rank=rank),)
+                shape=(len(weight), weight.shape[1]),
+                scale=scaled,
+                parts=(Part(rows=len(weight), rank=rank),),
             ),
         )
         found = composed_values(path, layer, weight, base, seconds[number], "activation", 0)

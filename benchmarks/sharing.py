@@ -33,7 +33,7 @@ from deltafold.errors import DeltafoldError
 from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Strong, Table
-from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text, seconds_text
+from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text
 from deltafold.training import Masters, Rows, Settings, exam, pack, train
 from deltafold.verbs.share_train import load_model
 
@@ -43,19 +43,19 @@ SHARES = (0.88, 0.76)
 HOW: dict[str, Any] = {"start": "activation", "replace_until": 0.0}
 # label -> method and settings, beside HOW
 SHARED: dict[str, tuple[str, dict[str, Any]]] = {
-    "deltallm": ("deltallm", {"scale": True}),
+    "deltallm": ("deltallm", {}),
     "no-anchor": ("no-anchor", {}),
     "drop-mlp": ("drop-mlp", {}),
     "tie": ("tie", {}),
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "deltallm, not scaled": ("deltallm", {}),
-    "deltallm, scaled, aligned": ("deltallm", {"scale": True, "align": True}),
-    "deltallm, scaled, fitted": ("deltallm", {"scale": True, "start": "fit"}),
+    "deltallm, not scaled": ("deltallm", {"scale": False}),
+    "deltallm, aligned": ("deltallm", {"align": True}),
+    "deltallm, fitted": ("deltallm", {"start": "fit"}),
     "no-anchor, fitted": ("no-anchor", {"start": "fit"}),
-    "deltallm, scaled, replaced by and by": ("deltallm", {"scale": True, "replace_until": 0.5}),
-    "deltallm, not scaled, svd": ("deltallm", {"start": "svd"}),
-    "deltallm, not scaled, zero": ("deltallm", {"start": "zero"}),
+    "deltallm, replaced by and by": ("deltallm", {"replace_until": 0.5}),
+    "deltallm, not scaled, svd": ("deltallm", {"scale": False, "start": "svd"}),
+    "deltallm, not scaled, zero": ("deltallm", {"scale": False, "start": "zero"}),
 }
 RATES = {"delta": 2e-3, "all": 3e-4}
 DEMO_CHARACTERS = 8000  # of its held-out text
@@ -251,10 +251,10 @@ def tables(record: Record) -> list[Table]:
         found.sort(key=lambda row: row["quality"]["trained"]["kl"])
         whole = record["whole"]
         first: list[Cell] = ["whole model", MISSING, f"{whole['parameters'] / 1e6:.2f} M",
-                             MISSING, number_text(whole["perplexity"]), MISSING, MISSING, MISSING]  # fmt: skip
+                             MISSING, number_text(whole["perplexity"]), MISSING, MISSING]  # fmt: skip
         rows = [first, *(line(row, best=row is found[0], whole=whole) for row in found)]
         columns = ("method", "trained", "parameters", "perplexity before", "perplexity after",
-                   "KL before", "KL after", "time")  # fmt: skip
+                   "KL before", "KL after")  # fmt: skip
         made.append(Table(f"{percent_text(share)} of parameters", columns, rows, left=2))
     if made:
         about, steps = record["machine"], sorted({row["steps"] for row in record["rows"]})
@@ -279,7 +279,6 @@ def line(row: Record, best: bool, whole: Record) -> list[Cell]:
         number_text(quality["trained"]["perplexity"]),
         kl_text(quality["start"]["kl"], None),
         kl_text(quality["trained"]["kl"], None),
-        seconds_text(row["seconds"]) if "seconds" in row else MISSING,
     ]
     return [Strong(each) if best and n in (0, 6) else each for n, each in enumerate(cells)]
 

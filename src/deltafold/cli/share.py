@@ -30,7 +30,7 @@ SplitOption = Annotated[
 ]
 
 ScaleOption = Annotated[
-    bool, typer.Option("--scale", help="Scale each row of an anchor by a number of its own.")
+    bool, typer.Option(help="Scale each row of an anchor by a number of its own.")
 ]
 
 
@@ -48,7 +48,7 @@ def share(
     matrices: MatricesOption = "mlp",
     protect: ProtectOption = "0,1,-2,-1",
     split: SplitOption = 1.0,
-    scale: ScaleOption = False,
+    scale: ScaleOption = True,
     start: Annotated[
         str,
         typer.Option(help="Deltas begin as: svd, activation (whitened by inputs), fit, or zero."),

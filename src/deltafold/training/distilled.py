@@ -31,7 +31,7 @@ def distilled(
     `places` (n,) are rows of both, no row twice, and `next_ids` (n,) what follows there. Only the
     loss is differentiable. CE and KL are fp64. Without a teacher KL is 0.
     """
-    loss, ce, kl = _Distilled.apply(logits, teacher, places, next_ids, kl_share, temperature)  # type: ignore[no-untyped-call]
+    loss, ce, kl = _Distilled.apply(logits, teacher, places, next_ids, kl_share, temperature)
     return loss, ce, kl
 
 
@@ -55,7 +55,7 @@ class _Distilled(torch.autograd.Function):
             p = None if teacher is None else teacher[at]
             made, ce, kl = _piece(logits[at], p, next_ids[first : first + each], a, t, wanted)
             sums += torch.stack([ce, kl])
-            if gradient is not None:
+            if gradient is not None and made is not None:
                 gradient[at] = made.to(gradient.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)

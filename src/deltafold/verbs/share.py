@@ -50,7 +50,7 @@ def share(
     matrices: str = "mlp",
     protect: Sequence[int] = PROTECTED,
     split: float = 1.0,
-    scale: bool = False,
+    scale: bool = True,
     start: str = "svd",
     align: bool = False,
     train: str | Path | None = None,

@@ -23,7 +23,7 @@ from deltafold.verbs.workspace import Workspace
 
 OWN_TEXT = "self"
 OWN_SAMPLES, ALL_SAMPLES = 256, 1_000_000
-CALIBRATION_SAMPLES = 128
+CALIBRATION_SAMPLES, FIT_TOKENS = 128, 16_384
 STATE, TRIALS = "training.safetensors", "trials.json"
 COST_ROWS = 8  # held-out rows on which the placement `searched` judges a block
 
@@ -99,7 +99,7 @@ class Run:
         self.plan = make_plan(self.structure, self.numbers.request, costs)
         self.values, self.changed = self._start(self.plan)
         if self.settings["start"] == FIT:
-            self.values |= self._fitted(self.plan)
+            self.values |= self._fitted(self.plan, learn)
         if costs is not None:
             found["costs"] = [{"block": block, "kl": kl} for block, kl in sorted(costs.items())]
         if judged is not None:
@@ -169,9 +169,15 @@ class Run:
     def _calibration_text(self) -> str | Path:
         return "pages" if self.texts.train is None else self.texts.train
 
-    def _fitted(self, plan: Plan) -> Tensors:
-        """Values of what writes, fitted to the original's outputs by the main process."""
-        rows = self._rows(self._calibration_text(), CALIBRATION_SAMPLES)
+    def _fitted(self, plan: Plan, learn: Rows | None) -> Tensors:
+        """Values of what writes, fitted to the original's outputs by the main process.
+
+        Never on held-out rows: those could not tell then whether training gains.
+        """
+        rows = learn
+        if rows is None:
+            rows = self._rows(self._calibration_text(), CALIBRATION_SAMPLES)
+        rows = rows.chosen(range(min(len(rows), max(1, FIT_TOKENS // rows.ids.shape[1]))))
         found: Tensors = {}
         if self.processes.is_main:
             student = self.model.student(
