@@ -45,10 +45,7 @@ class _Folded:
             for name, parameter in model.named_parameters()
             if bool(parameter.any())
         )
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self.masters.parameters
+        self.parameters: dict[str, nn.Parameter] = self.masters.parameters
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
