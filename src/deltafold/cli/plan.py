@@ -44,7 +44,7 @@ def plan(
     matrices: MatricesOption = "mlp",
     protect: ProtectOption = "0,1,-2,-1",
     split: SplitOption = 1.0,
-    scale: ScaleOption = True,
+    scale: ScaleOption = None,
     file_ratio: o.FileRatioOption = None,
     nominal_ratio: o.NominalRatioOption = None,
     n_bytes: o.BytesOption = None,

@@ -30,7 +30,11 @@ SplitOption = Annotated[
 ]
 
 ScaleOption = Annotated[
-    bool, typer.Option(help="Scale each row of an anchor by a number of its own.")
+    bool | None,
+    typer.Option(
+        help="Scale each row of an anchor by a number of its own. Default: unless --rank is given.",
+        show_default=False,
+    ),
 ]
 
 
@@ -48,7 +52,7 @@ def share(
     matrices: MatricesOption = "mlp",
     protect: ProtectOption = "0,1,-2,-1",
     split: SplitOption = 1.0,
-    scale: ScaleOption = True,
+    scale: ScaleOption = None,
     start: Annotated[
         str,
         typer.Option(help="Deltas begin as: svd, activation (whitened by inputs), fit, or zero."),
@@ -215,16 +219,16 @@ def plan_share(
     matrices: str,
     protect: str,
     split: float,
-    scale: bool,
+    scale: bool | None,
     json_output: bool,
 ) -> None:
     """`deltafold plan CONFIG_OR_MODEL --method deltallm`: exact counts from a config alone."""
-    from deltafold.sharing.plan import Request
+    from deltafold.sharing.plan import Request, wants_scale
     from deltafold.verbs.share_job import plan_sharing
 
     request = Request(
         method, shared, rank, parameters, placement, matrices, tuple(block_numbers(protect)),
-        split, scale,
+        split, wants_scale(scale, rank),
     )  # fmt: skip
     found = plan_sharing(source, request)
     if json_output:

@@ -86,6 +86,11 @@ class Request:
             )
 
 
+def wants_scale(scale: bool | None, rank: int | None) -> bool:
+    """Whether anchors are scaled: as asked, else unless a rank is named, which is the paper's form."""
+    return rank is None if scale is None else scale
+
+
 @dataclass(frozen=True)
 class Place:
     """One block that shares. `anchor` None: nothing to refer to. Ranks 0: nothing added."""

@@ -67,7 +67,6 @@ class Work:
                 self.job.checkpoint,
                 memory_bytes=self.resources.memory_bytes,
                 scratch=self.workspace.folder,
-                mixed=True,
             )
             for matrix in self.job.matrices.values():
                 if self.job.centred and matrix.bias is None and not matrix.stacked:
@@ -156,7 +155,7 @@ class Work:
     def quality(self, ranks: Ranks, store: Store) -> Record:
         """Perplexity, KL to the model, and agreement with it, on the text to measure on."""
         whole, made = Candidate(self.job, None, ranks), Candidate(self.job, store, ranks)
-        with contextlib.closing(Probe(self.model.exact(), whole, self.measured)) as probe:
+        with contextlib.closing(Probe(self.model, whole, self.measured)) as probe:
             return {
                 "model": probe.measure(whole) | {"tokens": probe.tokens},
                 "factored": probe.measure(made) | {"tokens": probe.tokens},

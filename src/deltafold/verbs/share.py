@@ -26,7 +26,7 @@ from deltafold.record import (
     record_path,
     write_record,
 )
-from deltafold.sharing.plan import DELTA, MATRICES, PROTECTED, Request, make_plan
+from deltafold.sharing.plan import DELTA, MATRICES, PROTECTED, Request, make_plan, wants_scale
 from deltafold.sharing.replacing import Schedule
 from deltafold.training import Processes, Settings
 from deltafold.verbs.share_job import plan_record, structure_of
@@ -50,7 +50,7 @@ def share(
     matrices: str = "mlp",
     protect: Sequence[int] = PROTECTED,
     split: float = 1.0,
-    scale: bool = True,
+    scale: bool | None = None,
     start: str = "svd",
     align: bool = False,
     train: str | Path | None = None,
@@ -86,7 +86,8 @@ def share(
     """Write `model` into `output` with fewer stored parameters, at the same depth.
 
     Two of `parameters` (share kept), `shared` (blocks) and `rank` say how much, or `parameters` alone.
-    `scale` lets each row of an anchor be scaled. `start` is `svd`, `activation`, `fit` or `zero`;
+    `scale` lets each row of an anchor be scaled (default: unless `rank` is given). `start` is `svd`,
+    `activation`, `fit` or `zero`;
     `align` first puts neurons into the anchor's order.
     `steps` of training on `train` (a text, a data set, `general`, or by default `self`: the model's
     own); 0 writes the start. `replace_*` are p0, f and w of the schedule. `tune` `all` trains every
@@ -98,6 +99,7 @@ def share(
     >>> share("smollm2/", "shared/", parameters=0.88, train="text.jsonl", steps=500)  # doctest: +SKIP
     """
     out = Path(output)
+    scale = wants_scale(scale, rank)
     request = Request(
         method, shared, rank, parameters, placement, matrices, tuple(protect), split, scale
     )
