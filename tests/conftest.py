@@ -19,11 +19,6 @@ FILE_RATIO = 8  # small files: half of a tighter archive would be its manifest
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the pretended GPU last: it stays registered with torch."""
-    items.sort(key=lambda item: hasattr(getattr(item, "module", None), "pretending"))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What tests measure of their models is not kept in the user's home."""

@@ -9,7 +9,6 @@ Not seen here: streams, memory, kernels that a GPU has and a CPU has not, and th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,17 +24,10 @@ from deltafold import devices
 NAME = "pretend:0"
 MOVES = {"_to_copy", "copy_", "_copy_from"}
 BY_INDEX = {"index", "index_put", "index_put_"}  # torch moves indices by itself
-
-
-@functools.cache
-def _register() -> None:
-    """Tell torch of the device. It stays for the process, and changes what torch does elsewhere:
-
-    autocast asks it, and a fork can run no backward pass after one. So it is done late, and tests that
-    need it come last (`conftest.py`).
-    """
-    _setup_privateuseone_for_python_backend("pretend")
-    torch.pretend.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # type: ignore[attr-defined]
+# Now, when tests are collected: torch runs no backward pass on a device that comes after the first one.
+# It stays for the process. Autocast asks it; and with it no fork can run a backward pass after one.
+_setup_privateuseone_for_python_backend("pretend")
+torch.pretend.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # type: ignore[attr-defined]
 
 
 class OnGpu(torch.Tensor):
@@ -107,7 +99,6 @@ def _inner(value: Any) -> Any:
 @contextmanager
 def pretending(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """`--device cuda` means the pretended GPU inside, of this compute capability."""
-    _register()
     real = devices.resolve
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "resolve", lambda asked: NAME if asked == "cuda" else real(asked))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,12 +44,6 @@ def plain_place(**settings: Any) -> Iterator[Place]:
 def saved(folder: Path, family: str) -> Path:
     build(family).save_pretrained(folder)
     return folder
-
-
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("DELTAFOLD_PRETEND_GPU"),
-    reason="in a process of their own: torch runs no backward pass on a device that came late",
-)
 
 
 @pytest.fixture(autouse=True)
