@@ -23,6 +23,7 @@ from smollm2 import default_cache
 from torch.nn.functional import silu
 
 from deltafold.calibration import gather_samples
+from deltafold.folding.healing import Sums
 from deltafold.record import RECORD_VERSION, Meter, Record, machine, write_record
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Table
@@ -46,9 +47,9 @@ def neurons(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tens
 
 def fitted(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The matrix (out, in) that makes y (tokens, out) of h (tokens, in), by damped least squares."""
-    gram = (h.T @ h).double()
-    gram += DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
-    return torch.linalg.solve(gram, (h.T @ y).double()).T.float()
+    sums = Sums.empty(h.shape[1], y.shape[1])
+    sums.add(h, y)
+    return sums.solve(DAMPING).T.float()
 
 
 def low_rank(
@@ -58,17 +59,11 @@ def low_rank(
     made = []
     for number, weight in enumerate(own):
         base = torch.zeros_like(weight) if anchor is None else anchor[number]
-        path, layer = (
-            f"matrix {number}",
-            Linear(
-                shape=(len(weight), weight.shape[1]),
-                scale=scaled,
-                parts=(Part(rows=len(weight), rank=rank),),
-            ),
-        )
+        path, (rows, columns) = f"matrix {number}", weight.shape
+        layer = Linear(shape=(rows, columns), scale=scaled, parts=(Part(rows=rows, rank=rank),))
         found = composed_values(path, layer, weight, base, seconds[number], "activation", 0)
         product = found[f"{path}.delta.0.b"] @ found[f"{path}.delta.0.a"]
-        scale = found.get(f"{path}.scale", torch.ones(len(weight)))
+        scale = found.get(f"{path}.scale", torch.ones(rows))
         made.append(scale[:, None] * base + product)
     return made
 

@@ -8,7 +8,7 @@ which has a stream of its own on a GPU, so that one reads while another computes
 function here does nothing, and no byte changes.
 
 Precision is chosen by step. Linear algebra is fp64 where the GPU has fp64 units to speak of, else
-fp32 with a check (see `linalg`); fp32 products never are TF32. Text may run in bf16 where it only
+fp32 with a check (see `decomposition`); fp32 products never are TF32. Text may run in bf16 where it only
 weighs (see `calibration/precision.py`).
 """
 

@@ -35,9 +35,7 @@ from deltafold.errors import (
 
 JOURNAL = "journal.json"
 LOCK = "lock"
-PATIENCE_SECONDS = (
-    60.0  # as long as a network file system may go on saying that a file is not there
-)
+PATIENCE_SECONDS = 60.0  # a network file system may say so long that a file is not there
 
 
 def partial_path(output: Path) -> Path:
