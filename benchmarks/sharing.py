@@ -7,8 +7,9 @@
 Every model is measured before and after the same number of steps on the same text, towards the whole
 model (KL alone, at temperature 1). What it is measured on is other text. `delta` trains the low-rank
 factors alone, as DeltaLLM does; `all` trains every weight, as the folded models are healed. A folded
-model has the number of blocks whose parameters are nearest to the share asked for; sub-layers that
-jointdrop silences are not counted. SmolLM2 runs, and is measured, in bf16.
+model has the number of blocks whose parameters are nearest to the share asked for. Of jointdrop as
+many sub-layers are silent as it takes, and these are not counted. SmolLM2 runs, and is measured, in
+bf16.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 RATES = {"delta": 2e-3, "all": 3e-4}
 DEMO_CHARACTERS = 8000  # of its held-out text
-TOPIC_CHARACTERS = 600  # of each topic; a measurement is made for each of many models
+TOPIC_CHARACTERS = 1500  # of each topic; a measurement is made for each of many models
 TEXTS = {"self": "text that the whole model wrote", "pages": "the pages that come with deltafold"}
 SAMPLES = 512  # of text that the model writes itself
 FOLD_SAMPLES = 128  # of text that tells which blocks are alike
@@ -87,7 +88,7 @@ def subject_of(name: str, cache: Path) -> Subject:
         title = "the demo's base (3.2 M parameters, 4 blocks)"
         return Subject(name, title, folder, (), "self", 64, 60, 8, False)
     title = "SmolLM2-135M-Instruct (134.5 M parameters, 30 blocks)"
-    return Subject(name, title, cache / "smollm2-base", (0, 1, -2, -1), "pages", 64, 16, 4, True)
+    return Subject(name, title, cache / "smollm2-base", (0, 1, -2, -1), "pages", 128, 32, 8, True)
 
 
 def measured_text(subject: Subject, folder: Path) -> Path:
@@ -147,9 +148,12 @@ class Bench:
             folder = Path(name) / "folded"
             text = {"calibration": subject.text, "samples": FOLD_SAMPLES,
                     "max_tokens": subject.row_tokens}  # fmt: skip
-            plan = deltafold.fold(subject.folder, folder, method, blocks=1, dry_run=True)
-            blocks = max(1, round((1 - share) * plan["parameters"] / plan["block_parameters"]))
-            made = deltafold.fold(subject.folder, folder, method, blocks=blocks, **text)
+            much: dict[str, Any] = {"parameters": share}
+            if method != "jointdrop":  # blocks are large, so the nearest number of them
+                plan = deltafold.fold(subject.folder, folder, method, blocks=1, dry_run=True)
+                one = plan["block_parameters"] / plan["parameters"]
+                much = {"blocks": max(1, round((1 - share) / one))}
+            made = deltafold.fold(subject.folder, folder, method, **much, **text)
             student = Plain(self.load(folder), trained=True)
         whole = self.load(subject.folder)
         gone = made["removed"]["parameters"] + round(

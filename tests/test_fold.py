@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,28 @@ def test_joint_drop_says_what_is_silent(llama: Path, text: Path, tmp_path: Path)
     both = len(record["removed"]["blocks"])
     assert 2 * both + len(record["silenced"]) == 4
     assert (record["silenced_parameter_share"] > 0) == bool(record["silenced"])
+
+
+def test_joint_drop_takes_sublayers_until_the_share_is_reached(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    record = run(llama, tmp_path / "out", "jointdrop", text, blocks=None, parameters=0.8)
+    sizes = {
+        part: sum(
+            math.prod(value.shape)
+            for name, value in weights(llama).items()
+            if name.startswith(f"model.layers.0.{key}")
+        )
+        for part, key in (("attention", "self_attn"), ("mlp", "mlp"))
+    }
+    gone = [sizes[step["part"]] for step in record["steps"]]
+    total = record["parameters"]
+    assert sum(gone) >= 0.2 * total > sum(gone[:-1])
+    assert record["asked"]["blocks"] is None
+    removed = record["removed"]["parameter_share"] + record["silenced_parameter_share"]
+    assert removed >= 0.2
+    scores = [step["score"] for step in record["steps"]]
+    assert scores == sorted(scores, reverse=True)
 
 
 @pytest.mark.parametrize("reach", ["cut", "through"])

@@ -166,10 +166,11 @@ def _show_plan(result: dict[str, Any]) -> None:
 
     asked = result["asked"]
     say(f"[bold]{result['model']}[/bold]  {_method(result)}")
-    say(
-        f"  {asked['blocks']} of {result['blocks']} blocks go: {asked['layer_share']:.1%} of layers, "
-        f"{asked['parameter_share']:.1%} of {result['parameters']:,} parameters"
-    )
+    what = "attention and MLP of blocks go"
+    if asked["blocks"] is not None:
+        what = f"{asked['blocks']} of {result['blocks']} blocks go"
+        what += f": {asked['layer_share']:.1%} of layers"
+    say(f"  {what}, {asked['parameter_share']:.1%} of {result['parameters']:,} parameters")
 
 
 def _show(result: dict[str, Any], where: Path) -> None:

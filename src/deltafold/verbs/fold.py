@@ -112,6 +112,7 @@ def fold(
             "model": checkpoint.fingerprint(),
             "method": chosen.to_json(),
             "count": job.count,
+            "goal": job.goal,
             "shards": shard_bytes,
             **settings,
         }

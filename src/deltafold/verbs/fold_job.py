@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deltafold.checkpoint import DTYPES, Checkpoint
@@ -17,13 +17,18 @@ from deltafold.folding.units import Heads, Units, find_units
 
 @dataclass(frozen=True)
 class Job:
-    """A model's blocks, and how many of which are to go. `count` blocks, or as much as they hold."""
+    """A model's blocks, and how many of which are to go.
+
+    `count` blocks; where attention and MLP go apart, twice as many of these, or with a `goal` the
+    first of them that hold so many parameters.
+    """
 
     layout: Layout
     units: list[Units]
     method: Method
     count: int
     protected: frozenset[int]
+    goal: int = 0
 
     @property
     def is_joint(self) -> bool:
@@ -31,7 +36,9 @@ class Job:
 
     @property
     def share_removed(self) -> float:
-        """Share of all parameters that go with `count` blocks."""
+        """Share of all parameters that go with the goal, or with `count` blocks."""
+        if self.goal:
+            return self.goal / self.layout.total
         return self.count * self.layout.parameters / self.layout.total
 
 
@@ -96,7 +103,12 @@ def make_job(
             f"{checkpoint.label}: the output projections of attention and MLP are not known by "
             "their names, so neither can be dropped alone; choose another method."
         )
-    return Job(layout, units, method, count, frozenset(fixed))
+    job = Job(layout, units, method, count, frozenset(fixed))
+    if job.is_joint and parameters is not None:
+        # Which sub-layers go is known once they are ranked, and they are not of one size.
+        goal = math.ceil((1 - parameters) * layout.total - 1e-6)
+        return replace(job, count=most, goal=goal)
+    return job
 
 
 def _protected(protect: Sequence[int], depth: int, label: str) -> set[int]:

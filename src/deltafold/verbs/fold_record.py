@@ -17,9 +17,12 @@ def summary(job: Job, checkpoint: Checkpoint) -> Record:
         "blocks": layout.depth,
         "block_parameters": layout.parameters,
         "parameters": layout.total,
-        "asked": {"blocks": job.count, "layer_share": job.count / layout.depth,
-                  "parameter_share": job.share_removed},
-    }  # fmt: skip
+        "asked": {
+            "blocks": None if job.goal else job.count,
+            "layer_share": None if job.goal else job.count / layout.depth,
+            "parameter_share": job.share_removed,
+        },
+    }
 
 
 def outcome(job: Job, folded: Folded) -> Record:

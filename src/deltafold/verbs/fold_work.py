@@ -98,7 +98,7 @@ class Folder:
         if evidence.has_matrix:
             done.matrices.append((draft.numbers, evidence.alike()))
         if self.job.is_joint:
-            self._silence(done, chosen)
+            self._silence(done, self._enough(chosen))
             return
         for step, ratio in zip(chosen, ratios, strict=True):
             done.steps.append(self._row(draft, step, ratio))
@@ -141,6 +141,16 @@ class Folder:
             "ratio": ratio if self.job.method.rule.merges and step.keep is not None else None,
             "score": step.score,
         }
+
+    def _enough(self, ranked: list[Step]) -> list[Step]:
+        """The first sub-layers of a ranking that hold the goal's parameters; all where there is none."""
+        held, enough = 0, []
+        for step in ranked:
+            if self.job.goal and held >= self.job.goal:
+                break
+            enough.append(step)
+            held += self.job.layout.part_parameters(str(step.part))
+        return enough
 
     def _silence(self, done: Folded, chosen: list[Step]) -> None:
         """Sub-layers that go: their output projections become zero; a block that loses both goes."""
