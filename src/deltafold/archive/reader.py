@@ -18,7 +18,14 @@ from deltafold.archive.manifest import (
     Tensor,
     read_manifest,
 )
-from deltafold.checkpoint import Checkpoint, archive_folder, is_hub_id, local_folder, tensor_bytes
+from deltafold.checkpoint import (
+    Checkpoint,
+    archive_folder,
+    is_address,
+    is_hub_id,
+    local_folder,
+    tensor_bytes,
+)
 from deltafold.errors import ArchiveError, CheckpointError, not_shared
 
 FILES_FOLDER = "files"
@@ -158,9 +165,9 @@ def _opened_elsewhere(folder: Path, identity: str) -> Archive:
 
 
 def is_archive(source: str | Path) -> bool:
-    """True for a folder that holds `delta.json`; a hub id is downloaded to see."""
+    """True for a folder that holds `delta.json`; a hub id or an address is downloaded to see."""
     folder = Path(source).expanduser()
-    if not folder.exists() and is_hub_id(source):
+    if not folder.exists() and (is_address(source) or is_hub_id(source)):
         folder = local_folder(source)
     return (folder / MANIFEST_FILE).is_file()
 

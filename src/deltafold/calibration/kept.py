@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from deltafold.calibration.batches import Sample
-from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, tensor_bytes
+from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, cache_root, tensor_bytes
 from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import DeltafoldError
@@ -35,8 +35,7 @@ def cache_folder(cache: str | Path | None) -> Path:
     """What is given, else `calibration` in DELTAFOLD_CACHE or in `~/.cache/deltafold`."""
     if cache is not None:
         return Path(cache).expanduser()
-    root = os.environ.get("DELTAFOLD_CACHE") or Path.home() / ".cache" / "deltafold"
-    return Path(root).expanduser() / "calibration"
+    return cache_root() / "calibration"
 
 
 def key_of(identity: object) -> str:

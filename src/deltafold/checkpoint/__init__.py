@@ -2,6 +2,7 @@
 
 from deltafold.checkpoint.header import DTYPE_NAMES, DTYPES, TensorInfo
 from deltafold.checkpoint.hub import archive_folder, is_hub_id, local_folder, open_checkpoint
+from deltafold.checkpoint.store import cache_root, is_address
 from deltafold.checkpoint.view import Checkpoint
 from deltafold.checkpoint.writer import CheckpointWriter, plan_shards, tensor_bytes
 
@@ -12,6 +13,8 @@ __all__ = [
     "CheckpointWriter",
     "TensorInfo",
     "archive_folder",
+    "cache_root",
+    "is_address",
     "is_hub_id",
     "local_folder",
     "open_checkpoint",

@@ -1,4 +1,4 @@
-"""From what a user types to a local folder: a path, or a hub id with an optional `@revision`."""
+"""From what a user types to a local folder: a path, a hub id (`org/name@revision`), an address."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from deltafold.checkpoint.store import Remote, is_address, shown
 from deltafold.checkpoint.view import SIDE_FILE_PATTERNS, Checkpoint
 from deltafold.errors import CheckpointError
 
@@ -23,7 +24,7 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def local_folder(source: str | Path) -> Path:
-    """The folder (or file) that `source` names, downloaded first if it is a hub id.
+    """The folder (or file) that `source` names; a hub id or an address is downloaded first.
 
     A checkpoint or an archive. Only safetensors and side files are fetched, never pickles. Raises
     CheckpointError.
@@ -31,6 +32,8 @@ def local_folder(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if str(source) and path.exists():
         return path
+    if is_address(source):
+        return Remote.at(source).fetch([*CHECKPOINT_PATTERNS, *ARCHIVE_PATTERNS])
     if not is_hub_id(source):
         raise CheckpointError(
             f"{source} does not exist; give a local Hugging Face folder or a hub id like org/name."
@@ -39,11 +42,13 @@ def local_folder(source: str | Path) -> Path:
 
 
 def archive_folder(source: str | Path) -> Path:
-    """The folder of an archive: a local one as it is named, or that of a hub id, downloaded first.
+    """The folder of an archive: a local one as it is named; a hub id or an address is downloaded.
 
-    Raises CheckpointError where the hub does not give it.
+    Raises CheckpointError where hub or store do not give it.
     """
     path = Path(source).expanduser()
+    if not path.exists() and is_address(source):
+        return Remote.at(source).fetch(ARCHIVE_PATTERNS)
     if path.exists() or not is_hub_id(source):
         return path
     return _downloaded(str(source), ARCHIVE_PATTERNS)
@@ -98,5 +103,5 @@ def unreachable(error: Exception | None) -> str | None:
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open a local folder, a safetensors file or a hub id."""
-    return Checkpoint(local_folder(source), label=str(source))
+    """Open a local folder, a safetensors file, a hub id or an address."""
+    return Checkpoint(local_folder(source), label=shown(source))

@@ -30,6 +30,7 @@ from deltafold.errors import BudgetError, DeltafoldError, UsageError
 from deltafold.record import Meter, Record, record_path, write_record
 from deltafold.verbs.compress import compress as compress_verb
 from deltafold.verbs.job import budget_of
+from deltafold.verbs.stored import storable
 from deltafold.verbs.workspace import check_output
 
 # What the papers pick from per model on a validation set.
@@ -45,6 +46,7 @@ Candidate = dict[str, Any]
 Score = Callable[[Path, Record], tuple[str, float]]
 
 
+@storable
 @computes
 def compress(
     base: str | Path,

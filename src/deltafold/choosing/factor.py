@@ -11,8 +11,10 @@ from deltafold.devices import computes
 from deltafold.evaluation.plan import Request
 from deltafold.record import Record
 from deltafold.verbs.factor_model import factor as factor_verb
+from deltafold.verbs.stored import storable
 
 
+@storable
 @computes
 def factor(
     model: str | Path,

@@ -26,10 +26,12 @@ from deltafold.evaluation.plan import DEFAULT_ANSWERS, Plan, Request
 from deltafold.evaluation.segments import Subject
 from deltafold.record import Meter, Record, record_path, write_record
 from deltafold.verbs.fold import fold as fold_verb
+from deltafold.verbs.stored import storable
 
 SPEED_TOKENS, SPEED_TRIES = 32, 3
 
 
+@storable
 @computes
 def fold(
     model: str | Path,

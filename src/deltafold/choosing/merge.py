@@ -20,6 +20,7 @@ from deltafold.merging.recipe import Recipe
 from deltafold.record import Meter, Record, record_path, write_record
 from deltafold.verbs.merge import merge as merge_verb
 from deltafold.verbs.merge_search import Formed
+from deltafold.verbs.stored import storable
 
 # The papers' values: Yadav et al. 2023 and Yang et al. 2025 (ImPart, table 8).
 USUAL: dict[str, tuple[float, ...]] = {
@@ -28,6 +29,7 @@ USUAL: dict[str, tuple[float, ...]] = {
 }
 
 
+@storable
 @computes
 def merge(
     base: str | Path,

@@ -11,8 +11,10 @@ from deltafold.devices import computes
 from deltafold.evaluation.plan import Request
 from deltafold.record import Record
 from deltafold.verbs.share import share as share_verb
+from deltafold.verbs.stored import storable
 
 
+@storable
 @computes
 def share(
     model: str | Path,

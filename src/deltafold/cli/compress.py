@@ -96,7 +96,6 @@ def compress(
         return
     from deltafold.choosing import compress as compress_verb
     from deltafold.cli.show import progress
-    from deltafold.record import record_path
 
     with progress() as advance:
         result = compress_verb(
@@ -130,10 +129,10 @@ def compress(
 
         print(json.dumps(result))
     else:
-        _show(result, record or record_path(output))
+        _show(result, o.record_place(record, output))
 
 
-def _show(record: dict[str, Any], where: Path) -> None:
+def _show(record: dict[str, Any], where: str) -> None:
     from collections import Counter
 
     from deltafold.cli.show import device_lines, duration, say, size

@@ -49,7 +49,6 @@ def export(
     Example: deltafold export math.delta --to peft -o math-adapter/ --rank 64
     """
     from deltafold.cli.show import progress
-    from deltafold.record import record_path
     from deltafold.verbs.export import export as export_verb
 
     with progress() as advance:
@@ -79,10 +78,10 @@ def export(
 
         print(json.dumps(result))
     else:
-        _show(result, record or record_path(output))
+        _show(result, o.record_place(record, output))
 
 
-def _show(result: dict[str, Any], where: Path) -> None:
+def _show(result: dict[str, Any], where: str) -> None:
     from deltafold.cli.show import device_lines, duration, say, size
 
     rows = result["tensors"]

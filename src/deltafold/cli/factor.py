@@ -67,7 +67,6 @@ def factor(
     Example: deltafold factor smollm2/ -o small/ --method lord --parameters 0.8
     """
     from deltafold.cli.show import progress
-    from deltafold.record import record_path
 
     more: dict[str, Any] = {} if damping is None else {"damping": damping}
     verb: Any  # the two take the same, one a little more
@@ -116,7 +115,7 @@ def factor(
         return
     _show_plan(result)
     if not dry_run:
-        _show(result, record or record_path(output))
+        _show(result, o.record_place(record, output))
 
 
 def _show_plan(result: dict[str, Any]) -> None:
@@ -153,7 +152,7 @@ def _show_plan(result: dict[str, Any]) -> None:
     out.print(shown)
 
 
-def _show(result: dict[str, Any], where: Path) -> None:
+def _show(result: dict[str, Any], where: str) -> None:
     from deltafold.cli.show import device_lines, duration, say, size
 
     counted = result["parameters"]

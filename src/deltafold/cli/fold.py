@@ -77,7 +77,6 @@ def fold(
     Example: deltafold fold smollm2/ -o smaller/ --blocks 6
     """
     from deltafold.cli.show import progress
-    from deltafold.record import record_path
 
     scoring: dict[str, Any] = {}
     verb: Any  # the two take the same, one a little more
@@ -135,7 +134,7 @@ def fold(
     elif dry_run:
         _show_plan(result)
     else:
-        _show(result, record or record_path(output))
+        _show(result, o.record_place(record, output))
 
 
 def block_numbers(text: str | None) -> list[int]:
@@ -173,7 +172,7 @@ def _show_plan(result: dict[str, Any]) -> None:
     say(f"  {what}, {asked['parameter_share']:.1%} of {result['parameters']:,} parameters")
 
 
-def _show(result: dict[str, Any], where: Path) -> None:
+def _show(result: dict[str, Any], where: str) -> None:
     from deltafold.cli.show import device_lines, duration, say, size
 
     removed = result["removed"]

@@ -100,7 +100,6 @@ def merge(
     Example: deltafold merge base/ math.delta sql.delta chat/ -o merged/ --method ties
     """
     from deltafold.cli.show import progress
-    from deltafold.record import record_path
 
     base, recipe = _recipe(
         base, models or [], config, method, sparsify, consensus, weight, density, scale, setting,
@@ -153,7 +152,7 @@ def merge(
     else:
         from deltafold.cli.merge_summary import show
 
-        show(result, None if dry_run else record or record_path(output))
+        show(result, None if dry_run else o.record_place(record, output))
 
 
 def _archive_options(

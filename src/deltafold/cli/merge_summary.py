@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from deltafold.cli.show import device_lines, duration, out, say, size
 
 
-def show(record: dict[str, Any], where: Path | None) -> None:
+def show(record: dict[str, Any], where: str | None) -> None:
     """The summary. `where` is None for a dry run: nothing was done yet."""
     recipe = record["recipe"]
     say(

@@ -126,6 +126,14 @@ _NO_SETTINGS = {
 }  # fmt: skip
 
 
+def record_place(record: Path | None, output: Path) -> str:
+    """Where the record of an output is, to be shown: an address stays one."""
+    from deltafold.checkpoint.store import shown
+    from deltafold.record import record_path
+
+    return shown(record or record_path(output))
+
+
 def parse_bytes(text: str | None, option: str) -> int | None:
     """`8MB`, `1.5GiB`, `120000` to bytes; None stays None.
 

@@ -52,7 +52,7 @@ def restore(
             record=record,
         )
     say(
-        f"[bold]{output}[/bold]  {result['tensors_restored']} tensors restored in "
+        f"[bold]{result['output']}[/bold]  {result['tensors_restored']} tensors restored in "
         f"{duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}"
     )
     for line in device_lines(result):

@@ -134,7 +134,6 @@ def share(
     Example: deltafold share smollm2/ -o shared/ --parameters 0.88 --train text.jsonl --steps 500
     """
     from deltafold.cli.show import progress
-    from deltafold.record import record_path
 
     verb: Any  # the two take the same, one a little more
     scoring: dict[str, Any] = {}
@@ -206,7 +205,7 @@ def share(
     elif dry_run:
         show_sharing(result)
     else:
-        _show(result, record or record_path(output))
+        _show(result, o.record_place(record, output))
 
 
 def plan_share(
@@ -264,7 +263,7 @@ def _count(found: dict[str, Any]) -> str:
     )
 
 
-def _show(result: dict[str, Any], where: Path) -> None:
+def _show(result: dict[str, Any], where: str) -> None:
     from deltafold.cli.show import device_lines, duration, say, size
 
     blocks = ", ".join(

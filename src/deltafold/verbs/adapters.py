@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from deltafold.adapters.peft_files import CONFIG_FILE
 from deltafold.archive import MANIFEST_FILE, Archive
-from deltafold.checkpoint import open_checkpoint
+from deltafold.checkpoint import cache_root, open_checkpoint
 from deltafold.engine import Progress
 from deltafold.errors import UsageError
 from deltafold.record import read_record
@@ -31,8 +30,7 @@ class Adapter:
 
 def adapters_folder() -> Path:
     """`adapters` in DELTAFOLD_CACHE or in `~/.cache/deltafold`."""
-    root = os.environ.get("DELTAFOLD_CACHE") or Path.home() / ".cache" / "deltafold"
-    return Path(root).expanduser() / "adapters"
+    return cache_root() / "adapters"
 
 
 def check_names(deltas: Mapping[str, object]) -> None:

@@ -27,9 +27,11 @@ from deltafold.verbs.pair import open_pair
 from deltafold.verbs.recording import compress_record
 from deltafold.verbs.schedule import schedule
 from deltafold.verbs.search import encode_to_size
+from deltafold.verbs.stored import storable
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 
 
+@storable
 @computes
 def compress(
     base: str | Path,

@@ -54,6 +54,7 @@ from deltafold.verbs.export_pairs import (
     pair_error,
     pair_specs,
 )
+from deltafold.verbs.stored import storable
 from deltafold.verbs.workspace import Workspace, check_output
 
 FORMATS = ("peft", "gguf-lora")
@@ -72,6 +73,7 @@ class Options:
     progress: Progress | None
 
 
+@storable
 @computes
 def export(
     archive: str | Path,

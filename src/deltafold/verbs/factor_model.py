@@ -30,12 +30,14 @@ from deltafold.verbs.factor_ranks import shared_ranks
 from deltafold.verbs.factor_record import outcome, summary
 from deltafold.verbs.factor_work import Asked, Work
 from deltafold.verbs.share_write import SHARD_BYTES, shared_specs, stored_bytes, write_shared
+from deltafold.verbs.stored import storable
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 from deltafold.whitening import DAMPING
 
 GROUPINGS = ("neighbours", "alike")
 
 
+@storable
 def factor(
     model: str | Path,
     output: str | Path,

@@ -32,12 +32,14 @@ from deltafold.verbs.fold_record import outcome, summary
 from deltafold.verbs.fold_run import Run, Texts
 from deltafold.verbs.fold_states import POOLS, Pool
 from deltafold.verbs.fold_write import write_draft
+from deltafold.verbs.stored import storable
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 
 SHARD_BYTES = 5_000_000_000
 HEALINGS = ("none", "cut", "through")
 
 
+@storable
 def fold(
     model: str | Path,
     output: str | Path,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.archive import Archive
+from deltafold.checkpoint.store import shown
 from deltafold.names import block_of, role_of
 from deltafold.verbs.decode import check_codecs
 from deltafold.verbs.recording import archive_totals, codec_names, tensor_bytes
@@ -17,7 +18,7 @@ def inspect(archive: str | Path) -> dict[str, Any]:
         check_codecs(opened)
         manifest = opened.manifest
         return {
-            "archive": str(archive),
+            "archive": shown(archive),
             "format_version": manifest.format_version,
             "tool_version": manifest.tool_version,
             "method": manifest.method,

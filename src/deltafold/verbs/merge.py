@@ -31,11 +31,13 @@ from deltafold.verbs.merge_inputs import Inputs, settle_inputs
 from deltafold.verbs.merge_search import Choose, Formed
 from deltafold.verbs.merge_tensors import Tensors, agreement, scaled_figures
 from deltafold.verbs.sources import CheckpointSource, open_source
+from deltafold.verbs.stored import storable
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 
 SHARD_BYTES = 5_000_000_000
 
 
+@storable
 def merge(
     base: str | Path,
     recipe: Recipe,

@@ -24,11 +24,13 @@ from deltafold.record import (
     write_record,
 )
 from deltafold.verbs.decode import check_base_headers, check_codecs, checked_rows
+from deltafold.verbs.stored import storable
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 
 TASK_MEMORY_BYTES = 200 << 20
 
 
+@storable
 @computes
 def restore(
     archive: str | Path,

@@ -35,9 +35,11 @@ from deltafold.verbs.share_search import Numbers, check_search
 from deltafold.verbs.share_start import check_start
 from deltafold.verbs.share_train import check_tune
 from deltafold.verbs.share_write import SHARD_BYTES, Source, write_shared
+from deltafold.verbs.stored import storable
 from deltafold.verbs.workspace import Workspace, check_output, check_space
 
 
+@storable
 def share(
     model: str | Path,
     output: str | Path,
