@@ -48,7 +48,7 @@ HEALED = (
 TRAINED, STEPS = ("auto",), 30  # also trained afterwards
 ROWS, CHOICES, SHOTS, WINDOWS, MAX_LENGTH = 24, 16, 3, 24, 256
 OPTIONS = 4  # of a multiple choice, at most
-SAMPLES = 128
+SAMPLES = 256
 DTYPE = torch.bfloat16  # to measure in
 TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
 
