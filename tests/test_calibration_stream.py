@@ -177,6 +177,26 @@ def test_mixed_products_of_a_bf16_model(
             assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
+def test_mixed_products_have_the_same_bits_with_any_number_of_threads(
+    folder_of: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltafold.calibration.stream.multiplies_bf16", lambda device: True)
+    monkeypatch.setattr("deltafold.engine.default_workers", lambda: 3)
+    model = StreamedModel(folder_of("llama"), mixed=True)
+    batches = make_batches(samples, batch_tokens=32)
+    assert len(batches) > 2
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with model.forward(batches) as done:
+                found.append([done.last[place] for place in range(len(batches))])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_a_model_in_fp32_is_never_mixed(llama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

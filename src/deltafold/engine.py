@@ -123,7 +123,7 @@ def run_tasks(
     tally = Tally(stage, tasks, progress)
     running: dict[Future[object], int] = {}
     errors: dict[int, BaseException] = {}
-    with _one_core_each(), _pool(threads) as pool:
+    with one_core_each(), _pool(threads) as pool:
         try:
             while (waiting and not errors) or running:
                 held = sum(tasks[index].memory_bytes for index in running.values())
@@ -150,8 +150,31 @@ def run_tasks(
         raise errors[min(errors)]
 
 
+def spread(run: Callable[[int], None], count: int) -> None:
+    """`run(n)` for n below `count`, one core each, so that the bits do not hang on their number.
+
+    As many at a time as torch may use threads. The first error, by n, is raised.
+    """
+    import torch
+
+    workers = min(default_workers(), torch.get_num_threads(), count)
+    with one_core_each():
+        if workers <= 1:
+            for number in range(count):
+                run(number)
+            return
+        with _pool(workers) as pool:
+            done = [pool.submit(handed_on(lambda n=number: run(n))) for number in range(count)]  # type: ignore[misc]
+            try:
+                for each in done:
+                    each.result()
+            finally:
+                for each in done:
+                    each.cancel()
+
+
 @contextlib.contextmanager
-def _one_core_each():  # type: ignore[no-untyped-def]
+def one_core_each():  # type: ignore[no-untyped-def]
     """BLAS and torch compute with one thread inside; restored afterwards."""
     import torch
 

@@ -27,7 +27,7 @@ from deltafold.calibration.store import TensorStore
 from deltafold.calibration.wiring import Weights
 from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.devices import here, put
-from deltafold.engine import trim
+from deltafold.engine import spread, trim
 from deltafold.errors import MismatchError, NonFiniteError
 from deltafold.linalg import products
 from deltafold.record import total_memory_bytes
@@ -243,11 +243,19 @@ class StreamedModel:
     ) -> None:
         block, names = self.skeleton.blocks[number], self.skeleton.block(number)
         with self.skeleton.filled(names, self.weights) as parameters:
-            for place in range(len(done.batches)):
+
+            def one(place: int) -> None:
                 watched = visitor.running(number, parameters) if visitor else None
-                with watched or contextlib.nullcontext():
+                with torch.no_grad(), watched or contextlib.nullcontext():
                     made = self.run(done.calls[place][number], block, source.near(place))
                 done.last[place] = made
+
+            # Products in bf16 differ by the number of threads, enough to change what is chosen.
+            if self.mixed and visitor is None:
+                spread(one, len(done.batches))
+            else:
+                for place in range(len(done.batches)):
+                    one(place)
         trim()
         if visitor:
             visitor.finished(number)

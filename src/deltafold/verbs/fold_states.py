@@ -11,6 +11,7 @@ import torch
 from deltafold.calibration.batches import Batch, Sample, make_batches
 from deltafold.calibration.store import TensorStore
 from deltafold.calibration.stream import Pass, StreamedModel
+from deltafold.engine import one_core_each
 from deltafold.folding.draft import Draft
 from deltafold.folding.similarity import Similarity
 
@@ -78,7 +79,11 @@ class States:
                 store.close()
 
     def matrix(self, similarity: Similarity, done: Pass, pool: Pool) -> torch.Tensor:
-        """A (s, s) over the states of a pass with `keep`."""
+        """A (s, s) over the states of a pass with `keep`, the same whatever the number of cores."""
+        with one_core_each():
+            return self._matrix(similarity, done, pool)
+
+    def _matrix(self, similarity: Similarity, done: Pass, pool: Pool) -> torch.Tensor:
         if similarity.rows == "samples":
             return similarity.matrix(pooled_rows(done, pool))
         total, count = torch.zeros(len(done.stores), len(done.stores), dtype=torch.float64), 0
