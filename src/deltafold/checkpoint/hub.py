@@ -47,11 +47,11 @@ def archive_folder(source: str | Path) -> Path:
     Raises CheckpointError where hub or store do not give it.
     """
     path = Path(source).expanduser()
-    if not path.exists() and is_address(source):
-        return Remote.at(source).fetch(ARCHIVE_PATTERNS)
-    if path.exists() or not is_hub_id(source):
+    if path.exists():
         return path
-    return _downloaded(str(source), ARCHIVE_PATTERNS)
+    if is_address(source):
+        return Remote.at(source).fetch(ARCHIVE_PATTERNS)
+    return _downloaded(str(source), ARCHIVE_PATTERNS) if is_hub_id(source) else path
 
 
 def _downloaded(hub_id: str, patterns: Sequence[str]) -> Path:

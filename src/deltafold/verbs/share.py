@@ -89,8 +89,7 @@ def share(
 
     Two of `parameters` (share kept), `shared` (blocks) and `rank` say how much, or `parameters` alone.
     `scale` lets each row of an anchor be scaled (default: unless `rank` is given). `start` is `svd`,
-    `activation`, `fit` or `zero`;
-    `align` first puts neurons into the anchor's order.
+    `activation`, `fit` or `zero`; `align` first puts neurons into the anchor's order.
     `steps` of training on `train` (a text, a data set, `general`, or by default `self`: the model's
     own); 0 writes the start. `replace_*` are p0, f and w of the schedule. `tune` `all` trains every
     weight, with a second copy of the model as the teacher. `bf16` runs and measures in bf16. `search`
