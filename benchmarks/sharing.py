@@ -2,7 +2,9 @@
 
     python benchmarks/sharing.py demo                   # minutes; goes on where it stopped
     python benchmarks/sharing.py smollm2                # an hour on one core that is free
+    python benchmarks/sharing.py smollm2-long --device cuda     # a hundred times the text
     python benchmarks/sharing.py demo --into docs/commands/share.md
+    python benchmarks/sharing.py demo --join a.json b.json      # records of parts become one
 
 Every model is measured before and after the same number of steps on the same text, towards the whole
 model (KL alone, at temperature 1). What it is measured on is other text. `delta` trains the low-rank
@@ -21,7 +23,7 @@ import math
 import pydoc_data.topics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,13 @@ from smollm2 import default_cache
 
 import deltafold
 from deltafold.calibration import gather_samples
-from deltafold.errors import DeltafoldError
+from deltafold.devices import computing, here
+from deltafold.errors import DeltafoldError, UsageError
 from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text
-from deltafold.training import Masters, Rows, Settings, exam, pack, train
+from deltafold.training import Masters, Rows, Settings, exam, forward_tokens, pack, train
 from deltafold.verbs.share_train import load_model
 
 HERE = Path(__file__).parent
@@ -58,11 +61,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deltallm, not scaled, svd": ("deltallm", {"scale": False, "start": "svd"}),
     "deltallm, not scaled, zero": ("deltallm", {"scale": False, "start": "zero"}),
 }
-RATES = {"delta": 2e-3, "all": 3e-4}
 DEMO_CHARACTERS = 8000  # of its held-out text
 TOPIC_CHARACTERS = 1500  # of each topic; a measurement is made for each of many models
+DELTA_RATE = 2e-3
 TEXTS = {"self": "text that the whole model wrote", "pages": "the pages that come with deltafold"}
-SAMPLES = 512  # of text that the model writes itself
+LONG_STEPS, LONG_SAMPLES = 240, 8192  # a step has 64 rows of 256 tokens
 FOLD_SAMPLES = 128  # of text that tells which blocks are alike
 TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
 
@@ -80,15 +83,24 @@ class Subject:
     steps: int
     batch: int
     bf16: bool
+    samples: int | None  # of text that the model writes itself
+    rate: float  # of all weights
+
+    def rate_of(self, tune: str) -> float:
+        """The highest learning rate."""
+        return DELTA_RATE if tune == "delta" else self.rate
 
 
 def subject_of(name: str, cache: Path) -> Subject:
     if name == "demo":
         folder = HERE.parent / "demo" / "models" / "base"
         title = "the demo's base (3.2 M parameters, 4 blocks)"
-        return Subject(name, title, folder, (), "self", 64, 60, 8, False)
+        return Subject(name, title, folder, (), "self", 64, 60, 8, False, 512, 3e-4)
     title = "SmolLM2-135M-Instruct (134.5 M parameters, 30 blocks)"
-    return Subject(name, title, cache / "smollm2-base", (0, 1, -2, -1), "pages", 128, 32, 8, True)
+    model = (name, title, cache / "smollm2-base", (0, 1, -2, -1))
+    if name == "smollm2":
+        return Subject(*model, "pages", 128, 32, 8, True, None, 3e-4)
+    return Subject(*model, "self", 256, LONG_STEPS, 64, True, LONG_SAMPLES, 6e-4)
 
 
 def measured_text(subject: Subject, folder: Path) -> Path:
@@ -115,14 +127,15 @@ class Bench:
         self.dtype = torch.bfloat16 if subject.bf16 else torch.float32
 
     def rows(self, source: str | Path) -> Rows:
-        samples = SAMPLES if source == "self" else 1_000_000
+        samples = self.subject.samples if source == "self" else None
         found = gather_samples(
-            self.subject.folder, source, samples=samples, max_tokens=self.subject.row_tokens
-        )
+            self.subject.folder, source, samples=samples or 1_000_000,
+            max_tokens=self.subject.row_tokens,
+        )  # fmt: skip
         return pack(found, self.subject.row_tokens)
 
     def load(self, folder: Path) -> Any:
-        return load_model(folder, self.dtype, torch.device("cpu"))
+        return load_model(folder, self.dtype, here())
 
     def shared(self, share: float, label: str, tune: str) -> Record:
         """One `share` run."""
@@ -132,8 +145,8 @@ class Bench:
             made = deltafold.share(
                 subject.folder, Path(name) / "shared", method, parameters=share,
                 protect=subject.protect, train=subject.text, steps=self.steps,
-                samples=SAMPLES if subject.text == "self" else None,
-                max_tokens=subject.row_tokens, batch=subject.batch, rate=RATES[tune], tune=tune,
+                samples=subject.samples, max_tokens=subject.row_tokens, batch=subject.batch,
+                rate=subject.rate_of(tune), tune=tune,
                 measure=self.text, kl_share=1.0, temperature=1.0, bf16=subject.bf16,
                 check_steps=max(1, self.steps // 2), **(HOW | settings),
             )  # fmt: skip
@@ -164,7 +177,7 @@ class Bench:
             "quality": {"start": self.figures(student, whole)},
         }
         learn, held = self.rows(subject.text).split(0)
-        settings = self.settings(RATES["all"])
+        settings = replace(self.settings, forward_tokens=forward_tokens(student.model, here()))
         state = train(student, Plain(whole).logits, learn, held, settings)
         found["quality"]["trained"] = self.figures(student, whole)
         return found | {
@@ -173,21 +186,22 @@ class Bench:
             "exams": [{"step": int(s), "ce": ce, "kl": kl} for s, ce, kl in state.exams],
         }
 
-    def settings(self, rate: float) -> Settings:
+    @property
+    def settings(self) -> Settings:
         return Settings(
-            self.steps, rate, self.subject.batch, kl_share=1.0, temperature=1.0,
+            self.steps, self.subject.rate_of("all"), self.subject.batch, kl_share=1.0, temperature=1.0,
             check_steps=max(1, self.steps // 2),
         )  # fmt: skip
 
     def figures(self, student: Plain, whole: Any) -> Record:
         """Perplexity and KL on the measured text."""
-        ce, kl = exam(student.logits, Plain(whole).logits, self.judged, torch.device("cpu"))
+        ce, kl = exam(student.logits, Plain(whole).logits, self.judged, here())
         return {"perplexity": math.exp(ce), "kl": kl}
 
     def whole(self) -> Record:
         """Perplexity of the whole model."""
         plain = Plain(self.load(self.subject.folder))
-        ce, _ = exam(plain.logits, None, self.judged, torch.device("cpu"))
+        ce, _ = exam(plain.logits, None, self.judged, here())
         return {
             "perplexity": math.exp(ce),
             "parameters": sum(p.numel() for p in plain.model.parameters()),
@@ -244,6 +258,23 @@ def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) ->
         print(json.dumps(shown), flush=True)
 
 
+def join(record: Record, files: list[Path]) -> None:
+    """Take in what other records have and this one lacks. Raises UsageError for another model."""
+
+    def key(row: Record) -> tuple[Any, ...]:
+        return row["share"], row["method"], row["tune"], row["steps"]
+
+    for file in files:
+        other = json.loads(file.read_text(encoding="utf-8"))
+        if any(other[k] != record[k] for k in ("model", "batch", "row_tokens")):
+            raise UsageError(f"{file} is of another model, or trained on other rows.")
+        record["whole"] = record["whole"] or other["whole"]
+        for name in ("machine", "text"):
+            record.setdefault(name, other[name])
+        known = {key(row) for row in record["rows"]}
+        record["rows"] += [row for row in other["rows"] if key(row) not in known]
+
+
 # --- the tables -------------------------------------------------------------------------------
 
 
@@ -267,7 +298,8 @@ def tables(record: Record) -> list[Table]:
             f"of {record['row_tokens']} tokens of {record['text']}, for every row of the table; before "
             "and after them. Trained: all weights, or deltas alone. KL from the whole model, nats a "
             "token. Bold: least KL after.",
-            f"Machine: {about['cpu']}, {about['cores']} cores, deltafold {about['deltafold']}.",
+            f"Machine: {'' if about['device'] == 'cpu' else about['device'] + '; '}{about['cpu']}, "
+            f"{about['cores']} cores, deltafold {about['deltafold']}.",
         ]
     return made
 
@@ -289,13 +321,15 @@ def line(row: Record, best: bool, whole: Record) -> list[Cell]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", choices=("demo", "smollm2"))
+    parser.add_argument("model", choices=("demo", "smollm2", "smollm2-long"))
+    parser.add_argument("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:N")
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--methods", nargs="+", help="Only these")
     parser.add_argument("--tune", nargs="+", default=["all", "delta"], help="Only these")
     parser.add_argument("--steps", type=int, help="Of every training")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--join", nargs="+", type=Path, help="Take in rows of these records")
     parser.add_argument("--into", type=Path, help="Markdown file: write tables, measure nothing")
     options = parser.parse_args()
     subject = subject_of(options.model, options.cache)
@@ -310,9 +344,13 @@ def main() -> int:
     }  # fmt: skip
     if out.is_file():
         record = json.loads(out.read_text(encoding="utf-8"))
-    record |= {"machine": machine(), "text": TEXTS[subject.text]}
     try:
-        with tempfile.TemporaryDirectory() as name:
+        if options.join:
+            join(record, options.join)
+            write_record(record, out)
+            return 0
+        with computing(options.device), tempfile.TemporaryDirectory() as name:
+            record |= {"machine": machine(), "text": TEXTS[subject.text]}
             run(Bench(subject, Path(name), options), record, out, options)
     except DeltafoldError as error:
         print(error, file=sys.stderr)

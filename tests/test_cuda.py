@@ -5,6 +5,8 @@ What a pretended GPU cannot show: streams, memory, kernels, rounding. Run with `
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import read_checkpoint, tree_hashes
+from evaluation_models import make_tokenizer
 from folding_models import write_text
 from tiny_models import FAMILIES, write_family
 
@@ -93,16 +96,45 @@ def test_text_weighs_the_same(family: str, tmp_path: Path) -> None:
 
 def test_every_command(tmp_path: Path) -> None:
     base, finetuned = write_family(tmp_path, "llama")
-    text = write_text(tmp_path / "text.txt", 24)
+    for folder in (base, finetuned):
+        make_tokenizer().save_pretrained(folder)
+    text = write_text(tmp_path / "text.txt", 96)
     shared: dict[str, Any] = {"calibration": text, "max_tokens": 40, "device": "cuda"}
     compress(base, finetuned, tmp_path / "a.delta", "auto", file_ratio=6, distill=2, **shared)
     compress(base, finetuned, tmp_path / "b.delta", "lowrank", kl_at_most=0.01, **shared)
     factor(finetuned, tmp_path / "factored", "lord", parameters=0.9, measure=text, **shared)
     fold(finetuned, tmp_path / "folded", "auto", blocks=1, measure=text, heal=2, **shared)
     share(
-        finetuned, tmp_path / "shared", shared=1, rank=4, protect=(0,), steps=2, train=text,
+        finetuned, tmp_path / "shared", shared=1, rank=4, protect=(), steps=2, train=text,
         max_tokens=16, device="cuda",
     )  # fmt: skip
+
+
+def test_a_training_gives_the_same_bytes_again(tmp_path: Path) -> None:
+    """Attention's fast backward passes add in any order unless they are told not to."""
+    _, finetuned = write_family(tmp_path, "llama")
+    make_tokenizer().save_pretrained(finetuned)
+    text = write_text(tmp_path / "text.txt", 96)
+    for name in ("one", "two"):
+        share(
+            finetuned, tmp_path / name, shared=1, rank=4, protect=(), steps=6, train=text,
+            max_tokens=32, bf16=True, tune="all", device="cuda",
+        )  # fmt: skip
+    assert tree_hashes(tmp_path / "one") == tree_hashes(tmp_path / "two")
+
+
+def test_solvers_are_loaded_before_threads_ask_for_them() -> None:
+    """In a process of its own: torch loads them once, and fails where several threads begin."""
+    program = (
+        "import torch\n"
+        "from deltafold.devices import computing, here\n"
+        "from deltafold.engine import Task, run_tasks\n"
+        "def work(): torch.linalg.cholesky(torch.eye(8, device=here()))\n"
+        "with computing('cuda'):\n"
+        "    run_tasks('test', [Task(str(n), work) for n in range(16)], workers=8)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_workers_overlap() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,18 @@ from pretend_gpu import NAME, pretending
 
 from deltafold import devices
 from deltafold.decomposition import truncated_svd, truncated_svds
-from deltafold.devices import Place, computing, handed_on, here, place, put, resolve
+from deltafold.devices import (
+    UNSTEADY,
+    Place,
+    computing,
+    handed_on,
+    here,
+    place,
+    put,
+    resolve,
+    steady,
+    steady_backward,
+)
 from deltafold.engine import Task, run_tasks
 from deltafold.errors import DeviceError, UsageError
 from deltafold.linalg import DenseMatrix, Factors, Moments
@@ -73,6 +85,42 @@ def test_the_cpu_is_where_nobody_asked() -> None:
     assert put(tensor) is tensor
     assert devices.identity() == {} and devices.to_record() is None
     assert devices.free_bytes() is None and devices.task_bytes() is None
+
+
+class _Unsteady(torch.autograd.Function):
+    """A product whose backward pass says what torch says of those that have no steady form."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        if torch.is_deterministic_algorithms_warn_only_enabled():
+            return 2 * grad
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but")
+
+
+def test_a_backward_pass_is_steady_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(2, requires_grad=True)
+    with steady():
+        with steady_backward():
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            (3 * x).sum().backward()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        with (
+            pytest.raises(DeviceError, match=r"\(cumsum_cuda_kernel\); give --device cpu"),
+            steady_backward(),
+        ):
+            _Unsteady.apply(x).sum().backward()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        monkeypatch.setenv(UNSTEADY, "1")
+        with steady_backward():
+            _Unsteady.apply(x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [5.0, 5.0]
+    assert not torch.are_deterministic_algorithms_enabled()
+    with steady_backward():  # nobody asked for steadiness
+        assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_place_is_left_again() -> None:

@@ -35,6 +35,8 @@ CPU, CUDA, AUTO = "cpu", "cuda", "auto"
 FULL_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (9, 4), (10, 0)}
 """Compute capabilities whose fp64 is half as fast as fp32, not a 32nd or less: P100, V100, A100,
 H100, B200; MI200 and MI300 under ROCm."""
+UNSTEADY = "DELTAFOLD_UNSTEADY"
+"""Set in the environment, backward passes may add in any order."""
 TASKS_SHARE = 0.8
 """Of the GPU's free memory that tasks may hold together; the rest is for libraries' own buffers."""
 
@@ -118,7 +120,9 @@ def computing(asked: str | None) -> Iterator[Place]:
     chosen = _described(resolve(asked))
     token = _PLACE.set(chosen)
     try:
-        with _steady() if chosen.is_gpu else nullcontext(), _on(chosen), one_sentence(chosen):
+        with steady() if chosen.is_gpu else nullcontext(), _on(chosen), one_sentence(chosen):
+            if chosen.is_gpu:
+                _load_solvers()
             yield chosen
     finally:
         _PLACE.reset(token)
@@ -143,6 +147,13 @@ def _described(name: str) -> Place:
 
     full = torch.cuda.get_device_capability(name) in FULL_FP64
     return Place(name, True, "float64" if full else "float32", True, True)
+
+
+def _load_solvers() -> None:
+    """torch loads its GPU solvers when they are first asked for: in several threads at once that fails."""
+    import torch
+
+    torch.linalg.cholesky(torch.eye(2, device=here()))
 
 
 def handed_on(run: Callable[[], T]) -> Callable[[], T]:
@@ -265,8 +276,11 @@ def _stream(chosen: Place) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _steady() -> Iterator[None]:
-    """Sums in the same order each time, and fp32 products in fp32, not TF32; restored afterwards."""
+def steady() -> Iterator[None]:
+    """Sums in the same order each time, and fp32 products in fp32, not TF32; restored afterwards.
+
+    Where torch has no such form of an operation it goes on without: see `steady_backward`.
+    """
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
@@ -284,6 +298,34 @@ def _steady() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(steady, warn_only=warn_only)
         memory.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def steady_backward() -> Iterator[None]:
+    """A backward pass inside `steady`: attention, too, adds in the same order each time.
+
+    torch's fast attention has a steady backward pass, and takes it only where nothing else is
+    allowed. Raises DeviceError for a model that has no such pass.
+    """
+    import torch
+
+    allowed = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not allowed or not torch.are_deterministic_algorithms_enabled() or os.environ.get(UNSTEADY):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        operation = str(error).partition(" does not")[0].split()[-1]
+        raise DeviceError(
+            f"torch has no backward pass of this model on a GPU that gives the same numbers each "
+            f"time ({operation}); give --device cpu, or set {UNSTEADY}=1 to do without."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from deltafold.calibration.batches import Batch
 from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.store import TensorStore
 from deltafold.calibration.stream import Pass, StreamedModel
+from deltafold.devices import steady_backward
 from deltafold.engine import trim
 from deltafold.errors import MismatchError
 
@@ -104,7 +105,8 @@ def _through_head(
                 with watch(parameters):
                     logits = head(part)
                 value = loss(row + start, logits)
-                value.backward()
+                with steady_backward():
+                    value.backward()
                 total += float(value.detach())
             row += len(rows)
             whole = torch.zeros(flowing.shapes[place], device=rows.device)
@@ -132,7 +134,8 @@ def _through_block(
             hidden = model.moved(done.stores[number].near(place)).clone().requires_grad_()
             with watch(parameters):
                 made = done.calls[place][number].run(block, hidden)
-            made.backward(model.moved(flowing.near(place)))
+            with steady_backward():
+                made.backward(model.moved(flowing.near(place)))
             if hidden.grad is not None:
                 flowing[place] = hidden.grad
         _collect(model.skeleton, parameters, with_grad, wanted, found)
@@ -157,7 +160,8 @@ def _through_embedding(
                     "gradients of embeddings would be incomplete; leave them out."
                 )
             if hidden.requires_grad:  # False if only the last norm, say, is wanted
-                hidden.backward(model.moved(flowing.near(place)))
+                with steady_backward():
+                    hidden.backward(model.moved(flowing.near(place)))
         _collect(model.skeleton, parameters, names, wanted, into)
 
 

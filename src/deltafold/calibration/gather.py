@@ -19,7 +19,7 @@ from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 from deltafold.calibration.tokens import Encoder, load_tokenizer
 from deltafold.devices import identity
 
-VERSION = 1
+VERSION = 2
 
 
 def gather_samples(

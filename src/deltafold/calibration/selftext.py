@@ -7,6 +7,8 @@ of the sample and the number of the token:
 
     token = first v with  p(1) + ... + p(v) > u      u from the counter-based generator, in [0, 1)
 
+Probabilities are counted in units of 2^-40: sums of whole numbers are the same in any order.
+
 A model that fits the allowance writes with a cache of keys and values. A larger one runs block by
 block over all that was written, once a token: exact, and slow.
 """
@@ -28,8 +30,10 @@ from deltafold.calibration.stream import StreamedModel
 from deltafold.calibration.tokens import Encoder, end_ids
 from deltafold.coding.counter import derive_key, random_u64
 
-WRITERS = 32
-"""Samples written side by side."""
+WRITERS, MOST_WRITERS = 32, 2048
+"""Samples written side by side on a CPU; on a GPU at most, where its memory allows it."""
+
+UNITS = 2.0**40
 
 Step = Callable[[list[list[int]]], torch.Tensor]
 """Rows of token ids, all of one length, one token longer than before -> logits (n, vocabulary)."""
@@ -68,13 +72,14 @@ def write_texts(
     length = min(encoder.max_tokens, model.context or encoder.max_tokens)
     texts = [_begin(encoder, ends, seed, number, length) for number in range(samples)]
     whole = _load(model) if _fits(model, memory_bytes) else None
+    writers = WRITERS if whole is None else _writers(whole, length)
     by_start: dict[tuple[int, ...], list[Text]] = {}
     for text in texts:
         by_start.setdefault(tuple(text.ids), []).append(text)
     for alike in by_start.values():
-        for first in range(0, len(alike), WRITERS):
+        for first in range(0, len(alike), writers):
             step = _Cached(whole) if whole is not None else _streamed(model)
-            _write(alike[first : first + WRITERS], step, ends, length)
+            _write(alike[first : first + writers], step, ends, length)
     del whole
     gc.collect()
     return [Sample(tuple(t.ids), min(t.start, len(t.ids) - 1)) for t in texts if len(t.ids) > 1]
@@ -100,13 +105,13 @@ def _write(texts: list[Text], step: Step, ends: Sequence[int], length: int) -> N
     while going and len(going[0].ids) < length:
         logits = step([text.ids for text in going])
         at = len(going[0].ids)
-        draws = torch.tensor([text.draws[at] for text in going], dtype=torch.float64)
+        draws = torch.tensor(np.array([text.draws[at] for text in going]))
         for text, token in zip(going, pick(logits, draws), strict=True):
             text.add(token, ends)
         rows = [row for row, text in enumerate(going) if not text.ended]
-        going = [going[row] for row in rows]
-        if isinstance(step, _Cached):
+        if isinstance(step, _Cached) and len(rows) < len(going):
             step.keep(rows)
+        going = [going[row] for row in rows]
 
 
 def pick(logits: torch.Tensor, draws: torch.Tensor) -> list[int]:
@@ -115,9 +120,10 @@ def pick(logits: torch.Tensor, draws: torch.Tensor) -> list[int]:
     >>> pick(torch.zeros(2, 4), torch.tensor([0.0, 0.6]))
     [0, 2]
     """
-    sums = logits.double().softmax(-1).cumsum(-1)
-    found = torch.searchsorted(sums, draws.double()[:, None] * sums[:, -1:], right=True)
-    return [int(token) for token in found[:, 0].clamp(max=logits.shape[1] - 1)]
+    sums = (logits.double().softmax(-1) * UNITS).round_().long().cumsum(-1)
+    wanted = (draws.to(logits.device, torch.float64)[:, None] * sums[:, -1:]).long()
+    found = torch.searchsorted(sums, wanted, right=True)
+    return [int(token) for token in found[:, 0].clamp(max=logits.shape[1] - 1).tolist()]
 
 
 def _fits(model: StreamedModel, memory_bytes: int) -> bool:
@@ -139,6 +145,25 @@ def _load(model: StreamedModel) -> Any:
     return loaded.to(model.skeleton.device).eval()
 
 
+def _writers(whole: Any, length: int) -> int:
+    """Samples side by side: on one kind of GPU always the same, since sums depend on it.
+
+    Half of its memory may hold keys and values of all tokens, and logits with what is made of them.
+    """
+    device = whole.device
+    if device.type != "cuda":
+        return WRITERS
+    config = whole.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * whole.dtype.itemsize
+    room = torch.cuda.get_device_properties(device).total_memory // 2
+    found = WRITERS
+    while found < MOST_WRITERS and 2 * found * (length * token + 48 * config.vocab_size) <= room:
+        found *= 2
+    return found
+
+
 class _Cached:
     """Logits of the next token from a whole model and what it remembers of the tokens before."""
 
@@ -146,17 +171,17 @@ class _Cached:
         self.model, self.memory = model, None
 
     def __call__(self, rows: list[list[int]]) -> torch.Tensor:
-        ids = torch.tensor(rows, device=self.model.device)
-        fresh = ids if self.memory is None else ids[:, -1:]
+        fresh = rows if self.memory is None else [row[-1:] for row in rows]
+        at = self.model.device
         made = self.model(
-            input_ids=fresh,
-            attention_mask=torch.ones_like(ids),
+            input_ids=torch.tensor(fresh, device=at),
+            attention_mask=torch.ones(len(rows), len(rows[0]), dtype=torch.long, device=at),
             past_key_values=self.memory,
             use_cache=True,
         )
         # A model without such a memory (a recurrent one) reads all of the text each time.
         self.memory = getattr(made, "past_key_values", None)
-        return made.logits[:, -1].cpu()
+        return made.logits[:, -1]
 
     def keep(self, rows: list[int]) -> None:
         """Forget the texts that have ended."""

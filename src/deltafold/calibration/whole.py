@@ -9,6 +9,7 @@ import torch
 from deltafold.calibration.backward import Gradients, Hook, Loss
 from deltafold.calibration.batches import Batch
 from deltafold.calibration.stream import StreamedModel
+from deltafold.devices import steady_backward
 
 
 def backward_whole(
@@ -38,9 +39,11 @@ def backward_whole(
                 leaf = rows.detach().requires_grad_()
                 for start, part in model.parts(leaf):
                     value = loss(row + start, head(part))
-                    value.backward()
+                    with steady_backward():
+                        value.backward()
                     total += float(value.detach())
-                rows.backward(leaf.grad)
+                with steady_backward():
+                    rows.backward(leaf.grad)
                 row += len(rows)
     found: Gradients = {}
     for parameters in (above, below):

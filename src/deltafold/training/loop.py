@@ -11,6 +11,7 @@ else that a step depends on: a run taken up again ends in the same bits.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +20,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from deltafold.coding.counter import derive_key, random_u64
+from deltafold.devices import steady_backward
 from deltafold.errors import NonFiniteError, UsageError
 from deltafold.training.distilled import distilled
 from deltafold.training.processes import Processes
@@ -30,7 +33,7 @@ from deltafold.training.rows import Rows
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 WARM_SHARE = 0.03
 FORWARD_TOKENS = 1024
-"""Tokens run at a time, unless one row has more: gradients are accumulated over them."""
+"""Tokens run at a time on a CPU, unless one row has more: gradients are accumulated over them."""
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids (b, t) -> logits (b, t, vocabulary)."""
@@ -54,7 +57,10 @@ class Student(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of a run. `kl_share` is a, `temperature` t; `patience` 0 never stops early."""
+    """Numbers of a run. `kl_share` is a, `temperature` t; `patience` 0 never stops early.
+
+    `forward_tokens` are run at a time. They change nothing but speed, memory and rounding.
+    """
 
     steps: int
     rate: float = 5e-4
@@ -67,6 +73,7 @@ class Settings:
     patience: int = 0
     earliest_stop: int = 0
     seed: int = 0
+    forward_tokens: int = FORWARD_TOKENS
 
     def check(self) -> None:
         """Raises UsageError for numbers that cannot be."""
@@ -241,13 +248,14 @@ class _Run:
         self.student.begin_step(state.step)
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for part in _pieces(mine):
+        for part in _pieces(mine, settings.forward_tokens):
             loss, ce, kl = losses(
                 self.student.logits, self.teacher, part.ids.to(self.device),
                 part.counted.to(self.device), settings,
             )  # fmt: skip
             if loss.requires_grad:  # else the student is the teacher, by its draws
-                (loss / count).backward()
+                with steady_backward():
+                    (loss / count).backward()
             sums += torch.stack([ce, kl])
         self.processes.sum_gradients(self.parameters)
         ce_mean, kl_mean = (self.processes.total(sums) / count).tolist()
@@ -256,7 +264,7 @@ class _Run:
                 f"The loss is not finite any more at step {state.step + 1}; lower the rate "
                 f"({settings.rate:g})."
             )
-        nn.utils.clip_grad_norm_(self.parameters, settings.clip, foreach=False)
+        nn.utils.clip_grad_norm_(self.parameters, settings.clip, foreach=self.device.type != "cpu")
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate_at(state.step)
         self.optimizer.step()
@@ -271,8 +279,11 @@ class _Run:
         """Look at held-out text, and bring the state up to date."""
         self.student.begin_exam()
         ce, kl = self.processes.shared(
-            exam(self.student.logits, self.teacher, self.held, self.device)
-        )
+            exam(
+                self.student.logits, self.teacher, self.held, self.device,
+                self.settings.forward_tokens,
+            )
+        )  # fmt: skip
         state.exams.append((float(state.step), ce, kl))
         state.values = self._values()
         for name, parameter in zip(self.names, self.parameters, strict=True):
@@ -296,16 +307,19 @@ def batch_rows(total: int, settings: Settings, step: int) -> list[int]:
     >>> [sorted(batch_rows(4, Settings(9, batch_rows=2), n)) for n in (0, 1)][1] != []
     True
     """
-    found = []
-    for place in range(step * settings.batch_rows, (step + 1) * settings.batch_rows):
-        round_, at = divmod(place, total)
-        keys = random_u64(derive_key(settings.seed, "training rows", str(round_)), 0, total)
-        found.append(int(np.argsort(keys, kind="stable")[at]))
-    return found
+    places = range(step * settings.batch_rows, (step + 1) * settings.batch_rows)
+    return [int(_order(settings.seed, at // total, total)[at % total]) for at in places]
 
 
-def _pieces(rows: Rows) -> Iterator[Rows]:
-    each = max(1, FORWARD_TOKENS // rows.ids.shape[1])
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, round_: int, total: int) -> NDArray[np.intp]:
+    """In which order all rows come, one time round."""
+    keys = random_u64(derive_key(seed, "training rows", str(round_)), 0, total)
+    return np.argsort(keys, kind="stable")
+
+
+def _pieces(rows: Rows, tokens: int) -> Iterator[Rows]:
+    each = max(1, tokens // rows.ids.shape[1])
     for start in range(0, len(rows), each):
         yield rows.chosen(range(start, min(len(rows), start + each)))
 
@@ -332,11 +346,15 @@ def losses(
 
 @torch.no_grad()
 def exam(
-    student: Logits, teacher: Logits | None, rows: Rows, device: torch.device
+    student: Logits,
+    teacher: Logits | None,
+    rows: Rows,
+    device: torch.device,
+    forward_tokens: int = FORWARD_TOKENS,
 ) -> tuple[float, float]:
     """(CE, KL from the teacher) of a model on rows, nats a counted token; KL 0 without a teacher."""
     sums, settings = [0.0, 0.0], Settings(1, temperature=1.0)
-    for part in _pieces(rows):
+    for part in _pieces(rows, forward_tokens):
         ids, counted = part.ids.to(device), part.counted.to(device)
         _, ce, kl = losses(student, teacher, ids, counted, settings)
         sums = [sums[0] + float(ce), sums[1] + float(kl)]

@@ -25,7 +25,7 @@ from deltafold.devices import here
 from deltafold.engine import Progress, Step
 from deltafold.folding.draft import Block, Draft, Read
 from deltafold.record import Record
-from deltafold.training import Masters, Settings, State, pack, train
+from deltafold.training import Masters, Settings, State, forward_tokens, pack, train
 from deltafold.verbs.fold_quantize import copy_side_files
 from deltafold.verbs.share_train import load_model
 from deltafold.verbs.workspace import Workspace
@@ -84,7 +84,7 @@ def distill_folder(
     learn, held = pack(samples, ROW_TOKENS).split(seed)
     settings = Settings(
         steps, RATE, BATCH_ROWS, kl_share=1.0, temperature=1.0, seed=seed,
-        check_steps=max(1, min(25, steps // 4)),
+        check_steps=max(1, min(25, steps // 4)), forward_tokens=forward_tokens(model, here()),
     )  # fmt: skip
     saved = workspace.load_tensors(STATE) if workspace.has(STATE) else None
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.checkpoint import open_checkpoint
+from deltafold.devices import steady
 from deltafold.engine import Progress
 from deltafold.errors import UsageError
 from deltafold.record import (
@@ -137,6 +138,8 @@ def share(
         return plan_record(make_plan(structure, request)) | {"settings": settings}
     with contextlib.ExitStack() as stack:
         meter = stack.enter_context(Meter())
+        if processes.device().type == "cuda":  # whether it was asked for, or is just there
+            stack.enter_context(steady())
         checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(model)))
         if placement != "searched":
             make_plan(structure, request)  # what cannot be is told before any work

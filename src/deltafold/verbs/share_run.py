@@ -13,7 +13,7 @@ from deltafold.engine import Progress, Step
 from deltafold.record import Record
 from deltafold.sharing.plan import DELTA, Place, Plan, make_plan
 from deltafold.sharing.structure import Structure
-from deltafold.training import Processes, Rows, State, exam, pack, train
+from deltafold.training import Processes, Rows, Settings, State, exam, forward_tokens, pack, train
 from deltafold.verbs.share_fit import fit
 from deltafold.verbs.share_search import Numbers, search
 from deltafold.verbs.share_start import FIT, Start
@@ -220,7 +220,7 @@ class Run:
                 plan, *self._start(plan), numbers.schedule, steps, numbers.settings.seed
             )
             state = train(
-                student, self.model.teacher(student), learn, held, numbers.settings,
+                student, self.model.teacher(student), learn, held, self._roomy(numbers.settings),
                 processes=self.processes,
             )  # fmt: skip
             self.model.close()
@@ -254,7 +254,7 @@ class Run:
         del begin, exact
         if self.steps and learn is not None and held is not None:
             state = train(
-                student, teacher, learn, held, settings, state=self._saved(), save=self._save,
+                student, teacher, learn, held, self._roomy(settings), state=self._saved(), save=self._save,
                 report=self._report, processes=self.processes,
             )  # fmt: skip
             found |= self._curves(state)
@@ -270,6 +270,10 @@ class Run:
             self.changed |= {name: value for name, value in values.items() if name not in factors}
         self.model.close()
         return found
+
+    def _roomy(self, settings: Settings) -> Settings:
+        """With as many tokens at a time as suit the processor."""
+        return replace(settings, forward_tokens=forward_tokens(self.model.model, self.device))
 
     def _saved(self) -> State | None:
         held = None
