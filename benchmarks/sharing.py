@@ -57,6 +57,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deltallm, aligned": ("deltallm", {"align": True}),
     "deltallm, fitted": ("deltallm", {"start": "fit"}),
     "no-anchor, fitted": ("no-anchor", {"start": "fit"}),
+    "deltallm, fitted, low rate": ("deltallm", {"start": "fit", "rate": 1e-4}),
+    "no-anchor, fitted, low rate": ("no-anchor", {"start": "fit", "rate": 1e-4}),
     "deltallm, replaced by and by": ("deltallm", {"replace_until": 0.5}),
     "deltallm, not scaled, svd": ("deltallm", {"scale": False, "start": "svd"}),
     "deltallm, not scaled, zero": ("deltallm", {"scale": False, "start": "zero"}),
@@ -146,9 +148,9 @@ class Bench:
                 subject.folder, Path(name) / "shared", method, parameters=share,
                 protect=subject.protect, train=subject.text, steps=self.steps,
                 samples=subject.samples, max_tokens=subject.row_tokens, batch=subject.batch,
-                rate=subject.rate_of(tune), tune=tune,
-                measure=self.text, kl_share=1.0, temperature=1.0, bf16=subject.bf16,
-                check_steps=max(1, self.steps // 2), **(HOW | settings),
+                tune=tune, measure=self.text, kl_share=1.0, temperature=1.0, bf16=subject.bf16,
+                check_steps=max(1, self.steps // 2),
+                **({"rate": subject.rate_of(tune)} | HOW | settings),
             )  # fmt: skip
         keep = ("parameters", "quality", "seconds", "peak_memory_bytes", "best_step", "curve",
                 "tokens_per_second_training", "weight_bytes", "exams")  # fmt: skip
