@@ -101,6 +101,27 @@ def streamed_logits(model: StreamedModel, samples: list[Sample], **options: Any)
         return torch.cat([logits for _, logits in model.logits(done)])
 
 
+def normed_rows(model: StreamedModel, samples: list[Sample]) -> torch.Tensor:
+    batches = make_batches(samples)
+    with model.forward(batches) as done, torch.no_grad(), model.last_norm() as normed:
+        return torch.cat([normed(done.rows(place)) for place in range(len(batches))])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "opt", "bloom", "granite", "gemma2"])
+def test_the_last_norm(folder_of: Any, samples: list[Sample], family: str) -> None:
+    """As the projection of the whole model is given it."""
+    model, given = whole_model(folder_of(family)), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, x: given.append(x[0][0]))
+    rows = []
+    with torch.no_grad():
+        for batch in make_batches(samples):
+            for number in batch.numbers:
+                model(torch.tensor([samples[number].ids]))
+                rows.append(given.pop()[samples[number].start - 1 : -1])
+    found = normed_rows(StreamedModel(folder_of(family)), samples)
+    assert torch.allclose(found, torch.cat(rows), rtol=1e-4, atol=1e-4)
+
+
 def whole_logits(model: Any, samples: list[Sample]) -> torch.Tensor:
     """The same rows in the same order, each sample alone and without padding."""
     rows = []

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -104,6 +104,10 @@ class Pass:
     def rows(self, number: int) -> torch.Tensor:
         """Last hidden states (n, width) of one batch where predictions count."""
         return self.last.near(number)[self.batches[number].counted]
+
+
+class _Caught(BaseException):
+    """Ends a head's forward once its projection has been given its inputs."""
 
 
 class StreamedModel:
@@ -310,6 +314,30 @@ class StreamedModel:
         names = self.entry.head_names(self.weights)
         with self.skeleton.filled(names, self.weights, grad) as parameters:
             yield lambda rows: self.entry.logits(self.moved(rows)), parameters
+
+    @contextlib.contextmanager
+    def last_norm(self) -> Iterator[Head]:
+        """What the model does to its last hidden states (n, width) before they become logits."""
+        projection = self.skeleton.model.get_output_embeddings()
+        caught: list[torch.Tensor] = []
+
+        def catch(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+            caught.append(given[0])
+            raise _Caught  # the product with the vocabulary is the larger part of the work
+
+        with self.head() as (head, _):
+
+            def normed(rows: torch.Tensor) -> torch.Tensor:
+                with contextlib.suppress(_Caught):
+                    head(rows)
+                return caught.pop().reshape(len(rows), -1) if caught else rows
+
+            hook = None if projection is None else projection.register_forward_pre_hook(catch)
+            try:
+                yield normed
+            finally:
+                if hook is not None:
+                    hook.remove()
 
     @torch.no_grad()
     def logits(self, done: Pass) -> Iterator[tuple[int, torch.Tensor]]:

@@ -111,7 +111,11 @@ class DraftEvidence:
         return found
 
     def closeness(self, step: Step) -> float:
-        """Mean cosine of the last hidden states to the model's, on the probe's samples."""
+        """Mean cosine of the last hidden states to the model's, on the probe's samples.
+
+        After the last norm, as the model hands them out: before it a few large channels are all that
+        a cosine sees, and blocks folded into ruins look alike.
+        """
         probe = self._probe()
         whole = Draft.of(self.draft.layout, self.draft.source)
         draft = self._carried(self.draft, step)
@@ -119,9 +123,14 @@ class DraftEvidence:
             self._started = probe.model.with_weights(whole.tensor).forward(probe.batches)
         model = probe.model.with_weights(draft.tensor)
         total, count = 0.0, 0
-        with model.forward(probe.batches, blocks=draft.numbers) as done:
+        with (
+            torch.no_grad(),
+            model.forward(probe.batches, blocks=draft.numbers) as done,
+            model.last_norm() as normed,
+        ):
             for place, batch in enumerate(probe.batches):
-                pair = torch.stack([each.last[place][batch.real] for each in (self._started, done)])
+                ends = (each.last[place][batch.real] for each in (self._started, done))
+                pair = torch.stack([normed(each).float().cpu() for each in ends])
                 total += float(cosines(pair)[0, 1].sum())
                 count += pair.shape[1]
         return total / count
