@@ -340,6 +340,39 @@ def test_it_stops_when_held_out_text_does_not_gain() -> None:
     assert state.best_step + 2 * 5 == state.step or state.best_step == 0
 
 
+def near_the_teacher() -> Toy:
+    student = Toy()
+    student.table.data = teacher(torch.arange(5)) + 0.02 * student.table.data
+    return student
+
+
+def test_a_rate_that_makes_it_worse_is_lowered() -> None:
+    """Steps of 0.2 for a table that is wrong by 0.02; once it gains, no step is taken back."""
+    learn, held = toy_rows().split(0)
+    settings = Settings(60, rate=0.2, batch_rows=4, check_steps=5, kl_share=1.0, temperature=1.0)
+    state = train(near_the_teacher(), teacher, learn, held, settings)
+    assert state.exams[1][2] > state.exams[0][2]
+    assert state.scale in (1 / 3, 1 / 9, 1 / 27)
+    assert state.best_step > 0 and state.best_kl < 0.5 * state.exams[0][2]
+    waiting = replace(settings, earliest_stop=60)  # nothing can be said before all is replaced
+    left = train(near_the_teacher(), teacher, learn, held, waiting)
+    assert left.exams[1] == state.exams[1] and left.exams[2] != state.exams[2]
+
+
+def test_a_lowered_rate_goes_on_after_an_interruption() -> None:
+    learn, held = toy_rows().split(0)
+    settings = Settings(30, rate=0.2, batch_rows=4, check_steps=5, kl_share=1.0, temperature=1.0)
+    whole, again, kept = near_the_teacher(), near_the_teacher(), []
+
+    def save(state: State) -> None:
+        kept.append({k: v.clone() for k, v in state.to_tensors().items()})
+
+    done = train(whole, teacher, learn, held, settings, save=save)
+    resumed = train(again, teacher, learn, held, settings, state=State.from_tensors(kept[0]))
+    assert done.scale < 1 and resumed.exams == done.exams
+    assert torch.equal(again.table, whole.table)
+
+
 def test_a_loss_that_is_not_finite_is_told() -> None:
     learn, held = toy_rows().split(0)
     student = Toy()

@@ -174,6 +174,7 @@ def _show_plan(result: dict[str, Any]) -> None:
 
 def _show(result: dict[str, Any], where: str) -> None:
     from deltafold.cli.show import device_lines, duration, say, size
+    from deltafold.reporting.units import lowered_text
 
     removed = result["removed"]
     say(f"[bold]{result['output']}[/bold]  {_method(result)}")
@@ -200,7 +201,7 @@ def _show(result: dict[str, Any], where: str) -> None:
         first, best = healing["exams"][0]["kl"], min(each["kl"] for each in healing["exams"])
         say(
             f"  trained for {healing['steps']} steps, best at step {healing['best_step']}: held-out "
-            f"KL {first:.3g} -> {best:.3g}"
+            f"KL {first:.3g} -> {best:.3g}{lowered_text(healing['rate_scale'])}"
         )
     for stage, found in result["quality"].items():
         kl = f", KL {found['kl']:.3g}" if "kl" in found else ""

@@ -265,6 +265,7 @@ def _count(found: dict[str, Any]) -> str:
 
 def _show(result: dict[str, Any], where: str) -> None:
     from deltafold.cli.show import device_lines, duration, say, size
+    from deltafold.reporting.units import lowered_text
 
     blocks = ", ".join(
         f"{p['block']}" + ("" if p["anchor"] is None else f" (of {p['anchor']})")
@@ -283,7 +284,8 @@ def _show(result: dict[str, Any], where: str) -> None:
         source = said.get(text["source"], text["source"])
         say(
             f"  trained for {result['steps_done']} steps on {source} ({text['tokens']:,} tokens), "
-            f"best at step {result['best_step']}; {result['tokens_per_second_training']:.0f} tokens/s"
+            f"best at step {result['best_step']}{lowered_text(result['rate_scale'])}; "
+            f"{result['tokens_per_second_training']:.0f} tokens/s"
         )
     if "search" in result:
         best = min(result["search"], key=lambda row: row["kl"])

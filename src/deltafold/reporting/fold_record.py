@@ -60,6 +60,7 @@ class Training(Part):
     steps: int
     best_step: int
     training_tokens: int
+    rate_scale: float = 1.0
     exams: list[Exam] = []
 
 

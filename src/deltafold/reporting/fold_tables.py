@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from deltafold.reporting.evaluate_record import Metric
 from deltafold.reporting.fold_record import FoldRecord, FoldScore, TextQuality
 from deltafold.reporting.table import Table
-from deltafold.reporting.units import MISSING, bytes_text, kl_text, number_text, percent_text
+from deltafold.reporting.units import (
+    MISSING,
+    bytes_text,
+    kl_text,
+    lowered_text,
+    number_text,
+    percent_text,
+)
 from deltafold.reporting.wording import run_note
 
 
@@ -74,7 +81,7 @@ def _training(record: FoldRecord) -> list[Table]:
     rows = [(str(exam.step), kl_text(exam.kl, None)) for exam in record.healing.exams]
     note = (
         f"Trained on {record.healing.training_tokens:,} tokens of the calibration text; the state "
-        f"after step {record.healing.best_step} is kept."
+        f"after step {record.healing.best_step} is kept{lowered_text(record.healing.rate_scale)}."
     )
     return [Table("training", ("step", "KL, held out"), rows, notes=[note])]
 

@@ -65,6 +65,7 @@ class ShareRecord(Run):
     text: dict[str, Any] = {}
     steps_done: int | None = None
     best_step: int | None = None
+    rate_scale: float = 1.0
     tokens_per_second_training: Number = None
     scores: list[FoldScore] = []
 

@@ -6,7 +6,14 @@ from deltafold.reporting.evaluate_record import Metric
 from deltafold.reporting.fold_record import FoldScore
 from deltafold.reporting.share_record import ShareRecord
 from deltafold.reporting.table import Cell, Table
-from deltafold.reporting.units import MISSING, bytes_text, kl_text, number_text, percent_text
+from deltafold.reporting.units import (
+    MISSING,
+    bytes_text,
+    kl_text,
+    lowered_text,
+    number_text,
+    percent_text,
+)
 from deltafold.reporting.wording import run_note
 
 
@@ -33,7 +40,8 @@ def _totals(record: ShareRecord) -> Table:
     ]
     if record.steps_done is not None:
         rows += [
-            ("steps of training", f"{record.steps_done}, best at {record.best_step}"),
+            ("steps of training", f"{record.steps_done}, best at {record.best_step}"
+             f"{lowered_text(record.rate_scale)}"),
             ("trained on", f"{record.text.get('source', MISSING)}, "
              f"{record.text.get('tokens', 0):,} tokens"),
             ("tokens/s in training", number_text(record.tokens_per_second_training)),

@@ -78,6 +78,15 @@ def plain_text(value: float, deviation: float | None = None, digits: int = 3) ->
     return text if deviation is None else f"{text} ± {deviation:,.{decimals}f}"
 
 
+def lowered_text(scale: float) -> str:
+    """What is said of a learning rate that was lowered on the way; nothing if it was not.
+
+    >>> lowered_text(1 / 3), lowered_text(1.0)
+    (', the rate lowered 3-fold', '')
+    """
+    return f", the rate lowered {round(1 / scale)}-fold" if scale < 1 else ""
+
+
 def percent_text(share: float | None, stderr: float | None = None) -> str:
     """A share between 0 and 1 as a percentage with one decimal."""
     if share is None:

@@ -32,6 +32,8 @@ from deltafold.training.rows import Rows
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 WARM_SHARE = 0.03
+BACK_OFF = 1 / 3
+"""What the rate is multiplied by where held-out text says that the student was better untrained."""
 FORWARD_TOKENS = 1024
 """Tokens run at a time on a CPU, unless one row has more: gradients are accumulated over them."""
 
@@ -109,7 +111,8 @@ class Settings:
 class State:
     """Everything that the next step depends on, and the best so far. KL in nats a token.
 
-    `curve` has (step, loss, CE, KL) a step; `exams` (step, CE, KL) of held-out text.
+    `curve` has (step, loss, CE, KL) a step; `exams` (step, CE, KL) of held-out text. Rates are
+    multiplied by `scale`.
     """
 
     step: int
@@ -121,6 +124,7 @@ class State:
     best_step: int
     curve: list[tuple[float, ...]] = field(default_factory=list)
     exams: list[tuple[float, ...]] = field(default_factory=list)
+    scale: float = 1.0
     tokens_per_second: float = 0.0  # of this process's own steps; not kept
 
     @property
@@ -134,6 +138,7 @@ class State:
         flat = {f"{group}/{k}": v for group, held in groups.items() for k, v in held.items()}
         return flat | {
             "steps": torch.tensor([self.step, self.best_step]),
+            "scale": torch.tensor(self.scale, dtype=torch.float64),
             "curve": torch.tensor(self.curve, dtype=torch.float64).reshape(-1, 4),
             "exams": torch.tensor(self.exams, dtype=torch.float64).reshape(-1, 3),
         }
@@ -151,7 +156,7 @@ class State:
         curve, exams = ([tuple(row) for row in tensors[key].tolist()] for key in ("curve", "exams"))
         return cls(
             step, group("values"), group("first"), group("second"), group("counts"), group("best"),
-            best_step, curve, exams,
+            best_step, curve, exams, float(tensors["scale"]),
         )  # fmt: skip
 
 
@@ -266,7 +271,7 @@ class _Run:
             )
         nn.utils.clip_grad_norm_(self.parameters, settings.clip, foreach=self.device.type != "cpu")
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate_at(state.step)
+            group["lr"] = settings.rate_at(state.step) * state.scale
         self.optimizer.step()
         a, t = settings.kl_share, settings.temperature
         state.step += 1
@@ -276,7 +281,12 @@ class _Run:
         return mine.tokens
 
     def check(self, state: State) -> None:
-        """Look at held-out text, and bring the state up to date."""
+        """Look at held-out text, and bring the state up to date.
+
+        A student that is worse than untrained begins again from there, at a lower rate: what it
+        stands for is so near to the teacher that the first steps were noise. Once something is
+        gained no step is taken back. While modules are replaced one by one nothing can be said yet.
+        """
         self.student.begin_exam()
         ce, kl = self.processes.shared(
             exam(
@@ -293,6 +303,15 @@ class _Run:
                 state.second[name] = held["exp_avg_sq"].detach().cpu().clone()
         if kl <= state.best_kl:
             state.best, state.best_step = state.values, state.step
+        elif not state.best_step and state.step >= self.settings.earliest_stop:
+            self._back_off(state)
+
+    def _back_off(self, state: State) -> None:
+        """Untrained again, with a third of the rate."""
+        state.scale *= BACK_OFF
+        state.values, state.first, state.second, state.counts = state.best, {}, {}, {}
+        _put(self.student.parameters, state.best)
+        self.optimizer.state.clear()
 
 
 def _put(parameters: dict[str, nn.Parameter], values: Tensors) -> None:

@@ -108,6 +108,7 @@ def distill_folder(
     return {
         "steps": state.step,
         "best_step": state.best_step,
+        "rate_scale": state.scale,
         "training_tokens": learn.tokens,
         "exams": [{"step": int(step), "ce": ce, "kl": kl} for step, ce, kl in state.exams],
     }

@@ -309,6 +309,7 @@ class Run:
         return {
             "steps_done": state.step,
             "best_step": state.best_step,
+            "rate_scale": state.scale,
             "tokens_per_second_training": state.tokens_per_second * self.processes.world,
             "trained_parameters": sum(value.numel() for value in state.best.values()),
             "curve": curve,
