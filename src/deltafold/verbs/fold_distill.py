@@ -4,7 +4,7 @@
 
 Every weight moves; the rows held out say which state was the best. Both models are in memory for
 this, the folded one with three fp32 numbers a weight: its master and two moments. A model that is
-stored in bf16 runs in bf16 where the processor is built for it.
+stored in bf16 runs in bf16 on a GPU, and on a CPU that is built for it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def distill_folder(
     little text, CheckpointError, NonFiniteError, StorageError.
     """
     with Checkpoint(folder) as stored:
-        short = is_bf16(stored) and multiplies_bf16(here())
+        short = is_bf16(stored) and (here().type != "cpu" or multiplies_bf16(here()))
     dtype = torch.bfloat16 if short else torch.float32
     teacher, model = (load_model(each, dtype, here()) for each in (whole, folder))
     student = _Folded(model)
