@@ -288,16 +288,18 @@ def steady() -> Iterator[None]:
     steady = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic  # its one setting is set as an attribute
-    filled = memory.fill_uninitialized_memory
+    filled, cudnn = memory.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = False
+    torch.backends.cuda.enable_cudnn_sdp(False)  # torch's own attention has a steady backward pass
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(steady, warn_only=warn_only)
         memory.fill_uninitialized_memory = filled
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 @contextmanager
