@@ -163,11 +163,12 @@ class Bench:
             folder = Path(name) / "folded"
             text = {"calibration": subject.text, "samples": FOLD_SAMPLES,
                     "max_tokens": subject.row_tokens}  # fmt: skip
-            much: dict[str, Any] = {"parameters": share}
-            if method != "jointdrop":  # blocks are large, so the nearest number of them
-                plan = deltafold.fold(subject.folder, folder, method, blocks=1, dry_run=True)
-                one = plan["block_parameters"] / plan["parameters"]
-                much = {"blocks": max(1, round((1 - share) / one))}
+            plan = deltafold.fold(subject.folder, folder, method, blocks=1, dry_run=True)
+            one = plan["block_parameters"] / plan["parameters"]
+            # Blocks and sub-layers are large: what comes near to the share, not what goes beyond.
+            much: dict[str, Any] = {"blocks": max(1, round((1 - share) / one))}
+            if method == "jointdrop":  # sub-layers go until the share is reached
+                much = {"parameters": min(0.999, share + one / 2)}
             made = deltafold.fold(subject.folder, folder, method, **much, **text)
             student = Plain(self.load(folder), trained=True)
         whole = self.load(subject.folder)
