@@ -220,7 +220,7 @@ def tables(record: Record) -> list[Table]:
 
 
 def name_of(row: Record) -> str:
-    words = {None: "", "through": ", healed", "trained": f", healed, trained {STEPS} steps"}
+    words = {None: "", "through": ", healed", "trained": f", trained {STEPS} steps"}
     return row["method"] + words[row["healing"]]
 
 
