@@ -64,6 +64,7 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/factoring.py demo --into docs/commands/factor.md
 	$(BIN)/python benchmarks/sharing.py demo --into docs/commands/share.md
 	$(BIN)/python benchmarks/sharing.py smollm2 --into docs/commands/share.md
+	$(BIN)/python benchmarks/sharing.py smollm2-long --into docs/commands/share.md
 	$(BIN)/python benchmarks/anchors.py --into docs/commands/share.md
 	$(BIN)/python benchmarks/memory.py --into README.md
 	$(BIN)/python benchmarks/together.py --into docs/commands/export.md

@@ -285,7 +285,7 @@ def steady() -> Iterator[None]:
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
     precision = torch.get_float32_matmul_precision()
-    steady = torch.are_deterministic_algorithms_enabled()
+    already = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic  # its one setting is set as an attribute
     filled, cudnn = memory.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()
@@ -297,7 +297,7 @@ def steady() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(steady, warn_only=warn_only)
+        torch.use_deterministic_algorithms(already, warn_only=warn_only)
         memory.fill_uninitialized_memory = filled
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 

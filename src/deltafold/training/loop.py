@@ -156,7 +156,7 @@ class State:
         curve, exams = ([tuple(row) for row in tensors[key].tolist()] for key in ("curve", "exams"))
         return cls(
             step, group("values"), group("first"), group("second"), group("counts"), group("best"),
-            best_step, curve, exams, float(tensors["scale"]),
+            best_step, curve, exams, float(tensors.get("scale", 1.0)),
         )  # fmt: skip
 
 
