@@ -111,6 +111,7 @@ class Settings:
 class State:
     """Everything that the next step depends on, and the best so far. KL in nats a token.
 
+    All but `best` are the run's own tensors, and move with its next step: save them at once.
     `curve` has (step, loss, CE, KL) a step; `exams` (step, CE, KL) of held-out text. Rates are
     multiplied by `scale`.
     """
@@ -135,7 +136,7 @@ class State:
         """One flat table, for a file."""
         groups = {"values": self.values, "first": self.first, "second": self.second,
                   "counts": self.counts, "best": self.best}  # fmt: skip
-        flat = {f"{group}/{k}": v for group, held in groups.items() for k, v in held.items()}
+        flat = {f"{group}/{k}": v.cpu() for group, held in groups.items() for k, v in held.items()}
         return flat | {
             "steps": torch.tensor([self.step, self.best_step]),
             "scale": torch.tensor(self.scale, dtype=torch.float64),
@@ -218,7 +219,8 @@ class _Run:
 
     def begin(self, state: State | None) -> State:
         if state is None:
-            state = State(0, self._values(), {}, {}, {}, self._values(), 0)
+            best = {name: p.detach().cpu().clone() for name, p in self.student.parameters.items()}
+            state = State(0, {}, {}, {}, {}, best, 0)
             self.check(state)
             return state
         _put(self.student.parameters, state.values)
@@ -229,10 +231,18 @@ class _Run:
                     "exp_avg": state.first[name].to(self.device).clone(),
                     "exp_avg_sq": state.second[name].to(self.device).clone(),
                 }
+        self._follow(state)
         return state
 
-    def _values(self) -> Tensors:
-        return {name: p.detach().cpu().clone() for name, p in self.student.parameters.items()}
+    def _follow(self, state: State) -> None:
+        """Let the state refer to what the run has now; of a large model copies would be gigabytes."""
+        state.values = {name: p.detach() for name, p in self.student.parameters.items()}
+        state.first, state.second, state.counts = {}, {}, {}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if held := self.optimizer.state.get(parameter):
+                state.counts[name] = held["step"].detach()
+                state.first[name] = held["exp_avg"].detach()
+                state.second[name] = held["exp_avg_sq"].detach()
 
     def is_over(self, state: State) -> bool:
         """True when nothing can be trained, or held-out text has not gained for long."""
@@ -295,23 +305,24 @@ class _Run:
             )
         )  # fmt: skip
         state.exams.append((float(state.step), ce, kl))
-        state.values = self._values()
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            if held := self.optimizer.state.get(parameter):
-                state.counts[name] = held["step"].detach().cpu().clone()
-                state.first[name] = held["exp_avg"].detach().cpu().clone()
-                state.second[name] = held["exp_avg_sq"].detach().cpu().clone()
+        self._follow(state)
         if kl <= state.best_kl:
-            state.best, state.best_step = state.values, state.step
+            _copy(state.values, state.best)
+            state.best_step = state.step
         elif not state.best_step and state.step >= self.settings.earliest_stop:
             self._back_off(state)
 
     def _back_off(self, state: State) -> None:
         """Untrained again, with a third of the rate."""
         state.scale *= BACK_OFF
-        state.values, state.first, state.second, state.counts = state.best, {}, {}, {}
         _put(self.student.parameters, state.best)
         self.optimizer.state.clear()
+        self._follow(state)
+
+
+def _copy(values: Tensors, into: Tensors) -> None:
+    for name, value in values.items():
+        into[name].copy_(value)
 
 
 def _put(parameters: dict[str, nn.Parameter], values: Tensors) -> None:
