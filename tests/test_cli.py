@@ -242,6 +242,29 @@ def readable(tmp_path: Path) -> tuple[Path, Path]:
     return base, tuned
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "compress {base} {tuned}", "restore {archive} --base {base}", "export {archive} --base {base}",
+        "merge {base} {archive} {archive} --method task-arithmetic", "fold {tuned} --blocks 1",
+        "factor {tuned} --parameters 0.9", "share {tuned} --shared 1 --rank 2 --protect=",
+    ],
+    ids=lambda command: command.split()[0],
+)  # fmt: skip
+def test_a_device_that_is_not_there(
+    readable: tuple[Path, Path], cli: Cli, archive: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, command: str,
+) -> None:  # fmt: skip
+    """Every heavy command computes where it is told to, or says that it cannot."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    named = command.format(base=readable[0], tuned=readable[1], archive=archive).split()
+    out = tmp_path / "out"
+    one_sentence(cli(*named, "-o", out, "--device", "cuda"), 2, "no CUDA device", "--device cpu")
+    nothing_left(out)
+
+
 @pytest.mark.parametrize("option", ["--calibration", "--text"])
 @pytest.mark.parametrize("method", [(), ("-m", "impart", "--beta", "auto")], ids=["auto", "beta"])
 def test_text_that_is_not_there(

@@ -67,6 +67,7 @@ def factor(
     Example: deltafold factor smollm2/ -o small/ --method lord --parameters 0.8
     """
     from deltafold.cli.show import progress
+    from deltafold.devices import computing
 
     more: dict[str, Any] = {} if damping is None else {"damping": damping}
     verb: Any  # the two take the same, one a little more
@@ -80,7 +81,7 @@ def factor(
         from deltafold.verbs.factor_model import factor as plain_factor
 
         verb = plain_factor
-    with progress() as advance:
+    with progress() as advance, computing(device):
         result = verb(
             model,
             output,

@@ -77,6 +77,7 @@ def fold(
     Example: deltafold fold smollm2/ -o smaller/ --blocks 6
     """
     from deltafold.cli.show import progress
+    from deltafold.devices import computing
 
     scoring: dict[str, Any] = {}
     verb: Any  # the two take the same, one a little more
@@ -96,7 +97,7 @@ def fold(
         from deltafold.verbs.fold import fold as plain_fold
 
         verb = plain_fold
-    with progress() as advance:
+    with progress() as advance, computing(device):
         result = verb(
             model,
             output,

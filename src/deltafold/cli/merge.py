@@ -100,6 +100,7 @@ def merge(
     Example: deltafold merge base/ math.delta sql.delta chat/ -o merged/ --method ties
     """
     from deltafold.cli.show import progress
+    from deltafold.devices import computing
 
     base, recipe = _recipe(
         base, models or [], config, method, sparsify, consensus, weight, density, scale, setting,
@@ -123,7 +124,7 @@ def merge(
         "engine": engine,
         "record": record,
     }
-    with progress() as advance:
+    with progress() as advance, computing(device):
         arguments["progress"] = advance
         if task or text or search_on or searched is not None or wanted is not None:
             from deltafold.choosing.merge import merge as scored_merge

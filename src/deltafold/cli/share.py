@@ -134,6 +134,7 @@ def share(
     Example: deltafold share smollm2/ -o shared/ --parameters 0.88 --train text.jsonl --steps 500
     """
     from deltafold.cli.show import progress
+    from deltafold.devices import computing
 
     verb: Any  # the two take the same, one a little more
     scoring: dict[str, Any] = {}
@@ -150,7 +151,7 @@ def share(
 
         verb = plain_share
     main = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
-    with progress() as advance:
+    with progress() as advance, computing(device):
         result = verb(
             model,
             output,
