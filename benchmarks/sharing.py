@@ -23,7 +23,7 @@ import math
 import pydoc_data.topics
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ DEMO_CHARACTERS = 8000  # of its held-out text
 TOPIC_CHARACTERS = 1500  # of each topic; a measurement is made for each of many models
 DELTA_RATE = 2e-3
 TEXTS = {"self": "text that the whole model wrote", "pages": "the pages that come with deltafold"}
-LONG_STEPS, LONG_SAMPLES = 240, 8192  # a step has 64 rows of 256 tokens
+LONG_STEPS, LONG_SAMPLES = 200, 8192  # a step has 64 rows of 256 tokens
 FOLD_SAMPLES = 128  # of text that tells which blocks are alike
 TOPICS = ("types", "strings", "specialnames", "execmodel", "import", "with", "async", "class")
 
@@ -180,8 +180,7 @@ class Bench:
             "quality": {"start": self.figures(student, whole)},
         }
         learn, held = self.rows(subject.text).split(0)
-        settings = replace(self.settings, forward_tokens=forward_tokens(student.model, here()))
-        state = train(student, Plain(whole).logits, learn, held, settings)
+        state = train(student, Plain(whole).logits, learn, held, self.settings(student.model))
         found["quality"]["trained"] = self.figures(student, whole)
         return found | {
             "best_step": state.best_step,
@@ -189,11 +188,10 @@ class Bench:
             "exams": [{"step": int(s), "ce": ce, "kl": kl} for s, ce, kl in state.exams],
         }
 
-    @property
-    def settings(self) -> Settings:
+    def settings(self, model: Any) -> Settings:
         return Settings(
-            self.steps, self.subject.rate_of("all"), self.subject.batch, kl_share=1.0, temperature=1.0,
-            check_steps=max(1, self.steps // 2),
+            self.steps, self.subject.rate, self.subject.batch, kl_share=1.0, temperature=1.0,
+            check_steps=max(1, self.steps // 2), forward_tokens=forward_tokens(model, here()),
         )  # fmt: skip
 
     def figures(self, student: Plain, whole: Any) -> Record:

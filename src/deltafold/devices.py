@@ -217,6 +217,25 @@ def task_bytes() -> int | None:
     return None if free is None else int(TASKS_SHARE * free)
 
 
+def total_bytes(device: torch.device) -> int:
+    """All memory of a GPU, free or not: on one kind of GPU always the same."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def fitting(room_bytes: int, each_bytes: float, least: int, most: int) -> int:
+    """`least` doubled as long as that many fit, and are no more than `most`.
+
+    >>> [fitting(room << 30, 1.5e6, 1024, 16384) for room in (1, 20, 1000)]
+    [1024, 8192, 16384]
+    """
+    found = least
+    while 2 * found <= most and 2 * found * each_bytes <= room_bytes:
+        found *= 2
+    return found
+
+
 def identity() -> dict[str, str]:
     """What unfinished work and kept measurements are bound to: nothing on the CPU.
 

@@ -29,6 +29,7 @@ from deltafold.calibration.building import quiet
 from deltafold.calibration.stream import StreamedModel
 from deltafold.calibration.tokens import Encoder, end_ids
 from deltafold.coding.counter import derive_key, random_u64
+from deltafold.devices import fitting, total_bytes
 
 WRITERS, MOST_WRITERS = 32, 2048
 """Samples written side by side on a CPU; on a GPU at most, where its memory allows it."""
@@ -157,11 +158,8 @@ def _writers(whole: Any, length: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * width * whole.dtype.itemsize
-    room = torch.cuda.get_device_properties(device).total_memory // 2
-    found = WRITERS
-    while found < MOST_WRITERS and 2 * found * (length * token + 48 * config.vocab_size) <= room:
-        found *= 2
-    return found
+    each = length * token + 48 * config.vocab_size
+    return fitting(total_bytes(device) // 2, each, WRITERS, MOST_WRITERS)
 
 
 class _Cached:

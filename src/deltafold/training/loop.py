@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -307,7 +307,7 @@ class _Run:
         state.exams.append((float(state.step), ce, kl))
         self._follow(state)
         if kl <= state.best_kl:
-            _copy(state.values, state.best)
+            _put(state.best, state.values)
             state.best_step = state.step
         elif not state.best_step and state.step >= self.settings.earliest_stop:
             self._back_off(state)
@@ -320,15 +320,10 @@ class _Run:
         self._follow(state)
 
 
-def _copy(values: Tensors, into: Tensors) -> None:
-    for name, value in values.items():
-        into[name].copy_(value)
-
-
-def _put(parameters: dict[str, nn.Parameter], values: Tensors) -> None:
+def _put(into: Mapping[str, torch.Tensor], values: Tensors) -> None:
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+        for name, held in into.items():
+            held.copy_(values[name])
 
 
 def batch_rows(total: int, settings: Settings, step: int) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from deltafold.devices import fitting, total_bytes
 from deltafold.training.loop import FORWARD_TOKENS
 
 MOST_TOKENS = 16_384
@@ -30,17 +31,4 @@ def forward_tokens(model: Any, device: torch.device) -> int:
     number = next(model.parameters()).element_size() / 2
     layers, width = int(config.num_hidden_layers), int(config.hidden_size)
     each = 34 * layers * width * number + 16 * int(config.vocab_size)
-    total = torch.cuda.get_device_properties(device).total_memory
-    return fitting(total // SHARE, each)
-
-
-def fitting(room_bytes: int, token_bytes: float) -> int:
-    """The largest power of two whose tokens fit, within bounds.
-
-    >>> [fitting(room << 30, 1.5e6) for room in (1, 20, 1000)]
-    [1024, 8192, 16384]
-    """
-    tokens = FORWARD_TOKENS
-    while 2 * tokens <= MOST_TOKENS and 2 * tokens * token_bytes <= room_bytes:
-        tokens *= 2
-    return tokens
+    return fitting(total_bytes(device) // SHARE, each, FORWARD_TOKENS, MOST_TOKENS)
