@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from joining import join
 from smollm2 import default_cache
 from tasks import Row, make_rows, write_jsonl
 
 import deltafold
 from deltafold.choosing.fold import speed
-from deltafold.errors import DeltafoldError, UsageError
+from deltafold.errors import DeltafoldError
 from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded, quiet
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
@@ -155,18 +156,9 @@ def key_of(row: Record) -> tuple[str, int, str | None]:
     return row["method"], row["blocks"], row["healing"]
 
 
-def join(record: Record, files: list[Path]) -> None:
-    """Take in what other records have and this one lacks. Raises UsageError for another model."""
-    for file in files:
-        other = json.loads(file.read_text(encoding="utf-8"))
-        if other["model"] != record["model"]:
-            raise UsageError(f"{file} is of {other['model']}, not of {record['model']}.")
-        record["whole"] = record["whole"] or other["whole"]
-        record.setdefault("machine", other["machine"])
-        known = {key_of(row) for row in record["rows"]}
-        record["rows"] += [row for row in other["rows"] if key_of(row) not in known]
-    places = {name: place for place, name in enumerate(METHODS)}
-    record["rows"].sort(key=lambda r: (r["blocks"], places[r["method"]], r["healing"] or ""))
+def place_of(row: Record) -> tuple[int, int, str]:
+    """Where a row stands in the record: by depth, and as methods are listed."""
+    return row["blocks"], list(METHODS).index(row["method"]), row["healing"] or ""
 
 
 def cell(bench: Bench, method: str, blocks: int, healing: str | None) -> Record:
@@ -261,7 +253,8 @@ def main() -> int:
     if options.record.is_file():
         record = json.loads(options.record.read_text(encoding="utf-8"))
     if options.join:
-        join(record, options.join)
+        join(record, options.join, key_of, ("model",))
+        record["rows"].sort(key=place_of)
         write_record(record, options.record)
         return 0
     record |= {"machine": machine()}

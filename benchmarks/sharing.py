@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from joining import join
 from smollm2 import default_cache
 
 import deltafold
 from deltafold.calibration import gather_samples
 from deltafold.devices import computing, here
-from deltafold.errors import DeltafoldError, UsageError
+from deltafold.errors import DeltafoldError
 from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Strong, Table
@@ -243,7 +244,7 @@ def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) ->
         key = {"share": share, "method": label, "tune": tune, "steps": bench.steps}
         if tune not in options.tune:
             continue
-        if any(all(row[k] == key[k] for k in key) for row in record["rows"]):
+        if any(key_of(row) == key_of(key) for row in record["rows"]):
             continue
         if label in PEERS and tune == "delta":
             continue
@@ -259,21 +260,9 @@ def run(bench: Bench, record: Record, out: Path, options: argparse.Namespace) ->
         print(json.dumps(shown), flush=True)
 
 
-def join(record: Record, files: list[Path]) -> None:
-    """Take in what other records have and this one lacks. Raises UsageError for another model."""
-
-    def key(row: Record) -> tuple[Any, ...]:
-        return row["share"], row["method"], row["tune"], row["steps"]
-
-    for file in files:
-        other = json.loads(file.read_text(encoding="utf-8"))
-        if any(other[k] != record[k] for k in ("model", "batch", "row_tokens")):
-            raise UsageError(f"{file} is of another model, or trained on other rows.")
-        record["whole"] = record["whole"] or other["whole"]
-        for name in ("machine", "text"):
-            record.setdefault(name, other[name])
-        known = {key(row) for row in record["rows"]}
-        record["rows"] += [row for row in other["rows"] if key(row) not in known]
+def key_of(row: Record) -> tuple[Any, ...]:
+    """What tells one row from another."""
+    return row["share"], row["method"], row["tune"], row["steps"]
 
 
 # --- the tables -------------------------------------------------------------------------------
@@ -347,7 +336,7 @@ def main() -> int:
         record = json.loads(out.read_text(encoding="utf-8"))
     try:
         if options.join:
-            join(record, options.join)
+            join(record, options.join, key_of, ("model", "batch", "row_tokens"))
             write_record(record, out)
             return 0
         with computing(options.device), tempfile.TemporaryDirectory() as name:
