@@ -26,8 +26,8 @@ from smollm2 import default_cache
 import deltafold
 from deltafold.codecs import auto, steps
 from deltafold.coding import dither
-from deltafold.record import RECORD_VERSION, Meter, Record, machine, write_record
 from deltafold.reporting.markdown import rewrite_block
+from deltafold.running.record import RECORD_VERSION, Meter, Record, machine, write_record
 
 RECORD = Path(__file__).parent / "records" / "ablation-demo.json"
 RATIOS = (16, 32, 64, 96)

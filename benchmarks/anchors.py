@@ -23,15 +23,15 @@ from smollm2 import default_cache
 from torch.nn.functional import silu
 
 from deltafold.calibration import gather_samples
-from deltafold.folding.healing import Sums
-from deltafold.record import RECORD_VERSION, Meter, Record, machine, write_record
+from deltafold.composed.form import Linear, Part
+from deltafold.folding.methods.healing import Sums
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Table
 from deltafold.reporting.units import number_text
-from deltafold.sharing.form import Linear, Part
+from deltafold.running.record import RECORD_VERSION, Meter, Record, machine, write_record
+from deltafold.sharing.start import composed_values
+from deltafold.sharing.train import load_model
 from deltafold.training import pack
-from deltafold.verbs.share_start import composed_values
-from deltafold.verbs.share_train import load_model
 
 RECORD = Path(__file__).parent / "records" / "anchors-smollm2.json"
 BLOCKS, RANKS = (7, 15, 23), (26, 222)

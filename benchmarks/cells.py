@@ -17,7 +17,7 @@ from typing import Any
 import deltafold
 from deltafold.codecs import get, names
 from deltafold.errors import DeltafoldError
-from deltafold.record import Record
+from deltafold.running.record import Record
 
 
 class CommandFailedError(DeltafoldError):

@@ -23,8 +23,8 @@ from smollm2 import default_cache
 
 from deltafold.codecs import get
 from deltafold.evaluation import evaluate
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import rewrite_block
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 HERE = Path(__file__).parent
 RATIOS = (8, 16, 32, 64, 128)

@@ -26,8 +26,8 @@ from typing import Any
 
 from smollm2 import default_cache
 
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import rewrite_block
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 HERE = Path(__file__).parent
 MODELS = default_cache()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from deltafold.checkpoint import open_checkpoint
-from deltafold.record import Record
+from deltafold.running.record import Record
 
 
 def compare(models: list[Path], theirs: Path, ours: Path, random: bool) -> Record:

@@ -22,12 +22,12 @@ from typing import Any
 from folding import DTYPE, MAX_LENGTH, WINDOWS, remember, write_data
 from smollm2 import default_cache
 
-from deltafold.choosing.fold import weight_bytes
 from deltafold.errors import DeltafoldError
+from deltafold.evaluation.before_after import weight_bytes
 from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded, quiet
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
+from deltafold.factoring.factor import factor
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import (
@@ -38,7 +38,7 @@ from deltafold.reporting.units import (
     percent_text,
     seconds_text,
 )
-from deltafold.verbs.factor_model import factor
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 HERE = Path(__file__).parent
 SHARES = (0.8, 0.6)

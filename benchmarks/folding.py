@@ -27,16 +27,16 @@ from smollm2 import default_cache
 from tasks import Row, make_rows, write_jsonl
 
 import deltafold
-from deltafold.choosing.fold import speed
 from deltafold.errors import DeltafoldError
+from deltafold.evaluation.before_after import speed
 from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded, quiet
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
-from deltafold.folding.presets import METHODS
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
+from deltafold.folding.methods.presets import METHODS
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text, seconds_text
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 HERE = Path(__file__).parent
 BLOCKS = (2, 4, 6, 8)

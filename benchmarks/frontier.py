@@ -30,11 +30,11 @@ from ledger import Ledger, named
 from deltafold.codecs import get
 from deltafold.errors import BudgetError, DeltafoldError, NonFiniteError, UsageError
 from deltafold.evaluation.loading import loaded
-from deltafold.record import Record
-from deltafold.reporting.frontier_tables import PARTS, frontier_tables
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.records import FrontierRecord, read_records
-from deltafold.verbs.load import load_state
+from deltafold.reporting.tables.frontier import PARTS, frontier_tables
+from deltafold.restoring.load import load_state
+from deltafold.running.record import Record
 
 HERE = Path(__file__).parent
 RATIOS = (8, 16, 32, 64, 128, 256)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.errors import UsageError
-from deltafold.record import Record
+from deltafold.running.record import Record
 
 
 def join(

@@ -13,7 +13,7 @@ from cells import Cell
 
 from deltafold.codecs import get
 from deltafold.errors import DeltafoldError
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 
 class StaleRecordError(DeltafoldError):

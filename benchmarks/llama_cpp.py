@@ -20,8 +20,8 @@ from typing import Any
 from adapters import MAX_TOKENS, Reference, Rows, Tune, hits, same
 
 from deltafold import export
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import rewrite_block
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 OUT = Path(__file__).parent / "records" / "llama-cpp.json"
 

@@ -31,8 +31,8 @@ import torch
 
 from deltafold.checkpoint import CheckpointWriter, plan_shards
 from deltafold.checkpoint.writer import TensorSpec
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import rewrite_block
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 WIDTH, MIDDLE, VOCABULARY = 2048, 8192, 32000
 HERE = Path(__file__).parent

@@ -29,8 +29,8 @@ from differences import compare
 from smollm2 import default_cache
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import rewrite_block
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 HERE = Path(__file__).parent
 VERSION = "0.1.5"

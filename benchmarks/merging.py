@@ -26,14 +26,14 @@ from smollm2 import default_cache
 from tasks import make_rows, write_jsonl
 
 import deltafold
-from deltafold.choosing.scores import Scoring
 from deltafold.errors import DeltafoldError
 from deltafold.evaluation.plan import Request
+from deltafold.evaluation.scoring import Scoring
 from deltafold.merging.recipe import Model, Recipe
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import MISSING, percent_text, seconds_text
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 HERE = Path(__file__).parent
 METHODS = ("task-arithmetic", "ties")

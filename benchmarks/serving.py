@@ -24,10 +24,10 @@ from typing import Any
 
 from adapters import MAX_TOKENS, Reference, Rows, Tune, hits, same
 
-from deltafold.record import RECORD_VERSION, Record, machine, read_record, write_record
+from deltafold.exporting.kept import Adapter
+from deltafold.exporting.serve import ServeError, Serving, prepare, served_names
 from deltafold.reporting.markdown import rewrite_block
-from deltafold.verbs.adapters import Adapter
-from deltafold.verbs.serve import ServeError, Serving, prepare, served_names
+from deltafold.running.record import RECORD_VERSION, Record, machine, read_record, write_record
 
 OUT = Path(__file__).parent / "records" / "serving.json"
 AT_ONCE = 8

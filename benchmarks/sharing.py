@@ -33,14 +33,14 @@ from smollm2 import default_cache
 
 import deltafold
 from deltafold.calibration import gather_samples
-from deltafold.devices import computing, here
 from deltafold.errors import DeltafoldError
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text
+from deltafold.running.devices import computing, here
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
+from deltafold.sharing.train import load_model
 from deltafold.training import Masters, Rows, Settings, exam, forward_tokens, pack, train
-from deltafold.verbs.share_train import load_model
 
 HERE = Path(__file__).parent
 PEERS = ("shortgpt", "laco", "jointdrop")

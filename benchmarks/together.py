@@ -18,8 +18,15 @@ import sys
 from pathlib import Path
 
 from deltafold.checkpoint import open_checkpoint
-from deltafold.record import RECORD_VERSION, Meter, Record, machine, resident_bytes, write_record
 from deltafold.reporting.markdown import rewrite_block
+from deltafold.running.record import (
+    RECORD_VERSION,
+    Meter,
+    Record,
+    machine,
+    resident_bytes,
+    write_record,
+)
 
 OUT = Path(__file__).parent / "records" / "together.json"
 
@@ -28,7 +35,7 @@ def measure(base: str, archives: list[str], count: int, rank: int | None) -> Rec
     """Load `count` fine-tunes into this process; resident memory after each step."""
     import torch
 
-    from deltafold.verbs.together import load_together
+    from deltafold.exporting.together import load_together
 
     torch.set_num_threads(1)
     deltas = {f"tune{n}": archives[n % len(archives)] for n in range(count)}
@@ -58,7 +65,7 @@ def measure(base: str, archives: list[str], count: int, rank: int | None) -> Rec
 
 def prepare(base: str, archives: list[str], rank: int | None) -> float:
     """Make the adapters; the bytes of one, on average."""
-    from deltafold.verbs.adapters import find_adapter
+    from deltafold.exporting.kept import find_adapter
 
     made = [find_adapter("tune", archive, base, rank=rank) for archive in archives]
     sizes = [sum(f.stat().st_size for f in each.folder.iterdir()) for each in made]

@@ -19,7 +19,7 @@ from typing import Any
 
 import deltafold
 from deltafold.codecs import get, names
-from deltafold.record import RECORD_VERSION, Record, machine, write_record
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 HERE = Path(__file__).parent
 RATIOS = (8, 16, 32, 64)
@@ -105,9 +105,9 @@ def show(record_path: Path, finetune: str) -> None:
     """Print the table, draw the figures, say where things are and what to try next."""
     from rich.console import Console
 
-    from deltafold.record import read_record
     from deltafold.reporting.figures import figures_of
     from deltafold.reporting.tables import tables_of
+    from deltafold.running.record import read_record
 
     out = record_path.parent
     record = read_record(record_path)

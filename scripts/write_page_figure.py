@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from deltafold.record import read_record
 from deltafold.reporting.page import write_page
+from deltafold.running.record import read_record
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

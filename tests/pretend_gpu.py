@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from deltafold import devices
+from deltafold.running import devices
 
 NAME = "pretend:0"
 MOVES = {"_to_copy", "copy_", "_copy_from"}

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from deltafold.checkpoint import open_checkpoint
-from deltafold.sharing.form import Form, Linear, Part
-from deltafold.verbs.share_write import Source, write_shared
+from deltafold.composed.form import Form, Linear, Part
+from deltafold.composed.write import Source, write_shared
 
 IDS = torch.arange(3, 27)[None]
 

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from deltafold.adapters.engines import vllm_rank
-from deltafold.adapters.gguf_files import interleaved
-from deltafold.adapters.pairs import squared_error, stored_pair, svd_pair
-from deltafold.adapters.peft_files import adapter_config, pair_tensors, target_modules
-from deltafold.adapters.places import Layout, Place
-from deltafold.adapters.ranks import Choice, bytes_ranks, energy_rank
 from deltafold.errors import BudgetError, UsageError
-from deltafold.linalg import Moments
+from deltafold.exporting.engines import vllm_rank
+from deltafold.exporting.gguf_files import interleaved
+from deltafold.exporting.methods.pairs import squared_error, stored_pair, svd_pair
+from deltafold.exporting.methods.ranks import Choice, bytes_ranks, energy_rank
+from deltafold.exporting.peft_files import adapter_config, pair_tensors, target_modules
+from deltafold.exporting.places import Layout, Place
+from deltafold.linalg.matrices import Moments
 
 
 def product(pair_a: torch.Tensor, pair_b: torch.Tensor) -> torch.Tensor:

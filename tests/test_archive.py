@@ -26,8 +26,8 @@ from deltafold import compress, inspect, restore, verify
 from deltafold.archive import Archive, read_manifest
 from deltafold.archive.writer import payload_bytes, payload_layout
 from deltafold.errors import MismatchError, UsageError
-from deltafold.record import read_record
-from deltafold.verbs.load import load_state
+from deltafold.restoring.load import load_state
+from deltafold.running.record import read_record
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltafold.budget import Budget, Unit, allot, reach, share_within
 from deltafold.codecs import delta_codec, get, names
 from deltafold.codecs.base import Settings
+from deltafold.compressing.methods.budget import Budget, Unit, allot, reach, share_within
 from deltafold.errors import UsageError
 
 LOSSY = [name for name in names() if get(name).lossy]

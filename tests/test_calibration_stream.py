@@ -202,7 +202,7 @@ def test_mixed_products_have_the_same_bits_with_any_number_of_threads(
     folder_of: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deltafold.calibration.stream.multiplies_bf16", lambda device: True)
-    monkeypatch.setattr("deltafold.engine.default_workers", lambda: 3)
+    monkeypatch.setattr("deltafold.running.engine.default_workers", lambda: 3)
     model = StreamedModel(folder_of("llama"), mixed=True)
     batches = make_batches(samples, batch_tokens=32)
     assert len(batches) > 2

@@ -13,7 +13,7 @@ from refusals import refused
 
 from deltafold import compress
 from deltafold.calibration.samples import SampleError
-from deltafold.choosing.compress import RATIO_CLOSE, _bracket
+from deltafold.compressing.choosing import RATIO_CLOSE, _bracket
 from deltafold.errors import BudgetError, UsageError
 
 Folders = tuple[Path, Path, Path]

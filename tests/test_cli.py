@@ -293,7 +293,7 @@ def test_text_that_is_not_there(
 def test_failures_of_the_machine(
     cli: Cli, archive: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
-    from deltafold.verbs import inspect as module
+    from deltafold.restoring import inspect as module
 
     def fail(*_: object) -> None:
         raise error

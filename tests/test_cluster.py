@@ -25,15 +25,16 @@ from checkpoints import WIDTH, PairFiles, make_pair, tree_hashes, write_checkpoi
 from refusals import nothing_left, refused
 from tiny_models import write_family
 
-from deltafold import cluster, compress, merge, restore
+from deltafold import compress, merge, restore
 from deltafold.archive import Archive, reader
 from deltafold.checkpoint import Checkpoint, CheckpointWriter
-from deltafold.cluster import RayEngine, check_engine, open_engine
-from deltafold.engine import Progress, Step, Task
 from deltafold.errors import ClusterError, NonFiniteError, UsageError
 from deltafold.merging.recipe import Model, Recipe
-from deltafold.verbs import workspace as workspace_module
-from deltafold.verbs.workspace import Workspace
+from deltafold.running import cluster
+from deltafold.running import workspace as workspace_module
+from deltafold.running.cluster import RayEngine, check_engine, open_engine
+from deltafold.running.engine import Progress, Step, Task
+from deltafold.running.workspace import Workspace
 
 RATIO: dict[str, Any] = {"file_ratio": 8}
 
@@ -194,8 +195,8 @@ def pickling(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(name: str, *_: object) -> Iterator[Pickling | None]:
         yield Pickling() if name == "ray" else None
 
-    for verb in ("compress", "restore", "merge"):
-        module = importlib.import_module(f"deltafold.verbs.{verb}")
+    for verb in ("compressing.compress", "restoring.restore", "merging.merge"):
+        module = importlib.import_module(f"deltafold.{verb}")
         monkeypatch.setattr(module, "open_engine", opened)
 
 
@@ -330,7 +331,7 @@ def test_other_versions_on_a_machine() -> None:
 
 
 def test_help_imports_no_ray() -> None:
-    code = "import sys, deltafold.cli, deltafold.cluster; print('ray' in sys.modules)"
+    code = "import sys, deltafold.cli, deltafold.running.cluster; print('ray' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
 
@@ -479,7 +480,7 @@ def test_a_worker_is_lost(
 
 
 def test_a_cluster_and_a_gpu_are_not_asked_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltafold.cluster.check_engine", lambda name: None)
-    monkeypatch.setattr("deltafold.cluster.place", lambda: SimpleNamespace(is_gpu=True))
+    monkeypatch.setattr("deltafold.running.cluster.check_engine", lambda name: None)
+    monkeypatch.setattr("deltafold.running.cluster.place", lambda: SimpleNamespace(is_gpu=True))
     with pytest.raises(UsageError, match="leave out --device"), open_engine("ray"):
         pass

@@ -9,8 +9,8 @@ from test_codecs import decoded, delta, encoded
 
 from deltafold.codecs import delta_codec
 from deltafold.codecs.impart import kept_counts, sparsity
-from deltafold.decomposition import truncated_svd
-from deltafold.linalg import DenseMatrix
+from deltafold.linalg.decomposition import truncated_svd
+from deltafold.linalg.matrices import DenseMatrix
 
 
 def algorithm_1(s: np.ndarray, o: int, i: int, ratio: float, beta: float, c: float) -> np.ndarray:

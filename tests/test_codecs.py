@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from deltafold.codecs import delta_codec, exact_codec, get, names
 from deltafold.codecs.base import DeltaCodec
-from deltafold.decomposition import truncated_svd
 from deltafold.errors import UsageError
-from deltafold.linalg import DenseMatrix
+from deltafold.linalg.decomposition import truncated_svd
+from deltafold.linalg.matrices import DenseMatrix
 
 few = settings(deadline=None, max_examples=25)
 LOSSY = [name for name in names() if get(name).lossy]

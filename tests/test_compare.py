@@ -25,7 +25,7 @@ PROMPT = "1+1="
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a fine-tune of which only the matrices moved, and its lossless archive."""
-    from deltafold.verbs.compress import compress
+    from deltafold.compressing.compress import compress
 
     folder = tmp_path_factory.mktemp("compared")
     save(make_llama(0), folder / "base", make_tokenizer())

@@ -18,14 +18,15 @@ from evaluation_models import make_tokenizer
 from folding_models import write_text
 from tiny_models import FAMILIES, write_family
 
-from deltafold import compress, devices, export, factor, fold, restore, share
+from deltafold import compress, export, factor, fold, restore, share
 from deltafold.calibration import Sample
 from deltafold.calibration.fisher import measure_fisher
-from deltafold.decomposition import truncated_svd, truncated_svds
-from deltafold.devices import Place, computing, put
-from deltafold.engine import Task, run_tasks
 from deltafold.errors import DeviceError
-from deltafold.linalg import DenseMatrix
+from deltafold.linalg.decomposition import truncated_svd, truncated_svds
+from deltafold.linalg.matrices import DenseMatrix
+from deltafold.running import devices
+from deltafold.running.devices import Place, computing, put
+from deltafold.running.engine import Task, run_tasks
 
 pytestmark = [
     pytest.mark.cuda,
@@ -127,8 +128,8 @@ def test_solvers_are_loaded_before_threads_ask_for_them() -> None:
     """In a process of its own: torch loads them once, and fails where several threads begin."""
     program = (
         "import torch\n"
-        "from deltafold.devices import computing, here\n"
-        "from deltafold.engine import Task, run_tasks\n"
+        "from deltafold.running.devices import computing, here\n"
+        "from deltafold.running.engine import Task, run_tasks\n"
         "def work(): torch.linalg.cholesky(torch.eye(8, device=here()))\n"
         "with computing('cuda'):\n"
         "    run_tasks('test', [Task(str(n), work) for n in range(16)], workers=8)\n"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltafold.decomposition import is_randomised, noise_edge, truncated_svd
-from deltafold.linalg import DenseMatrix
+from deltafold.linalg.decomposition import is_randomised, noise_edge, truncated_svd
+from deltafold.linalg.matrices import DenseMatrix
 
 
 def matrix(o: int, i: int, decay: float, seed: int = 0) -> torch.Tensor:
@@ -21,7 +21,7 @@ def matrix(o: int, i: int, decay: float, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def small_matrices_take_every_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltafold.decomposition.SMALL_SIDE", 100)
+    monkeypatch.setattr("deltafold.linalg.decomposition.SMALL_SIDE", 100)
 
 
 CASES = [
@@ -50,7 +50,7 @@ def test_both_routes_are_taken():
 
 
 def test_small_sides_are_never_sketched(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deltafold.decomposition.SMALL_SIDE", 1024)
+    monkeypatch.setattr("deltafold.linalg.decomposition.SMALL_SIDE", 1024)
     assert not is_randomised((49152, 576), 4)
     assert is_randomised((8192, 2048), 100)
 
@@ -83,7 +83,7 @@ def test_signs_are_fixed():
 def test_reading_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     d = matrix(300, 120, 0.5)
     whole = truncated_svd(DenseMatrix(d), 10, key=0)
-    monkeypatch.setattr("deltafold.decomposition.CHUNK_BYTES", 120 * 8 * 7)
+    monkeypatch.setattr("deltafold.linalg.decomposition.CHUNK_BYTES", 120 * 8 * 7)
     pieces = truncated_svd(DenseMatrix(d), 10, key=0)
     assert torch.allclose(whole.u, pieces.u, atol=1e-5)
     assert torch.allclose(whole.s, pieces.s, rtol=1e-6)

@@ -16,12 +16,13 @@ from pretend_gpu import NAME, pretending
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, build
 
-from deltafold import compress, devices, factor, fold, share
+from deltafold import compress, factor, fold, share
 from deltafold.calibration import Judge, Sample, StreamedModel, calibrate, precision
 from deltafold.calibration.fisher import _drawn_by_runs, drawn, measure_fisher
 from deltafold.codecs import delta_codec
-from deltafold.devices import Place, computing
-from deltafold.linalg import DenseMatrix, Moments
+from deltafold.linalg.matrices import DenseMatrix, Moments
+from deltafold.running import devices
+from deltafold.running.devices import Place, computing
 
 TOKENS = torch.Generator().manual_seed(5)
 SAMPLES = [

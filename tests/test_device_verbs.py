@@ -11,11 +11,12 @@ import torch
 from checkpoints import PairFiles, read_checkpoint, tree_hashes
 from pretend_gpu import pretending
 
-from deltafold import compress, devices, export, restore
+from deltafold import compress, export, restore
 from deltafold.codecs import get, names
+from deltafold.compressing import triplets as factor_step
 from deltafold.errors import ResumeError
-from deltafold.record import read_record
-from deltafold.verbs import factor as factor_step
+from deltafold.running import devices
+from deltafold.running.record import read_record
 
 FACTORED = ["lowrank", "svd-quant", "impart", "impart-qt", "delta-come"]
 
@@ -116,7 +117,7 @@ def test_unfinished_work_of_another_device_is_refused(
 
     output = tmp_path / "x.delta"
     with monkeypatch.context() as patch:
-        patch.setattr("deltafold.verbs.compress.assemble", broken)
+        patch.setattr("deltafold.compressing.compress.assemble", broken)
         with pytest.raises(KeyboardInterrupt):
             compressed(pair, output, "lowrank", file_ratio=8)
     with pretending(), pytest.raises(ResumeError, match=r"other inputs or settings \(device\)"):

@@ -10,9 +10,12 @@ import pytest
 import torch
 from pretend_gpu import NAME, pretending
 
-from deltafold import devices
-from deltafold.decomposition import truncated_svd, truncated_svds
-from deltafold.devices import (
+from deltafold.errors import DeviceError, UsageError
+from deltafold.linalg.decomposition import truncated_svd, truncated_svds
+from deltafold.linalg.matrices import DenseMatrix, Factors, Moments
+from deltafold.linalg.whitening import whitened_svd
+from deltafold.running import devices
+from deltafold.running.devices import (
     UNSTEADY,
     Place,
     computing,
@@ -24,10 +27,7 @@ from deltafold.devices import (
     steady,
     steady_backward,
 )
-from deltafold.engine import Task, run_tasks
-from deltafold.errors import DeviceError, UsageError
-from deltafold.linalg import DenseMatrix, Factors, Moments
-from deltafold.whitening import whitened_svd
+from deltafold.running.engine import Task, run_tasks
 
 SHAPES = {"tall": ((90, 40), 12), "wide": ((40, 90), 12), "randomised": ((1100, 1060), 6)}
 Matrix = Callable[[str, int], tuple[DenseMatrix, int]]

@@ -18,10 +18,10 @@ from deltafold.calibration.whole import backward_whole
 from deltafold.checkpoint import open_checkpoint
 from deltafold.codecs import delta_codec, names
 from deltafold.coding import correction
-from deltafold.distill import State, _kl_loss, split_samples
+from deltafold.compressing.distill import can_train
 from deltafold.errors import UsageError
-from deltafold.linalg import DenseMatrix
-from deltafold.verbs.distill import can_train
+from deltafold.linalg.matrices import DenseMatrix
+from deltafold.training.stored_numbers import State, _kl_loss, split_samples
 
 KEY, SHAPE = 12345, (48, 40)
 TRAINED = ["auto", "bitdelta", "delta-come", "lowrank", "svd-quant"]
@@ -212,7 +212,7 @@ def test_kl_goes_down(folders: tuple[Path, Path, Path], tmp_path: Path, method: 
 def test_a_correction_takes_its_bytes_from_the_budget(
     folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltafold.verbs import search
+    from deltafold.compressing import search
 
     monkeypatch.setattr(search, "CORRECTION_SHARE", 0.5)
     record = run(folders, tmp_path / "a.delta", file_ratio=3.0, distill=11)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deltafold.codecs import delta_codec
 from deltafold.coding import dither
 from deltafold.coding.entropy import TABLE_BITS
-from deltafold.linalg import DenseMatrix, Moments
+from deltafold.linalg.matrices import DenseMatrix, Moments
 
 few = settings(deadline=None, max_examples=40)
 KEY = 0xA6A7854E2D6C487D

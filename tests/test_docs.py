@@ -23,8 +23,8 @@ from checkpoints import WIDTH, PairFiles, Tensors, decaying_delta, make_pair
 import deltafold
 from deltafold.cli import app
 from deltafold.codecs import delta_codec, get, names
-from deltafold.linalg import DenseMatrix, Fisher
-from deltafold.verbs.methods import methods
+from deltafold.compressing.catalogue import methods
+from deltafold.linalg.matrices import DenseMatrix, Fisher
 
 ROOT = Path(__file__).parents[1]
 FORMAT = ROOT / "docs" / "format.md"
@@ -105,7 +105,7 @@ def test_vectors_bit_difference():
 
 def test_vectors_randomness():
     from deltafold.coding import counter
-    from deltafold.verbs.job import piece_key
+    from deltafold.compressing.job import piece_key
 
     for row in vectors("key"):
         arguments = (row["seed"], row["tensor"], row["first_row"])

@@ -29,7 +29,7 @@ from deltafold.cli.evaluate import evaluate as command
 from deltafold.errors import CheckpointError, DeltafoldError, MismatchError, UsageError
 from deltafold.evaluation import evaluate, loading
 from deltafold.evaluation.table import explanations, format_figure, grid, markdown
-from deltafold.record import record_path, write_record
+from deltafold.running.record import record_path, write_record
 
 SUMS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
 QUIZ = [{"question": f"{i}+1=", "choices": [str(i + 1), "no"], "answer": 0} for i in range(4)]
@@ -129,9 +129,9 @@ def test_an_archive_is_loaded_on_its_base(home: Path, monkeypatch: pytest.Monkey
         assert (path, base, dtype) == (archive, home / "base", torch.float32)
         return nudged(make_llama(0), 1, 0.1)
 
-    verb = ModuleType("deltafold.verbs.load")
+    verb = ModuleType("deltafold.restoring.load")
     verb.load = load  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "deltafold.verbs.load", verb)
+    monkeypatch.setitem(sys.modules, "deltafold.restoring.load", verb)
     monkeypatch.setattr("deltafold.evaluation.read_manifest", lambda path: Manifest)
     entry = run(home, models=[archive], base=home / "base")["models"][-1]
     assert (entry["archive_bytes"], entry["file_ratio"], entry["method"]) == (100, 25, "impart")
@@ -144,7 +144,7 @@ def test_an_archive_is_loaded_on_its_base(home: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.integration
 def test_a_lossless_archive_predicts_exactly_what_the_fine_tune_does(home: Path) -> None:
-    from deltafold.verbs.compress import compress
+    from deltafold.compressing.compress import compress
 
     compress(home / "base", home / "tuned", home / "tuned.delta", method="lossless")
     record = run(home, models=[home / "tuned.delta"], base=home / "base")

@@ -87,7 +87,7 @@ def check(pair: tuple[torch.Tensor, torch.Tensor], alpha: float, delta: torch.Te
 
 
 def test_unknown_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltafold.adapters import gguf_files
+    from deltafold.exporting import gguf_files
 
     base, finetuned = write_family(tmp_path, "llama")
     compress(base, finetuned, tmp_path / "x.delta", "lossless")

@@ -18,10 +18,10 @@ from tiny_models import FAMILIES
 import deltafold
 from deltafold.calibration.samples import SampleError
 from deltafold.checkpoint import open_checkpoint
+from deltafold.composed.modeling import ComposedLinear
 from deltafold.errors import BudgetError, CheckpointError, MismatchError, UsageError
-from deltafold.sharing.modeling import ComposedLinear
-from deltafold.verbs.factor_model import factor
-from deltafold.verbs.factor_store import Candidate, Store
+from deltafold.factoring.factor import factor
+from deltafold.factoring.store import Candidate, Store
 
 pytestmark = pytest.mark.integration
 IDS = torch.arange(3, 27)[None]
@@ -277,8 +277,8 @@ def test_bad_input(llama: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_a_candidate_without_factors_is_the_model(llama: tuple[Path, Path]) -> None:
-    from deltafold.factoring.presets import Method
-    from deltafold.verbs.factor_job import make_job
+    from deltafold.factoring.job import make_job
+    from deltafold.factoring.methods.presets import Method
 
     with open_checkpoint(llama[0]) as checkpoint:
         job = make_job(checkpoint, Method.of("lord"), 0.7, False, 2)

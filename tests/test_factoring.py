@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltafold.factoring import bolaco, lorc, welore
-from deltafold.factoring.basis import alike, likeness, neighbours, refit, shared_basis
-from deltafold.factoring.factors import factored
-from deltafold.factoring.units import Unit, rank_share, ranks_for, smallest, total
-from deltafold.linalg import Moments
-from deltafold.whitening import apply_root, input_root, output_error, whitened_svd
+from deltafold.factoring.methods import bolaco, lorc, welore
+from deltafold.factoring.methods.basis import alike, likeness, neighbours, refit, shared_basis
+from deltafold.factoring.methods.factors import factored
+from deltafold.factoring.methods.units import Unit, rank_share, ranks_for, smallest, total
+from deltafold.linalg.matrices import Moments
+from deltafold.linalg.whitening import apply_root, input_root, output_error, whitened_svd
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

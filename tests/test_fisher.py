@@ -18,7 +18,7 @@ from deltafold.calibration import fisher as module
 from deltafold.calibration.fisher import measure_fisher
 from deltafold.calibration.samples import SampleError
 from deltafold.errors import NonFiniteError
-from deltafold.linalg import Fisher
+from deltafold.linalg.matrices import Fisher
 
 
 def made_samples() -> list[Sample]:

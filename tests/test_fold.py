@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from deltafold import fold
 from deltafold.errors import CheckpointError, DeltafoldError, MismatchError, UsageError
-from deltafold.folding import METHODS, PRESETS
+from deltafold.folding.methods import METHODS, PRESETS
 from deltafold.reporting.tables import tables_of
 
 pytestmark = pytest.mark.integration

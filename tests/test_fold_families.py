@@ -15,9 +15,9 @@ from tiny_models import FAMILIES
 from deltafold import fold
 from deltafold.calibration import Sample, StreamedModel, make_batches
 from deltafold.checkpoint import open_checkpoint
-from deltafold.folding.align import aligned
-from deltafold.folding.draft import Draft
-from deltafold.verbs.fold_job import read_layout
+from deltafold.folding.job import read_layout
+from deltafold.folding.methods.draft import Draft
+from deltafold.folding.methods.rules import aligned
 
 pytestmark = pytest.mark.integration
 Family = tuple[str, Path, Path]

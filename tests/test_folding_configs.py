@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from deltafold.blocks.configs import depth_of, shortened
+from deltafold.blocks.layout import find_layout
 from deltafold.errors import MismatchError, UsageError
-from deltafold.folding.configs import depth_of, shortened
-from deltafold.folding.layout import find_layout
-from deltafold.folding.presets import METHODS, Method
-from deltafold.folding.selection import SELECTIONS
-from deltafold.folding.similarity import SIMILARITIES
+from deltafold.folding.methods.presets import METHODS, Method
+from deltafold.folding.methods.selection import SELECTIONS
+from deltafold.folding.methods.similarity import SIMILARITIES
 
 
 def test_everything_said_of_blocks_follows() -> None:

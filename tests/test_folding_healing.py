@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from deltafold.folding.healing import (
+from deltafold.folding.methods.healing import (
     Regression,
     channel_scales,
     folded_in,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from deltafold.folding import mka
+from deltafold.folding.methods import mka
 
 
 def cloud(n: int, w: int = 5, seed: int = 0) -> torch.Tensor:

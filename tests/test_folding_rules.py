@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
-from deltafold.folding.align import aligned, match
-from deltafold.folding.draft import Block, Draft
-from deltafold.folding.layout import find_layout
-from deltafold.folding.rules import RULES
-from deltafold.folding.units import Heads, find_units
+from deltafold.blocks.align import match
+from deltafold.blocks.layout import find_layout
+from deltafold.blocks.units import Heads, find_units
+from deltafold.folding.methods.draft import Block, Draft
+from deltafold.folding.methods.rules import RULES, aligned
 
 WIDTH, NEURONS = 4, 6
 SHAPES = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltafold.coding.counter import derive_key
-from deltafold.folding.selection import SELECTIONS, Step, runs
+from deltafold.folding.methods.selection import SELECTIONS, Step, runs
 
 
 @dataclass

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from deltafold.folding.similarity import ABSENCES, SIMILARITIES, cosine, mahalanobis
-from deltafold.folding.similarity import angular as angular_of
+from deltafold.folding.methods.similarity import ABSENCES, SIMILARITIES, cosine, mahalanobis
+from deltafold.folding.methods.similarity import angular as angular_of
 
 MATRICES = [name for name in SIMILARITIES if name not in ABSENCES]
 

@@ -91,7 +91,7 @@ def test_figures_are_those_of_evaluate(
 ) -> None:
     """On the fine-tune, the base, another fine-tune, and one that is right now and then."""
     import deltafold
-    from deltafold.verbs.load import load_state
+    from deltafold.restoring.load import load_state
 
     base, sort, add = (DEMO / "models" / name for name in ("base", "sort", "add"))
     task = demo_rows(tmp_path / "sort.jsonl", spaced)

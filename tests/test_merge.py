@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from deltafold import compress, merge
 from deltafold.coding.counter import derive_key
 from deltafold.errors import MismatchError, UsageError
-from deltafold.merging import PRESETS, SPARSIFIERS
-from deltafold.merging.files import read_recipe
+from deltafold.merging.merge import agreement
+from deltafold.merging.methods import PRESETS, SPARSIFIERS
 from deltafold.merging.recipe import Model, Recipe, value_at
-from deltafold.verbs.load import load_state
-from deltafold.verbs.merge import agreement
+from deltafold.merging.recipe_files import read_recipe
+from deltafold.restoring.load import load_state
 
 State = dict[str, torch.Tensor]
 
@@ -142,7 +142,7 @@ def test_the_same_bytes_whatever_the_workers_and_shards_are_right(
 def test_a_broken_run_goes_on(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltafold.verbs import merge as module
+    from deltafold.merging import merge as module
 
     made = recipe(folders, "dare-ties")
     merge(folders[0], made, tmp_path / "whole")

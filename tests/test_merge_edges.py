@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from deltafold import merge
 from deltafold.coding.counter import derive_key, random_u32
-from deltafold.merging import CONSENSUS, PRESETS, SPARSIFIERS
+from deltafold.merging.methods import CONSENSUS, PRESETS, SPARSIFIERS
+from deltafold.merging.methods.sparsify import kept_count
 from deltafold.merging.recipe import Model, Recipe
-from deltafold.merging.sparsify import kept_count
 
 State = dict[str, torch.Tensor]
 few = settings(deadline=None, max_examples=25)
@@ -198,7 +198,7 @@ def test_consensus_lies_in_the_range_of_what_it_is_given(k: int, seed: int, name
 
 @pytest.mark.parametrize("name", sorted(set(CONSENSUS) - {"slerp"}))
 def test_pieces_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltafold.merging import consensus, sparsify
+    from deltafold.merging.methods import consensus, sparsify
 
     deltas = [torch.randn(7, 11, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     rules = ("magnitude", "breadcrumbs", "della")
@@ -213,8 +213,8 @@ def test_pieces_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_large_tensors_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes and figures as when their deltas are held."""
-    from deltafold.record import read_record
-    from deltafold.verbs import merge_tensors
+    from deltafold.merging import tensors as merge_tensors
+    from deltafold.running.record import read_record
 
     found = []
     for name, limit in (("held", 1 << 40), ("again", 0)):

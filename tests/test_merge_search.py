@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deltafold import compress, evaluate, merge, restore
-from deltafold.choosing.merge import candidates_of
-from deltafold.choosing.scores import best_of, mean_loss, share_right
 from deltafold.errors import CheckpointError, NonFiniteError, UsageError
+from deltafold.evaluation.scoring import best_of, mean_loss, share_right
+from deltafold.merging import search as search_module
+from deltafold.merging.choosing import candidates_of
 from deltafold.merging.recipe import Model, Recipe
-from deltafold.verbs import merge_search as search_module
-from deltafold.verbs.sources import CheckpointSource
+from deltafold.merging.sources import CheckpointSource
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_as_archive_goes_on_after_the_merge(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A budget that cannot be met is told after the merge, which is not done again."""
-    from deltafold.choosing import merge_archive as module
+    from deltafold.merging import as_archive as module
 
     merges: list[int] = []
     true = module.merge_verb

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltafold import merge
 from deltafold.errors import CheckpointError, MismatchError, UsageError
-from deltafold.merging.files import read_recipe
 from deltafold.merging.recipe import Model, Recipe
+from deltafold.merging.recipe_files import read_recipe
 from deltafold.merging.vocabulary import Vocabulary, settle
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

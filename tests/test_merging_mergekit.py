@@ -11,9 +11,9 @@ from evaluation_models import make_llama, save
 
 from deltafold import merge
 from deltafold.errors import MismatchError, UsageError
-from deltafold.merging.files import read_recipe
 from deltafold.merging.mergekit import METHODS, setting
 from deltafold.merging.recipe import Model, Recipe, value_at
+from deltafold.merging.recipe_files import read_recipe
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QUERY, UP = "model.layers.2.self_attn.q_proj.weight", "model.layers.4.mlp.up_proj.weight"

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltafold.merging import CONSENSUS, PRESETS, SPARSIFIERS
-from deltafold.merging.sparsify import kept_count
+from deltafold.merging.methods import CONSENSUS, PRESETS, SPARSIFIERS
+from deltafold.merging.methods.sparsify import kept_count
 
 few = settings(deadline=None, max_examples=30)
 KEY = 0xA6A7854E2D6C487D

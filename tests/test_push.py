@@ -69,8 +69,8 @@ def test_an_archive_goes_there_and_back(hub: Hub, archive: Path, pair: Any, tmp_
 def test_merge_takes_archives_of_the_hub(
     hub: Hub, archive: Path, pair: Any, tmp_path: Path
 ) -> None:
+    from deltafold.merging.merge import merge
     from deltafold.merging.recipe import Model, Recipe
-    from deltafold.verbs.merge import merge
 
     deltafold.push_to_hub(archive, "me/math-delta")
     merge(pair.base, Recipe((Model("me/math-delta"),), "task-arithmetic"), tmp_path / "there")

@@ -15,9 +15,9 @@ from deltafold.codecs import delta_codec
 from deltafold.codecs.impart_qt import power
 from deltafold.coding.coded_vectors import bands, code_across
 from deltafold.coding.counter import kept_positions, subset
-from deltafold.decomposition import truncated_svd
 from deltafold.errors import UsageError
-from deltafold.linalg import DenseMatrix, Factors, Moments
+from deltafold.linalg.decomposition import truncated_svd
+from deltafold.linalg.matrices import DenseMatrix, Factors, Moments
 
 KEY = 12345
 QUANTISED = ("bitdelta", "dare-qt", "svd-quant", "delta-come", "impart-qt")

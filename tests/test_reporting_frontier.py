@@ -12,10 +12,10 @@ from reporting_records import COMMON
 from deltafold.reporting.drawings.frontier import dots_of, size_ticks
 from deltafold.reporting.figures import figures_of
 from deltafold.reporting.frontier import advantage, bytes_at, gain_kept, grid, ordered
-from deltafold.reporting.frontier_tables import PARTS, frontier_tables
 from deltafold.reporting.records import FrontierRecord, understood
 from deltafold.reporting.table import Strong, Table
 from deltafold.reporting.tables import tables_of
+from deltafold.reporting.tables.frontier import PARTS, frontier_tables
 from deltafold.reporting.units import norm_text, plain_text
 
 CHECKPOINT_BYTES = 256_000_000

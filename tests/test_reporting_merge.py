@@ -11,10 +11,10 @@ from reporting_records import COMMON
 
 from deltafold.errors import DeltafoldError
 from deltafold.reporting.figures import figures_of
-from deltafold.reporting.merge_record import MergedTensor
-from deltafold.reporting.merge_tables import agreed, cosine
 from deltafold.reporting.records import understood
+from deltafold.reporting.records.merge import MergedTensor
 from deltafold.reporting.tables import tables_of
+from deltafold.reporting.tables.merge import agreed, cosine
 
 
 def merge_record(blocks: int = 4, **more: Any) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import pytest
 from reporting_records import benchmark_record, compress_record, evaluate_record
 
 from deltafold.errors import DeltafoldError, StorageError, UsageError
-from deltafold.reporting.compress_record import CompressRecord
 from deltafold.reporting.markdown import page, rewrite_block, write_text
 from deltafold.reporting.records import read_records, understood
+from deltafold.reporting.records.compress import CompressRecord
 from deltafold.reporting.table import Table
 
 

@@ -11,7 +11,7 @@ from deltafold.errors import DeltafoldError
 from deltafold.reporting.figures import figures_of
 from deltafold.reporting.records import understood
 from deltafold.reporting.tables import tables_of
-from deltafold.sharing.replacing import Schedule
+from deltafold.sharing.methods.replacing import Schedule
 
 
 def share_record(**more: Any) -> dict[str, Any]:

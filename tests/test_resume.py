@@ -17,10 +17,10 @@ from forks import killed_in_a_fork
 from refusals import nothing_left, refused
 
 from deltafold import compress, restore
-from deltafold.engine import Step
 from deltafold.errors import ResumeError
-from deltafold.verbs import workspace
-from deltafold.verbs.workspace import Workspace, partial_path
+from deltafold.running import workspace
+from deltafold.running.engine import Step
+from deltafold.running.workspace import Workspace, partial_path
 
 # Share of all renames of a run, the output's own included.
 MOMENTS = [
@@ -268,12 +268,13 @@ def test_a_damaged_journal_is_refused(pair: PairFiles, unfinished: Path) -> None
 
 SLOW = """
 import time
-from deltafold.verbs import {module}
-quick = {module}.{function}
+import importlib
+module = importlib.import_module("deltafold.{module}")
+quick = module.{function}
 def slow(*arguments, **options):
     time.sleep(0.2)
     return quick(*arguments, **options)
-{module}.{function} = slow
+module.{function} = slow
 from deltafold.cli import main
 main()
 """
@@ -301,7 +302,7 @@ def interrupted(slow: tuple[str, str], waits_for: Path, *arguments: object) -> t
 def test_interrupted_compress(pair: PairFiles, archive: Path) -> None:
     out = archive.parent / "out.delta"
     code, told = interrupted(
-        ("factor", "truncated_svd"),
+        ("compressing.triplets", "truncated_svd"),
         partial_path(out) / "factors",
         "compress", pair.base, pair.finetuned, "-o", out, "-m", "impart", "--file-ratio", 8,
     )  # fmt: skip
@@ -317,7 +318,7 @@ def test_interrupted_compress(pair: PairFiles, archive: Path) -> None:
 def test_interrupted_restore(pair: PairFiles, archive: Path) -> None:
     out = archive.parent / "out"
     code, told = interrupted(
-        ("restore", "checked_rows"),
+        ("restoring.restore", "checked_rows"),
         partial_path(out) / "done",
         "restore", archive, "--base", pair.base, "-o", out,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from refusals import refused
 
 from deltafold.cli.serve import named_paths
 from deltafold.errors import UsageError
-from deltafold.verbs.serve import (
+from deltafold.exporting.serve import (
     ServeError,
     add_adapter,
     prepare,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import deltafold
-from deltafold.verbs.serve import ServeError, served_names
+from deltafold.exporting.serve import ServeError, served_names
 
 VLLM = os.environ.get("DELTAFOLD_VLLM", "")
 DEMO = Path(__file__).parents[1] / "demo"

@@ -19,7 +19,7 @@ from tiny_models import FAMILIES
 
 import deltafold
 from deltafold.errors import CheckpointError, MismatchError, UsageError
-from deltafold.verbs.share import share
+from deltafold.sharing.share import share
 
 pytestmark = pytest.mark.integration
 MOE = ("mixtral", "qwen2 moe")
@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
 UNTIL_KILLED = """
 import json, os, signal, sys
 import torch
-from deltafold.verbs.share import share
+from deltafold.sharing.share import share
 torch.set_num_threads(1)
 def watch(step):
     if step.stage == "train" and step.done == 5:

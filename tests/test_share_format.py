@@ -16,11 +16,10 @@ from tiny_models import FAMILIES
 
 import deltafold
 from deltafold.checkpoint import open_checkpoint
-from deltafold.errors import CheckpointError, UsageError
-from deltafold.sharing.form import Form, Linear, Part, read_form
-from deltafold.sharing.modeling import ComposedLinear, LowRank, compose
-from deltafold.verbs.share_load import load_shared
-from deltafold.verbs.share_write import (
+from deltafold.composed.form import Form, Linear, Part, read_form
+from deltafold.composed.load import load_shared
+from deltafold.composed.modeling import ComposedLinear, LowRank, compose
+from deltafold.composed.write import (
     Source,
     dense_weight,
     shared_specs,
@@ -28,6 +27,7 @@ from deltafold.verbs.share_write import (
     stored_parameters,
     write_shared,
 )
+from deltafold.errors import CheckpointError, UsageError
 
 
 def test_a_layer_by_hand() -> None:

@@ -15,20 +15,20 @@ from tiny_models import FAMILIES
 
 from deltafold.calibration.building import find_blocks
 from deltafold.checkpoint import open_checkpoint
+from deltafold.composed.form import Linear, Part
+from deltafold.composed.write import Source
 from deltafold.errors import NonFiniteError, UsageError
-from deltafold.sharing.form import Linear, Part
-from deltafold.sharing.initialise import INITIALISATIONS, least_scale
-from deltafold.sharing.plan import Request, make_plan
-from deltafold.sharing.replacing import Schedule, SharedStudent
+from deltafold.linalg.whitening import output_error
+from deltafold.sharing.fit import fit
+from deltafold.sharing.job import structure_of
+from deltafold.sharing.methods.initialise import INITIALISATIONS, least_scale
+from deltafold.sharing.methods.plan import Request, make_plan
+from deltafold.sharing.methods.replacing import Schedule, SharedStudent
+from deltafold.sharing.start import Start, composed_values
+from deltafold.sharing.train import Model
 from deltafold.training import Masters, Rows, Settings, State, pack, train
 from deltafold.training.distilled import distilled
 from deltafold.training.loop import batch_rows, losses
-from deltafold.verbs.share_fit import fit
-from deltafold.verbs.share_job import structure_of
-from deltafold.verbs.share_start import Start, composed_values
-from deltafold.verbs.share_train import Model
-from deltafold.verbs.share_write import Source
-from deltafold.whitening import output_error
 
 MOE = ("mixtral", "qwen2 moe")
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from conftest import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltafold.blocks.structure import Layer, Structure
 from deltafold.errors import BudgetError, MismatchError, UsageError
-from deltafold.sharing.plan import METHODS, Plan, Request, make_plan
-from deltafold.sharing.structure import Layer, Structure
-from deltafold.verbs.share_job import plan_sharing, structure_of
+from deltafold.sharing.job import plan_sharing, structure_of
+from deltafold.sharing.methods.plan import METHODS, Plan, Request, make_plan
 
 PHI_3_MINI: dict[str, Any] = {
     "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,

@@ -15,7 +15,7 @@ from deltafold.codecs.steps import grid_for
 from deltafold.coding import dither
 from deltafold.coding.grid import CONTEXTS, GROUPS, Grid, powers
 from deltafold.coding.levels import pack, unpack
-from deltafold.linalg import DenseMatrix, Fisher
+from deltafold.linalg.matrices import DenseMatrix, Fisher
 
 few = settings(deadline=None, max_examples=40)
 exponents = st.integers(-12, 12)

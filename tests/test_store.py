@@ -171,7 +171,7 @@ def test_a_store_that_fails_loses_nothing(store, pair, monkeypatch, tmp_path):
 
 
 def test_unfinished_work_goes_on(store, pair, monkeypatch):
-    from deltafold.verbs.workspace import Workspace
+    from deltafold.running.workspace import Workspace
 
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

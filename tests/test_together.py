@@ -105,7 +105,7 @@ def test_one_copy_of_the_base(files: Path) -> None:
 
 def test_adapters_are_kept(files: Path) -> None:
     """The second time nothing is exported, unless the archive holds something else."""
-    from deltafold.verbs.adapters import find_adapter
+    from deltafold.exporting.kept import find_adapter
 
     first = find_adapter("math", files / "math.delta", files / "base")
     stamp = (first.folder / "adapter_config.json").stat().st_mtime_ns

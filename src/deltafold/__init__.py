@@ -16,32 +16,32 @@ from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
 
 if TYPE_CHECKING:
-    from deltafold.choosing.compress import compress
-    from deltafold.choosing.factor import factor
-    from deltafold.choosing.fold import fold
-    from deltafold.choosing.merge import merge
-    from deltafold.choosing.share import share
+    from deltafold.compressing.choosing import compress
+    from deltafold.compressing.plan import plan
     from deltafold.evaluation import evaluate
+    from deltafold.evaluation.before_after import fold
+    from deltafold.exporting.export import export
+    from deltafold.factoring.scored import factor
+    from deltafold.merging.choosing import merge
     from deltafold.publishing import push_to_hub
-    from deltafold.verbs.export import export
-    from deltafold.verbs.inspect import inspect
-    from deltafold.verbs.load import load
-    from deltafold.verbs.plan import plan
-    from deltafold.verbs.restore import restore
-    from deltafold.verbs.verify import verify
+    from deltafold.restoring.inspect import inspect
+    from deltafold.restoring.load import load
+    from deltafold.restoring.restore import restore
+    from deltafold.restoring.verify import verify
+    from deltafold.sharing.scored import share
 
 _VERBS = {
-    "compress": "deltafold.choosing",
-    "restore": "deltafold.verbs.restore",
-    "export": "deltafold.verbs.export",
-    "verify": "deltafold.verbs.verify",
-    "inspect": "deltafold.verbs.inspect",
-    "plan": "deltafold.verbs.plan",
-    "load": "deltafold.verbs.load",
-    "merge": "deltafold.choosing",
-    "fold": "deltafold.choosing",
-    "factor": "deltafold.choosing",
-    "share": "deltafold.choosing",
+    "compress": "deltafold.compressing.choosing",
+    "restore": "deltafold.restoring.restore",
+    "export": "deltafold.exporting.export",
+    "verify": "deltafold.restoring.verify",
+    "inspect": "deltafold.restoring.inspect",
+    "plan": "deltafold.compressing.plan",
+    "load": "deltafold.restoring.load",
+    "merge": "deltafold.merging.choosing",
+    "fold": "deltafold.evaluation.before_after",
+    "factor": "deltafold.factoring.scored",
+    "share": "deltafold.sharing.scored",
     "evaluate": "deltafold.evaluation",
     "push_to_hub": "deltafold.publishing",
 }

@@ -14,7 +14,7 @@ from refusals import edit_manifest, nothing_left, refused, tensor_entry
 
 from deltafold import inspect, restore, verify
 from deltafold.errors import ArchiveError, MismatchError, StorageError
-from deltafold.verbs.load import load_state
+from deltafold.restoring.load import load_state
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 HUGE = 10**12
@@ -214,7 +214,7 @@ def test_a_shape_that_the_base_does_not_have(
 def test_restore_larger_than_the_disk(
     archive: Path, pair: PairFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltafold.verbs import workspace
+    from deltafold.running import workspace
 
     class Full:
         free = 1000

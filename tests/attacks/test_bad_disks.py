@@ -17,8 +17,8 @@ from refusals import nothing_left, refused
 
 from deltafold import compress, restore
 from deltafold.errors import BudgetError, CheckpointError, ResumeError, StorageError, UsageError
-from deltafold.record import record_path, write_record
-from deltafold.verbs.workspace import Workspace, partial_path
+from deltafold.running.record import record_path, write_record
+from deltafold.running.workspace import Workspace, partial_path
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 RATIO: dict[str, Any] = {"method": "impart", "file_ratio": 8}

@@ -18,7 +18,7 @@ from refusals import nothing_left
 from deltafold import compress, inspect, restore, verify
 from deltafold.archive import Archive
 from deltafold.errors import DeltafoldError
-from deltafold.record import record_path
+from deltafold.running.record import record_path
 
 METHODS = ("impart", "lowrank", "dare", "magnitude", "lossless", "sparse-patch")
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from deltafold.linalg import Moments
+from deltafold.linalg.matrices import Moments
 
 Name = Callable[[str, int], tuple[str, ...]]
 """(parameter, number of the expert in it) -> the checkpoint tensors whose inputs these are."""

@@ -21,9 +21,9 @@ from deltafold.calibration.batches import Batch
 from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.store import TensorStore
 from deltafold.calibration.stream import Pass, StreamedModel
-from deltafold.devices import steady_backward
-from deltafold.engine import trim
 from deltafold.errors import MismatchError
+from deltafold.running.devices import steady_backward
+from deltafold.running.engine import trim
 
 Loss = Callable[[int, torch.Tensor], torch.Tensor]
 """(first row, logits (n, vocabulary) of the counted rows from there) -> the sum of their losses."""

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from deltafold import devices
 from deltafold.calibration.accumulate import Name, Products
 from deltafold.calibration.backward import backward
 from deltafold.calibration.batches import Batch, Sample, make_batches
@@ -34,9 +33,10 @@ from deltafold.checkpoint import Checkpoint, tensor_bytes
 from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.coding.counter import derive_key, random_u64
-from deltafold.engine import Progress, Step
 from deltafold.errors import DeltafoldError, NonFiniteError
-from deltafold.linalg import Fisher
+from deltafold.linalg.matrices import Fisher
+from deltafold.running import devices
+from deltafold.running.engine import Progress, Step
 
 VERSION = 1
 HIDDEN_BYTES = 64 << 20  # of hidden states in memory; more of them go to a file

@@ -17,7 +17,7 @@ from deltafold.calibration.samples import (
 from deltafold.calibration.selftext import write_texts
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 from deltafold.calibration.tokens import Encoder, load_tokenizer
-from deltafold.devices import identity
+from deltafold.running.devices import identity
 
 VERSION = 2
 

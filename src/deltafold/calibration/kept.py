@@ -24,7 +24,7 @@ from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, cache_root, tensor_byt
 from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import DeltafoldError
-from deltafold.linalg import Moments
+from deltafold.linalg.matrices import Moments
 
 INDEX, SAMPLES = "index.json", "samples.json"
 Place = dict[str, Any]

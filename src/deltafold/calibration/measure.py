@@ -14,8 +14,8 @@ from deltafold.calibration.batches import Sample, make_batches
 from deltafold.calibration.kept import Place, read_places, write_entries
 from deltafold.calibration.precision import settled
 from deltafold.calibration.stream import Pass, StreamedModel
-from deltafold.engine import Progress, Step
 from deltafold.errors import NonFiniteError
+from deltafold.running.engine import Progress, Step
 
 HEAD = "head.safetensors"
 

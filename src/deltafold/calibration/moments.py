@@ -31,11 +31,11 @@ from deltafold.calibration.kept import (
 from deltafold.calibration.measure import measure
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 from deltafold.checkpoint.writer import guard_storage
-from deltafold.devices import identity
-from deltafold.engine import Progress
 from deltafold.errors import not_shared
-from deltafold.linalg import Moments
-from deltafold.record import Meter
+from deltafold.linalg.matrices import Moments
+from deltafold.running.devices import identity
+from deltafold.running.engine import Progress
+from deltafold.running.record import Meter
 
 VERSION = 1
 

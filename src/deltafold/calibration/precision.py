@@ -16,7 +16,7 @@ import torch
 from deltafold.calibration.batches import Sample, make_batches
 from deltafold.calibration.divergence import divergence_sums, norms
 from deltafold.calibration.stream import StreamedModel
-from deltafold.devices import place
+from deltafold.running.devices import place
 
 MOST_KL = 0.01
 """Nats a token between predictions in fp32 and in bf16, on one sample."""

@@ -29,7 +29,7 @@ from deltafold.calibration.building import quiet
 from deltafold.calibration.stream import StreamedModel
 from deltafold.calibration.tokens import Encoder, end_ids
 from deltafold.coding.counter import derive_key, random_u64
-from deltafold.devices import fitting, total_bytes
+from deltafold.running.devices import fitting, total_bytes
 
 WRITERS, MOST_WRITERS = 32, 2048
 """Samples written side by side on a CPU; on a GPU at most, where its memory allows it."""

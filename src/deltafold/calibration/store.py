@@ -18,7 +18,7 @@ import torch
 
 from deltafold.checkpoint import tensor_bytes
 from deltafold.checkpoint.writer import guard_storage
-from deltafold.devices import free_bytes, here
+from deltafold.running.devices import free_bytes, here
 
 Shape = tuple[int, ...]
 GPU_SHARE = 4  # one in so many bytes that are free there, for one store

@@ -26,11 +26,11 @@ from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.store import TensorStore
 from deltafold.calibration.wiring import Weights
 from deltafold.checkpoint import Checkpoint, open_checkpoint
-from deltafold.devices import here, put
-from deltafold.engine import spread, trim
 from deltafold.errors import MismatchError, NonFiniteError
-from deltafold.linalg import products
-from deltafold.record import total_memory_bytes
+from deltafold.linalg.matrices import products
+from deltafold.running.devices import here, put
+from deltafold.running.engine import spread, trim
+from deltafold.running.record import total_memory_bytes
 
 LOGITS_BYTES = 1 << 25
 """Logits made at a time stay below this."""
@@ -113,7 +113,7 @@ class _Caught(BaseException):
 class StreamedModel:
     """A causal language model that is never in memory as a whole.
 
-    It computes on `device`, by default where heavy steps do (`devices.py`).
+    It computes on `device`, by default where heavy steps do (`running/devices.py`).
     `source` is a folder, a hub id or an open checkpoint. `weights` gives other tensors under the
     same names: those of a candidate. `memory_bytes` is for hidden states; what exceeds it goes to a
     file in `scratch`. `mixed`: blocks and head multiply in bf16, on a processor that is built for it,

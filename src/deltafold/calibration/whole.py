@@ -9,7 +9,7 @@ import torch
 from deltafold.calibration.backward import Gradients, Hook, Loss
 from deltafold.calibration.batches import Batch
 from deltafold.calibration.stream import StreamedModel
-from deltafold.devices import steady_backward
+from deltafold.running.devices import steady_backward
 
 
 def backward_whole(

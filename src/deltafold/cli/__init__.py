@@ -29,7 +29,7 @@ from deltafold.cli.serve import serve
 from deltafold.cli.share import share
 from deltafold.cli.verify import verify
 from deltafold.errors import DeltafoldError
-from deltafold.record import COMMAND
+from deltafold.running.record import COMMAND
 from deltafold.version import __version__
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT

@@ -94,8 +94,8 @@ def compress(
 
         show_plan(base, finetuned, method, budget, settings, json_output)
         return
-    from deltafold.choosing import compress as compress_verb
     from deltafold.cli.show import progress
+    from deltafold.compressing.choosing import compress as compress_verb
 
     with progress() as advance:
         result = compress_verb(

@@ -89,7 +89,7 @@ def evaluate(
     from deltafold.errors import UsageError
     from deltafold.evaluation import evaluate as measure
     from deltafold.evaluation.table import explanations, rich_table
-    from deltafold.record import write_record
+    from deltafold.running.record import write_record
 
     if record is not None and not record.parent.is_dir():
         raise UsageError(f"{record.parent} is not a folder; make it, or give another --record.")

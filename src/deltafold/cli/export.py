@@ -49,7 +49,7 @@ def export(
     Example: deltafold export math.delta --to peft -o math-adapter/ --rank 64
     """
     from deltafold.cli.show import progress
-    from deltafold.verbs.export import export as export_verb
+    from deltafold.exporting.export import export as export_verb
 
     with progress() as advance:
         result = export_verb(

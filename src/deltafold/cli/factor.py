@@ -67,18 +67,18 @@ def factor(
     Example: deltafold factor smollm2/ -o small/ --method lord --parameters 0.8
     """
     from deltafold.cli.show import progress
-    from deltafold.devices import computing
+    from deltafold.running.devices import computing
 
     more: dict[str, Any] = {} if damping is None else {"damping": damping}
     verb: Any  # the two take the same, one a little more
     if task:
-        from deltafold.choosing.factor import factor as scored_factor
+        from deltafold.factoring.scored import factor as scored_factor
 
         verb = scored_factor
         more |= {"tasks": task, "limit": limit, "batch_size": batch_size, "dtype": dtype,
                  "device": device}  # fmt: skip
     else:  # nothing is answered: no need to import what loads whole models
-        from deltafold.verbs.factor_model import factor as plain_factor
+        from deltafold.factoring.factor import factor as plain_factor
 
         verb = plain_factor
     with progress() as advance, computing(device):

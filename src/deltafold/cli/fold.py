@@ -77,12 +77,12 @@ def fold(
     Example: deltafold fold smollm2/ -o smaller/ --blocks 6
     """
     from deltafold.cli.show import progress
-    from deltafold.devices import computing
+    from deltafold.running.devices import computing
 
     scoring: dict[str, Any] = {}
     verb: Any  # the two take the same, one a little more
     if task:
-        from deltafold.choosing.fold import fold as scored_fold
+        from deltafold.evaluation.before_after import fold as scored_fold
 
         verb = scored_fold
         scoring = {
@@ -94,7 +94,7 @@ def fold(
             "device": device,
         }
     else:  # nothing is answered: no need to import what loads whole models
-        from deltafold.verbs.fold import fold as plain_fold
+        from deltafold.folding.fold import fold as plain_fold
 
         verb = plain_fold
     with progress() as advance, computing(device):

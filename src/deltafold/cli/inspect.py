@@ -17,7 +17,7 @@ def inspect(
     json_output: o.JsonOption = False,
 ) -> None:
     """Show what an archive is and holds, without the base."""
-    from deltafold.verbs.inspect import inspect as inspect_verb
+    from deltafold.restoring.inspect import inspect as inspect_verb
 
     found = inspect_verb(archive)
     if json_output:

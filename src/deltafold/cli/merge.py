@@ -100,7 +100,7 @@ def merge(
     Example: deltafold merge base/ math.delta sql.delta chat/ -o merged/ --method ties
     """
     from deltafold.cli.show import progress
-    from deltafold.devices import computing
+    from deltafold.running.devices import computing
 
     base, recipe = _recipe(
         base, models or [], config, method, sparsify, consensus, weight, density, scale, setting,
@@ -127,7 +127,7 @@ def merge(
     with progress() as advance, computing(device):
         arguments["progress"] = advance
         if task or text or search_on or searched is not None or wanted is not None:
-            from deltafold.choosing.merge import merge as scored_merge
+            from deltafold.merging.choosing import merge as scored_merge
 
             arguments |= {
                 "search": searched,
@@ -143,7 +143,7 @@ def merge(
             }
             result = scored_merge(base, recipe, output, **arguments)
         else:  # nothing is run: no need to import what runs models
-            from deltafold.verbs.merge import merge as merge_verb
+            from deltafold.merging.merge import merge as merge_verb
 
             result = merge_verb(base, recipe, output, **arguments)
     if json_output:
@@ -205,8 +205,8 @@ def _recipe(
     from dataclasses import replace
 
     from deltafold.errors import UsageError
-    from deltafold.merging.files import read_recipe
     from deltafold.merging.recipe import Model, Recipe
+    from deltafold.merging.recipe_files import read_recipe
 
     if config is not None:
         if base is not None or models:

@@ -35,8 +35,8 @@ def show(record: dict[str, Any], where: str | None) -> None:
 
 def _show_tables(record: dict[str, Any]) -> None:
     """The tables of the report, without what was said above and below them."""
-    from deltafold.reporting.merge_tables import merge_tables
     from deltafold.reporting.records import MergeRecord
+    from deltafold.reporting.tables.merge import merge_tables
 
     known = MergeRecord.model_validate(record)
     for table in merge_tables(known):

@@ -9,7 +9,7 @@ _EXAMPLE_SHAPE = (2048, 2048)
 
 def methods(json_output: o.JsonOption = False) -> None:
     """List the codecs: what each is, where it comes from, its bits per weight at a ratio of 32."""
-    from deltafold.verbs.methods import methods as methods_verb
+    from deltafold.compressing.catalogue import methods as methods_verb
 
     found = methods_verb(_EXAMPLE_SHAPE)
     if json_output:

@@ -129,7 +129,7 @@ _NO_SETTINGS = {
 def record_place(record: Path | None, output: Path) -> str:
     """Where the record of an output is, to be shown: an address stays one."""
     from deltafold.checkpoint.store import shown
-    from deltafold.record import record_path
+    from deltafold.running.record import record_path
 
     return shown(record or record_path(output))
 

@@ -90,7 +90,7 @@ def show_plan(
     json_output: bool,
 ) -> None:
     """Print the plan. `auto` settings are planned at their defaults (sizes hardly differ)."""
-    from deltafold.verbs.plan import plan as plan_verb
+    from deltafold.compressing.plan import plan as plan_verb
 
     given = {name: value for name, value in settings.items() if value != "auto"}
     found = plan_verb(base, finetuned, method, **budget, **given)

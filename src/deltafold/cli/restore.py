@@ -33,7 +33,7 @@ def restore(
     Example: deltafold restore math.delta --base base/ -o restored/
     """
     from deltafold.cli.show import device_lines, duration, progress, say, size
-    from deltafold.verbs.restore import restore as restore_verb
+    from deltafold.restoring.restore import restore as restore_verb
 
     with progress() as advance:
         result = restore_verb(

@@ -65,7 +65,7 @@ def serve(
     if base is None or not deltas:
         raise UsageError("Give BASE and at least one --delta NAME=ARCHIVE.")
     from deltafold.cli.show import progress
-    from deltafold.verbs.serve import prepare, run
+    from deltafold.exporting.serve import prepare, run
 
     with progress() as advance:
         serving = prepare(
@@ -96,7 +96,7 @@ def _change(
     memory_bytes: int | None,
 ) -> None:
     from deltafold.cli.show import progress, say
-    from deltafold.verbs.serve import add_adapter, remove_adapter, served_names
+    from deltafold.exporting.serve import add_adapter, remove_adapter, served_names
 
     for name in removed:
         remove_adapter(to, name)

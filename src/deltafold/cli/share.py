@@ -134,12 +134,12 @@ def share(
     Example: deltafold share smollm2/ -o shared/ --parameters 0.88 --train text.jsonl --steps 500
     """
     from deltafold.cli.show import progress
-    from deltafold.devices import computing
+    from deltafold.running.devices import computing
 
     verb: Any  # the two take the same, one a little more
     scoring: dict[str, Any] = {}
     if task or text:
-        from deltafold.choosing.share import share as scored_share
+        from deltafold.sharing.scored import share as scored_share
 
         verb = scored_share
         scoring = {
@@ -147,7 +147,7 @@ def share(
             "dtype": dtype, "device": device,
         }  # fmt: skip
     else:  # nothing is answered: no need to import what measures whole models
-        from deltafold.verbs.share import share as plain_share
+        from deltafold.sharing.share import share as plain_share
 
         verb = plain_share
     main = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
@@ -223,8 +223,8 @@ def plan_share(
     json_output: bool,
 ) -> None:
     """`deltafold plan CONFIG_OR_MODEL --method deltallm`: exact counts from a config alone."""
-    from deltafold.sharing.plan import Request, wants_scale
-    from deltafold.verbs.share_job import plan_sharing
+    from deltafold.sharing.job import plan_sharing
+    from deltafold.sharing.methods.plan import Request, wants_scale
 
     request = Request(
         method, shared, rank, parameters, placement, matrices, tuple(block_numbers(protect)),

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from deltafold.engine import Step
+    from deltafold.running.engine import Step
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -23,7 +23,7 @@ def verify(
 ) -> None:
     """Check an archive: every checksum; with --base that all decodes; with --against how close."""
     from deltafold.cli.show import duration, progress, say
-    from deltafold.verbs.verify import verify as verify_verb
+    from deltafold.restoring.verify import verify as verify_verb
 
     with progress() as advance:
         found = verify_verb(

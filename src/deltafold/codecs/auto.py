@@ -75,9 +75,9 @@ from deltafold.coding.levels import (
 )
 from deltafold.coding.trainable import Trainable
 from deltafold.coding.trainable_levels import TrainableLevels
-from deltafold.devices import put
 from deltafold.errors import UsageError
-from deltafold.linalg import Factors, Moments, RowMatrix, feed_forward, feeding_factor
+from deltafold.linalg.matrices import Factors, Moments, RowMatrix, feed_forward, feeding_factor
+from deltafold.running.devices import put
 
 PILOT_VALUES = 1 << 17  # values that a pilot looks at, at most a twelfth of the matrix
 FEED_DAMPING = 0.5  # of the step

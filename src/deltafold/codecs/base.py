@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from deltafold.coding.trainable import Trainable
 from deltafold.errors import UsageError, nearest
-from deltafold.linalg import Factors, Moments, RowMatrix
+from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 Shape = tuple[int, int]
 Settings = dict[str, Any]

@@ -40,7 +40,7 @@ from deltafold.codecs.seeded import gathered, scattered
 from deltafold.coding.counter import draw
 from deltafold.coding.packing import packed_bytes
 from deltafold.coding.trainable import ScaledPattern, Trainable
-from deltafold.linalg import Factors, Moments, RowMatrix
+from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 
 class BitDelta(DeltaCodec):

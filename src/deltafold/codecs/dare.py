@@ -30,7 +30,7 @@ from deltafold.codecs.base import (
 )
 from deltafold.codecs.seeded import entries_at, scattered
 from deltafold.coding.counter import draw
-from deltafold.linalg import Factors, Moments, RowMatrix
+from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 
 class Dare(DeltaCodec):

@@ -53,7 +53,7 @@ from deltafold.coding.quantizer import (
     quantise,
 )
 from deltafold.errors import UsageError
-from deltafold.linalg import Factors, Moments, RowMatrix
+from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 GROUP = 128
 _GPTQ_VALUES = 16 << 20  # entries of D that GPTQ sees at once: about 13 bytes each

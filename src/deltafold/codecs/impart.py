@@ -49,8 +49,8 @@ from deltafold.codecs.base import (
 )
 from deltafold.codecs.lowrank import product_rows
 from deltafold.coding.counter import subset
-from deltafold.decomposition import truncated_svd
-from deltafold.linalg import Factors, Moments, RowMatrix
+from deltafold.linalg.decomposition import truncated_svd
+from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 _U_STREAM, _V_STREAM = 0x75, 0x76  # xor-ed into the key: U and V are drawn independently
 

@@ -59,8 +59,8 @@ from deltafold.coding.coded_vectors import (
     run_size,
 )
 from deltafold.coding.counter import subset
-from deltafold.decomposition import truncated_svd
-from deltafold.linalg import Factors, Moments, RowMatrix
+from deltafold.linalg.decomposition import truncated_svd
+from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 _U_STREAM, _V_STREAM = 0x75, 0x76  # xor-ed into the key, as in `impart`
 _AT_8, _AT_3 = 2, 32

@@ -28,9 +28,9 @@ from deltafold.codecs.base import (
     check_parts,
 )
 from deltafold.coding.trainable import Trainable, Values, straight_through
-from deltafold.decomposition import truncated_svd
-from deltafold.devices import put
-from deltafold.linalg import CHUNK_BYTES, Factors, Moments, RowMatrix
+from deltafold.linalg.decomposition import truncated_svd
+from deltafold.linalg.matrices import CHUNK_BYTES, Factors, Moments, RowMatrix
+from deltafold.running.devices import put
 
 
 class LowRank(DeltaCodec):

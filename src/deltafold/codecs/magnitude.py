@@ -33,7 +33,7 @@ from deltafold.codecs.base import (
 from deltafold.codecs.seeded import entries_at, inside
 from deltafold.coding.counter import select_threshold
 from deltafold.coding.packing import EliasFano
-from deltafold.linalg import Factors, Moments, RowMatrix, chunks
+from deltafold.linalg.matrices import Factors, Moments, RowMatrix, chunks
 
 
 def _smallness(rows: torch.Tensor) -> NDArray[np.uint32]:

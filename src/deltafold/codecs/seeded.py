@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from deltafold.codecs.base import Shape
 from deltafold.coding.counter import kept_positions
-from deltafold.linalg import RowMatrix, chunks
+from deltafold.linalg.matrices import RowMatrix, chunks
 
 _DECODE_VALUES = 2 << 20  # values decoded at once
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deltafold.coding.dither import MAX_LEVEL
 from deltafold.coding.grid import Exponents, Grid
-from deltafold.linalg import RowMatrix, chunks
+from deltafold.linalg.matrices import RowMatrix, chunks
 
 UNEVEN = 0.35  # standard deviation of log2(row's root mean square) from which rows have sizes
 SMALLEST, LARGEST = -28, 8  # half octaves of a row's size, from the matrix's

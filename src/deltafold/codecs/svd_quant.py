@@ -47,9 +47,9 @@ from deltafold.coding.coded_vectors import (
     run_size,
 )
 from deltafold.coding.trainable import Trainable, Values, straight_through
-from deltafold.decomposition import truncated_svd
 from deltafold.errors import UsageError
-from deltafold.linalg import Factors, Moments, RowMatrix
+from deltafold.linalg.decomposition import truncated_svd
+from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from deltafold.evaluation.loading import (
 )
 from deltafold.evaluation.plan import context_limit
 from deltafold.evaluation.segments import Subject
-from deltafold.record import total_memory_bytes
-from deltafold.verbs.decode import check_base_headers, check_codecs
+from deltafold.restoring.decode import check_base_headers, check_codecs
+from deltafold.running.record import total_memory_bytes
 
 NAMES = ("base", "fine-tune", "restored")
 SHARE_OF_MEMORY = 0.5

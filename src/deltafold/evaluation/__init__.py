@@ -24,7 +24,14 @@ from deltafold.evaluation.loading import (
     quiet,
 )
 from deltafold.evaluation.plan import DEFAULT_ANSWERS, Plan, Request, Source
-from deltafold.record import RECORD_VERSION, Meter, Record, machine, read_record, record_path
+from deltafold.running.record import (
+    RECORD_VERSION,
+    Meter,
+    Record,
+    machine,
+    read_record,
+    record_path,
+)
 
 __all__ = ["evaluate"]
 

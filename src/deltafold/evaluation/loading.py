@@ -15,10 +15,10 @@ import torch
 
 from deltafold.archive import is_archive
 from deltafold.checkpoint import local_folder
-from deltafold.devices import AUTO, CPU, resolve
+from deltafold.composed.load import is_shared, load_shared
 from deltafold.errors import CheckpointError, DeltafoldError, UsageError, nearest
 from deltafold.evaluation.segments import Subject
-from deltafold.verbs.share_load import is_shared, load_shared
+from deltafold.running.devices import AUTO, CPU, resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -105,7 +105,7 @@ def loaded(
 
 
 def _load_archive(source: str | Path, base: str | Path | None, dtype: torch.dtype | None) -> Any:
-    from deltafold.verbs.load import load
+    from deltafold.restoring.load import load
 
     if base is None:
         raise UsageError(f"{source} is an archive, so its base is needed; give it with --base.")

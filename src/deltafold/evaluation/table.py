@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deltafold.record import Record
+from deltafold.running.record import Record
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,1 @@
-"""Several deltas of one base made into one: sparsifier x consensus x scale, as tables."""
-
-from deltafold.merging.consensus import CONSENSUS
-from deltafold.merging.presets import PRESETS, Preset
-from deltafold.merging.sparsify import SPARSIFIERS
-
-__all__ = ["CONSENSUS", "PRESETS", "SPARSIFIERS", "Preset"]
+"""Several fine-tunes become one model: the recipe of `merge`; sparsifiers and consensus rules in `methods`."""

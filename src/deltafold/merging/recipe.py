@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltafold.errors import UsageError, nearest
-from deltafold.merging.consensus import CONSENSUS
-from deltafold.merging.presets import PRESETS
-from deltafold.merging.sparsify import SPARSIFIERS
+from deltafold.merging.methods.consensus import CONSENSUS
+from deltafold.merging.methods.presets import PRESETS
+from deltafold.merging.methods.sparsify import SPARSIFIERS
 from deltafold.names import ROLES, block_of, role_of
 
 Value = Any  # float | list[float] | dict[str, Value]

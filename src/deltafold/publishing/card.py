@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from deltafold.checkpoint import is_hub_id
-from deltafold.record import Record
 from deltafold.reporting.tables import tables_of
+from deltafold.running.record import Record
 
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.S)
 

@@ -15,7 +15,7 @@ from deltafold.checkpoint import Checkpoint
 from deltafold.checkpoint.hub import ARCHIVE_PATTERNS, CHECKPOINT_PATTERNS, unreachable
 from deltafold.errors import DeltafoldError, HubError, UsageError
 from deltafold.publishing.card import card, license_of
-from deltafold.record import Record, read_record
+from deltafold.running.record import Record, read_record
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 CARD_FILE = "README.md"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltafold.errors import StorageError, UsageError
-from deltafold.record import Record
 from deltafold.reporting.drawings import (
     delta_cosines,
     error_by_block,
@@ -25,6 +24,7 @@ from deltafold.reporting.drawings import (
 )
 from deltafold.reporting.records import KnownRecord, understood
 from deltafold.reporting.style import DARK, DPI, LIGHT, Ink, settings
+from deltafold.running.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from deltafold.coding.counter import derive_key, random_u64
-from deltafold.devices import steady_backward
 from deltafold.errors import NonFiniteError, UsageError
+from deltafold.running.devices import steady_backward
 from deltafold.training.distilled import distilled
 from deltafold.training.processes import Processes
 from deltafold.training.rows import Rows

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from deltafold.devices import here, place
+from deltafold.running.devices import here, place
 
 Thing = TypeVar("Thing")
 

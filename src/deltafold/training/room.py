@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from deltafold.devices import fitting, total_bytes
+from deltafold.running.devices import fitting, total_bytes
 from deltafold.training.loop import FORWARD_TOKENS
 
 MOST_TOKENS = 16_384

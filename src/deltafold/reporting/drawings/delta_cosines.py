@@ -7,10 +7,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from deltafold.reporting.labels import End, label_beside
-from deltafold.reporting.merge_record import MergeRecord
-from deltafold.reporting.merge_tables import agreed, cosine
 from deltafold.reporting.records import KnownRecord
+from deltafold.reporting.records.merge import MergeRecord
 from deltafold.reporting.style import Ink, canvas, method_looks
+from deltafold.reporting.tables.merge import agreed, cosine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

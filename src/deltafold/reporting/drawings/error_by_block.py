@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from deltafold.reporting.compress_record import CompressRecord, TensorLine
 from deltafold.reporting.labels import End, label_beside
 from deltafold.reporting.records import KnownRecord
+from deltafold.reporting.records.compress import CompressRecord, TensorLine
 from deltafold.reporting.style import Ink, canvas, role_look
 from deltafold.reporting.tables import ABOUT_ERRORS, by_role, relative_error
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deltafold.reporting.fold_record import FoldRecord
 from deltafold.reporting.records import KnownRecord
+from deltafold.reporting.records.fold import FoldRecord
 from deltafold.reporting.style import Ink, canvas
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from deltafold.reporting.compress_record import CompressRecord
 from deltafold.reporting.records import KnownRecord
+from deltafold.reporting.records.compress import CompressRecord
 from deltafold.reporting.style import Ink, canvas, role_look
 from deltafold.reporting.tables import by_role, other_bytes
 from deltafold.reporting.units import bytes_text, ratio_text, smaller_text

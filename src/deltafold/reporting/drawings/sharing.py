@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from deltafold.reporting.records import KnownRecord
-from deltafold.reporting.share_record import Replacement, ShareRecord
+from deltafold.reporting.records.share import Replacement, ShareRecord
 from deltafold.reporting.style import Ink, canvas, role_look
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
-from deltafold.reporting.evaluate_record import EvaluateRecord, Metric
 from deltafold.reporting.labels import End, Line, label_lines
 from deltafold.reporting.records import BenchmarkRecord, KnownRecord, Scores
+from deltafold.reporting.records.evaluate import EvaluateRecord, Metric
 from deltafold.reporting.style import Ink, Look, canvas, method_looks, plain_ticks
 from deltafold.reporting.units import EXACT_KL, bytes_text
 

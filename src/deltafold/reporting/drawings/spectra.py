@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from deltafold.reporting.compress_record import CompressRecord, TensorLine
 from deltafold.reporting.labels import End, Line, label_lines
 from deltafold.reporting.records import KnownRecord
+from deltafold.reporting.records.compress import CompressRecord, TensorLine
 from deltafold.reporting.style import Ink, canvas, plain_ticks, role_look
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from deltafold.reporting.evaluate_record import EvaluatedModel, Metric
 from deltafold.reporting.page.view import Headline, Sample, Written
+from deltafold.reporting.records.evaluate import EvaluatedModel, Metric
 from deltafold.reporting.units import EXACT_KL, MISSING, plain_text
 
 OWN_WORDS = {"candidate": "restored", "whole": "before", "folded": "after"}

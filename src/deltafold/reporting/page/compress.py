@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from deltafold.names import ROLES
-from deltafold.reporting.compress_record import CompressRecord, TensorLine
 from deltafold.reporting.page.answers import quality_numbers, samples_of, short
 from deltafold.reporting.page.view import (
     Bar,
@@ -19,6 +18,7 @@ from deltafold.reporting.page.view import (
     Segment,
     View,
 )
+from deltafold.reporting.records.compress import CompressRecord, TensorLine
 from deltafold.reporting.style import role_look
 from deltafold.reporting.tables import by_role, other_bytes, relative_error
 from deltafold.reporting.units import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from deltafold.reporting.fold_record import FoldRecord, FoldStep
 from deltafold.reporting.page.answers import (
     divergence_text,
     quality_numbers,
@@ -21,6 +20,7 @@ from deltafold.reporting.page.view import (
     Segment,
     View,
 )
+from deltafold.reporting.records.fold import FoldRecord, FoldStep
 from deltafold.reporting.units import (
     MISSING,
     bytes_text,

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 
 from deltafold.names import ROLES
-from deltafold.reporting.merge_record import MergedTensor, MergeRecord
-from deltafold.reporting.merge_tables import agreed, mean_cosine
 from deltafold.reporting.page.answers import (
     label_of,
     right_on,
@@ -28,7 +26,9 @@ from deltafold.reporting.page.view import (
     Segment,
     View,
 )
+from deltafold.reporting.records.merge import MergedTensor, MergeRecord
 from deltafold.reporting.style import role_look
+from deltafold.reporting.tables.merge import agreed, mean_cosine
 from deltafold.reporting.units import (
     MISSING,
     bytes_text,

@@ -14,9 +14,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deltafold.record import Record
-from deltafold.reporting.compress_record import CompressRecord
-from deltafold.reporting.evaluate_record import EvaluateRecord
 from deltafold.reporting.markdown import write_text
 from deltafold.reporting.page.answers import samples_of
 from deltafold.reporting.page.compress import compress_view
@@ -24,10 +21,13 @@ from deltafold.reporting.page.fold import fold_view
 from deltafold.reporting.page.merge import merge_view
 from deltafold.reporting.page.view import View
 from deltafold.reporting.records import KnownRecord, understood
+from deltafold.reporting.records.compress import CompressRecord
+from deltafold.reporting.records.evaluate import EvaluateRecord
 from deltafold.reporting.style import DARK, LIGHT, ROLE_LOOKS, Ink
 from deltafold.reporting.table import Strong, Table
 from deltafold.reporting.tables import tables_of
 from deltafold.reporting.wording import described
+from deltafold.running.record import Record
 
 
 def evaluate_view(record: EvaluateRecord) -> View:

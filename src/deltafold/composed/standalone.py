@@ -1,0 +1,30 @@
+"""The modelling file beside the weights: the layers' own source, and the class of the model."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from deltafold.composed.form import KEY, Form
+
+MODULE = "modeling_deltafold"
+
+
+def modelling_file(base: type) -> str:
+    """The text of `modeling_deltafold.py` for a model class of transformers."""
+    source = resources.files("deltafold.sharing").joinpath("modeling.py").read_text("utf-8")
+    return (
+        f"{source}\n\nfrom {base.__module__} import {base.__name__}  # noqa: E402\n\n"
+        f"Deltafold{base.__name__} = composed_class({base.__name__})\n"
+    )
+
+
+def shared_config(config: dict[str, Any], form: Form, base: type) -> dict[str, Any]:
+    """The config of the composed model: the form, and where its class is found."""
+    name = f"Deltafold{base.__name__}"
+    return {
+        **config,
+        "architectures": [name],
+        "auto_map": {"AutoModelForCausalLM": f"{MODULE}.{name}"},
+        KEY: form.to_json(),
+    }

@@ -1,0 +1,290 @@
+"""A composed model on disk, tensor by tensor: what the base has, without what is shared, plus factors.
+
+Two ways to write the same model: shared, with `modeling_deltafold.py` beside the weights, or dense,
+the ordinary model that its layers amount to. What is not composed is copied bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltafold.calibration.building import build
+from deltafold.calibration.wiring import wire
+from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
+from deltafold.checkpoint.writer import TensorSpec, guard_storage
+from deltafold.composed.form import OWN, Form, Linear
+from deltafold.composed.standalone import MODULE, modelling_file, shared_config
+from deltafold.errors import MismatchError, NonFiniteError, UsageError
+from deltafold.running.engine import Progress, Task, run_tasks
+
+CONFIG = "config.json"
+SHARD_BYTES = 5_000_000_000
+Tensors = Callable[[str], torch.Tensor]
+"""A composed layer's tensor by its name in the form -> its values, in any floating dtype."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base checkpoint, the class of its model, and the tensor that each parameter is stored in.
+
+    `stored` leaves out parameters that are made of several tensors. Of those, `stacks` has stacked
+    experts: their tensors by expert, then by rows.
+    """
+
+    checkpoint: Checkpoint
+    kind: type
+    stored: dict[str, str]
+    stacks: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Source:
+        """Raises CheckpointError, MismatchError for what transformers cannot build."""
+        model = build(checkpoint.path)
+        groups = wire(model, checkpoint.tensors)
+        stored = {name: group.names[0] for name, group in groups.items() if group.converter is None}
+        stacks = {
+            name: tuple(zip(*group.sources.values(), strict=True))
+            for name, group in groups.items()
+            if group.converter is not None and group.is_experts
+        }
+        return cls(checkpoint, type(model), stored, stacks)
+
+    def tensor_of(self, parameter: str) -> str:
+        """The checkpoint tensor of a parameter. Raises MismatchError."""
+        if parameter not in self.stored:
+            raise MismatchError(
+                f"{parameter} of {self.checkpoint.label} is not stored as one tensor, so its layer "
+                "cannot be composed."
+            )
+        return self.stored[parameter]
+
+    def dtype_of(self, module: str) -> str:
+        """Dtype, as in headers, of a layer's weight: its factors are stored in the same."""
+        return self.checkpoint.tensors[self.tensor_of(f"{module}.weight")].dtype
+
+
+@dataclass(frozen=True)
+class _Write:
+    """One tensor of the output: `make` gives its values, None copies `name` of the checkpoint."""
+
+    spec: TensorSpec
+    make: Callable[[], torch.Tensor] | None = None
+
+
+def shared_specs(source: Source, form: Form) -> list[TensorSpec]:
+    """(name, dtype, shape) of every tensor of the shared model, in the order of the file."""
+    return [each.spec for each in _shared(source, form, _nothing, {})]
+
+
+def stored_parameters(specs: list[TensorSpec]) -> int:
+    """Numbers in a file of these tensors."""
+    return sum(math.prod(shape) for _, _, shape in specs)
+
+
+def stored_bytes(specs: list[TensorSpec]) -> int:
+    """Bytes of these tensors, headers not counted."""
+    return sum(math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in specs)
+
+
+def write_shared(
+    source: Source,
+    form: Form,
+    tensors: Tensors,
+    folder: Path,
+    *,
+    changed: Mapping[str, torch.Tensor] | None = None,
+    dense: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a composed model into `folder`, or with `dense` the ordinary model it amounts to.
+
+    `tensors` gives what composed layers own: factors, and own weights and biases that are not the
+    checkpoint's (see `Form.owned`). `changed` are other parameters that are not the checkpoint's
+    either. Values are rounded once, to the stored dtype. Raises NonFiniteError, StorageError.
+    """
+    guard_storage(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+    replaced = {source.tensor_of(name): value for name, value in (changed or {}).items()}
+    writes = (_dense if dense else _shared)(source, form, tensors, replaced)
+    checkpoint = source.checkpoint
+    writer = CheckpointWriter(
+        folder,
+        plan_shards([each.spec for each in writes], shard_bytes),
+        checkpoint.metadata or {"format": "pt"},
+    )
+
+    def write(each: _Write) -> int:
+        name, dtype, shape = each.spec
+        tensor = checkpoint.tensor(name) if each.make is None else each.make()
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteError(f"{name} of {checkpoint.label}, composed, holds NaN or infinity.")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, and its entry says {shape}")
+        writer.write(name, tensor.to(DTYPES[dtype]).contiguous())
+        return tensor.numel() * DTYPES[dtype].itemsize
+
+    tasks = [
+        Task(
+            each.spec[0],
+            lambda e=each: write(e),  # type: ignore[misc]
+            memory_bytes=16 * math.prod(each.spec[2]),
+            work=float(math.prod(each.spec[2])),
+        )
+        for each in writes
+    ]
+    try:
+        run_tasks("write", tasks, workers, memory_bytes, progress)
+        writer.finish()
+    finally:
+        writer.close()
+    _side_files(source, form, folder, dense)
+
+
+def _side_files(source: Source, form: Form, folder: Path, dense: bool) -> None:
+    for file in source.checkpoint.side_files:
+        data = file.read_bytes()
+        if file.name == CONFIG and not dense:
+            config = shared_config(dict(source.checkpoint.config()), form, source.kind)
+            data = (json.dumps(config, indent=2) + "\n").encode()
+        _put_file(folder / file.name, data)
+    if not dense:
+        _put_file(folder / f"{MODULE}.py", modelling_file(source.kind).encode())
+
+
+def _put_file(path: Path, data: bytes) -> None:
+    guard_storage(path, lambda: path.write_bytes(data))
+
+
+def _nothing(name: str) -> torch.Tensor:
+    raise KeyError(name)
+
+
+def _shared(
+    source: Source, form: Form, tensors: Tensors, replaced: Mapping[str, torch.Tensor]
+) -> list[_Write]:
+    """The base's tensors but those that layers do not own any more, then what they own anew."""
+    gone, new = set(), []
+    for path, linear in form.linears.items():
+        dtype = source.dtype_of(path)
+        owned = dict(linear.tensors(path))
+        for leaf in ("weight", "bias"):
+            stored = source.stored.get(f"{path}.{leaf}")
+            if stored is not None and f"{path}.{leaf}" not in owned:
+                gone.add(stored)
+            elif stored is not None:
+                owned.pop(f"{path}.{leaf}")  # as the checkpoint has it, under its name there
+        new += [
+            _Write((name, dtype, shape), lambda n=name: tensors(n))  # type: ignore[misc]
+            for name, shape in owned.items()
+        ]
+    for path, entry in form.experts.items():
+        names = [name for expert in source.stacks[path] for name in expert]
+        gone |= set(names)
+        dtype = source.checkpoint.tensors[names[0]].dtype
+        new += [
+            _Write((name, dtype, shape), lambda n=name: tensors(n))  # type: ignore[misc]
+            for name, shape in entry.tensors(path)
+        ]
+    return [*_copies(source, gone, replaced), *new]
+
+
+def _dense(
+    source: Source, form: Form, tensors: Tensors, replaced: Mapping[str, torch.Tensor]
+) -> list[_Write]:
+    """The base's tensors, the weights of composed layers multiplied out."""
+    weights = {}
+    for path, linear in form.linears.items():
+        if linear.bias != (f"{path}.bias" in source.stored):
+            raise UsageError(
+                f"{path} has gained or lost a bias, which the ordinary model cannot hold; leave out "
+                "--dense."
+            )
+        weights[source.tensor_of(f"{path}.weight")] = (path, linear)
+    experts = {
+        name: (path, expert, part)
+        for path in form.experts
+        for expert, names in enumerate(source.stacks[path])
+        for part, name in enumerate(names)
+    }
+    made = []
+    for each in _copies(source, set(), replaced):
+        name = each.spec[0]
+        if name in experts:
+            rows = each.spec[2][0]
+            make_expert: Any = lambda e=experts[name], r=rows: _expert(form, tensors, e, r)  # noqa: E731
+            made.append(_Write(each.spec, make_expert))
+        elif name in weights:
+            path, linear = weights[name]
+            make: Any = lambda p=path, e=linear: dense_weight(source, form, tensors, p, e, replaced)  # noqa: E731
+            made.append(_Write(each.spec, make))
+        else:
+            made.append(each)
+    return made
+
+
+def _expert(form: Form, tensors: Tensors, place: tuple[str, int, int], rows: int) -> torch.Tensor:
+    """Some rows of one expert in fp32; `place` is (parameter, expert, which part of its rows)."""
+    path, expert, part = place
+    chosen = slice(part * rows, (part + 1) * rows)
+    b, a = tensors(f"{path}_delta.b")[expert, chosen], tensors(f"{path}_delta.a")[expert]
+    made = b.float() @ a.float()
+    if form.experts[path].mean:
+        made += tensors(f"{path}_delta.mean")[chosen].float()
+    return made
+
+
+def _copies(source: Source, gone: set[str], replaced: Mapping[str, torch.Tensor]) -> list[_Write]:
+    return [
+        _Write(
+            (name, info.dtype, tuple(info.shape)),
+            (lambda n=name: replaced[n]) if name in replaced else None,  # type: ignore[misc]
+        )
+        for name, info in source.checkpoint.tensors.items()
+        if name not in gone
+    ]
+
+
+def dense_weight(
+    source: Source,
+    form: Form,
+    tensors: Tensors,
+    path: str,
+    linear: Linear,
+    replaced: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """W of a composed layer in fp32, in the layout that the checkpoint has."""
+    total = torch.zeros(linear.shape)
+    if linear.weight is not None:
+        owner = path if linear.weight == OWN else linear.weight
+        name = source.tensor_of(f"{owner}.weight")
+        held = replaced.get(name)
+        held = (source.checkpoint.tensor(name) if held is None else held).float()
+        total += held.T if linear.transposed else held
+    if linear.scale:
+        total *= tensors(f"{path}.scale").float()[:, None]
+    start = 0
+    for number, part in enumerate(linear.parts):
+        own = f"{path}.delta.{number}"
+        a = tensors(f"{_owner(form, own, part.a, 'a')}.a").float()
+        b = tensors(f"{_owner(form, own, part.b, 'b')}.b").float()
+        total[start : start + part.rows].addmm_(b, a)
+        start += part.rows
+    return total.T.contiguous() if linear.transposed else total
+
+
+def _owner(form: Form, own: str, lender: str | None, factor: str) -> str:
+    """Who owns a factor: a lender may itself have borrowed it."""
+    while lender is not None:
+        own = lender
+        path, _, number = own.rpartition(".delta.")
+        lender = getattr(form.linears[path].parts[int(number)], factor)
+    return own

@@ -1,0 +1,155 @@
+"""What text run through the fine-tune tells `compress`: moments, what errors cost, samples to train on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltafold.checkpoint import Checkpoint
+from deltafold.codecs import get
+from deltafold.errors import DeltafoldError, StorageError, UsageError
+from deltafold.linalg.matrices import Fisher
+from deltafold.running.engine import Progress
+
+if TYPE_CHECKING:
+    from deltafold.calibration.batches import Sample
+    from deltafold.calibration.moments import Calibration
+
+NONE, GENERAL, SELF = "none", "general", "self"
+_NEEDED = ("config.json", "tokenizer*", "*.model", "vocab*", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Steps of training, and the samples to train on."""
+
+    steps: int
+    samples: list[Sample]
+
+    def identity(self) -> dict[str, Any]:
+        """What unfinished work is bound to."""
+        from deltafold.calibration.kept import key_of
+
+        return {
+            "steps": self.steps,
+            "samples": key_of([(each.ids, each.start) for each in self.samples]),
+            "threads": torch.get_num_threads(),  # the order of sums
+        }
+
+
+@dataclass
+class Evidence:
+    """What is known beside the weights. `why` says why an asked-for or usual thing is not."""
+
+    source: str | None = None
+    calibration: Calibration | None = None
+    distillation: Distillation | None = None
+    information: Mapping[str, Fisher] | None = None
+    why: str | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """For the record of a run."""
+        told: dict[str, Any] = {"source": self.source}
+        if self.calibration is not None:
+            told["moments"] = self.calibration.summary()
+        if self.information:
+            told["matrices_weighed"] = len(self.information)
+        return told | ({"why": self.why} if self.why else {})
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text that was asked for: a source as in `calibration.gather_samples`, `none`, or None.
+
+    None stands for what is usual: `general` for a method that asks what errors cost, else nothing.
+    """
+
+    source: str | Path | None
+    samples: int
+    max_tokens: int
+    memory_bytes: int | None
+    restart: bool
+    progress: Progress | None
+
+    def gather(self, finetuned: Checkpoint, method: str, distill: int) -> Evidence:
+        """Run it. Raises DeltafoldError, but not where only the usual is at stake."""
+        source = self.source
+        if source is None and distill:
+            source = SELF
+        if str(source) == NONE:
+            if distill:
+                raise UsageError("--distill trains on text; drop --calibration none.")
+            return Evidence()
+        if source is None:
+            return self._usual(finetuned) if get(method).uses_fisher else Evidence()
+        found = Evidence(str(source))
+        options: dict[str, Any] = {
+            "samples": self.samples,
+            "max_tokens": self.max_tokens,
+            "memory_bytes": self.memory_bytes,
+            "restart": self.restart,
+        }
+        if get(method).uses_fisher:
+            found.information = self._weigh(finetuned, source, options)
+        if get(method).uses_moments:
+            from deltafold.calibration.moments import calibrate  # transformers: seconds to import
+
+            found.calibration = calibrate(finetuned.path, source, progress=self.progress, **options)
+        if distill and found.calibration is not None:
+            found.distillation = Distillation(distill, found.calibration.samples)
+        elif distill:
+            found.distillation = find_distillation(finetuned.path, source, distill, **options)
+        return found
+
+    def _usual(self, finetuned: Checkpoint) -> Evidence:
+        """What the text that comes with deltafold tells, if the fine-tune can be run at all."""
+        folder = finetuned.path
+        if not (folder / _NEEDED[0]).is_file() or not any(
+            next(folder.glob(pattern), None) for pattern in _NEEDED[1:]
+        ):
+            return Evidence(why="the fine-tune has no config or no tokenizer")
+        try:
+            options = {"memory_bytes": self.memory_bytes, "restart": self.restart}
+            return Evidence(GENERAL, information=self._weigh(finetuned, GENERAL, options))
+        except StorageError:
+            raise
+        except (DeltafoldError, ImportError) as error:
+            return Evidence(why=f"the fine-tune cannot be run: {error}")
+
+    def _weigh(
+        self, finetuned: Checkpoint, source: str | Path, options: dict[str, Any]
+    ) -> Mapping[str, Fisher]:
+        from deltafold.calibration.fisher import measure_fisher
+
+        return measure_fisher(finetuned.path, source, progress=self.progress, **options)
+
+
+def find_distillation(
+    finetuned: str | Path,
+    calibration: str | Path,
+    steps: int,
+    samples: int,
+    max_tokens: int,
+    memory_bytes: int | None,
+    restart: bool,
+) -> Distillation:
+    """Samples for a method that takes no moments: those that `calibrate` would take."""
+    from deltafold.calibration.gather import gather_samples
+    from deltafold.calibration.stream import StreamedModel
+
+    model = StreamedModel(finetuned, memory_bytes=memory_bytes)
+    with contextlib.closing(model.checkpoint):
+        found = gather_samples(
+            model,
+            calibration,
+            samples=samples,
+            max_tokens=max_tokens,
+            memory_bytes=memory_bytes,
+            restart=restart,
+        )
+    return Distillation(steps, found)

@@ -1,0 +1,191 @@
+"""A fine-tune beside its base: which tensor refers to which, decided from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from deltafold.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
+from deltafold.errors import MismatchError
+from deltafold.linalg.matrices import Fisher
+from deltafold.names import is_vocabulary, role_of
+
+MIN_SIDE = 16  # a matrix narrower than this is stored exactly
+MIN_ELEMENTS = 1024
+_EXACT_ROLES = ("norm", "bias", "router")
+_SAME_CONFIG = {
+    "model_type": "model type",
+    "num_hidden_layers": "number of blocks",
+    "n_layer": "number of blocks",
+    "hidden_size": "hidden size",
+    "n_embd": "hidden size",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, stop) of a tensor, and whether the base has them too."""
+
+    start: int
+    stop: int
+    in_base: bool
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """One tensor of the fine-tune and its counterpart."""
+
+    tuned: TensorInfo
+    base: TensorInfo | None
+    spans: tuple[Span, ...]
+
+    @property
+    def name(self) -> str:
+        return self.tuned.name
+
+    def lossy_allowed(self, span: Span) -> bool:
+        """True if a delta codec may approximate these rows (big float matrices, no norms)."""
+        columns = self.tuned.matrix_shape[1]
+        dtype = DTYPES[self.tuned.dtype]
+        return (
+            span.in_base
+            and dtype.is_floating_point
+            and dtype.itemsize >= 2
+            and role_of(self.name) not in _EXACT_ROLES
+            and len(self.tuned.shape) >= 2
+            and min(span.rows, columns) >= MIN_SIDE
+            and span.rows * columns >= MIN_ELEMENTS
+        )
+
+
+@dataclass
+class Pair:
+    """Both checkpoints, open, and how their tensors correspond."""
+
+    base: Checkpoint
+    finetuned: Checkpoint
+    pairings: list[Pairing] = field(default_factory=list)
+
+    @property
+    def removed(self) -> list[str]:
+        """Tensors only in the base."""
+        return [name for name in self.base.tensors if name not in self.finetuned.tensors]
+
+    def close(self) -> None:
+        self.base.close()
+        self.finetuned.close()
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_pair(base: str | Path, finetuned: str | Path) -> Pair:
+    """Open both and pair their tensors. Raises CheckpointError, MismatchError."""
+    pair = Pair(open_checkpoint(base), open_checkpoint(finetuned))
+    _check_configs(pair.base, pair.finetuned)
+    if not set(pair.base.tensors) & set(pair.finetuned.tensors):
+        a, b = next(iter(pair.base.tensors), "-"), next(iter(pair.finetuned.tensors), "-")
+        raise MismatchError(
+            f"{pair.base.label} and {pair.finetuned.label} have no tensor name in common "
+            f"({a!r}, {b!r}); give the checkpoint that was fine-tuned as the base."
+        )
+    for info in pair.finetuned.tensors.values():
+        pair.pairings.append(_pairing(pair, info))
+    return pair
+
+
+def _check_configs(base: Checkpoint, finetuned: Checkpoint) -> None:
+    ours, theirs = base.config(), finetuned.config()
+    for key, words in _SAME_CONFIG.items():
+        a, b = ours.get(key), theirs.get(key)
+        if a is not None and b is not None and a != b:
+            raise MismatchError(
+                f"The architectures don't match: {words} is {a} in {base.label} and {b} in "
+                f"{finetuned.label}; give the checkpoint that was fine-tuned as the base."
+            )
+
+
+def _pairing(pair: Pair, info: TensorInfo) -> Pairing:
+    base = pair.base.tensors.get(info.name)
+    n_rows = info.matrix_shape[0]
+    if base is None:
+        return Pairing(info, None, (Span(0, n_rows, False),))
+    if DTYPES[base.dtype].is_floating_point != DTYPES[info.dtype].is_floating_point:
+        raise MismatchError(
+            f"Tensor {info.name} is {base.dtype} in {pair.base.label} and {info.dtype} in "
+            f"{pair.finetuned.label}; give both unquantised."
+        )
+    if base.shape == info.shape:
+        return Pairing(info, base, _matrices(info))
+    if is_vocabulary(info.name) and len(info.shape) == 2 and base.shape[1:] == info.shape[1:]:
+        common = min(base.shape[0], info.shape[0])
+        spans = [Span(0, common, True)]
+        if info.shape[0] > common:
+            spans.append(Span(common, info.shape[0], False))
+        return Pairing(info, base, tuple(spans))
+    raise MismatchError(
+        f"Tensor {info.name} has shape {list(base.shape)} in {pair.base.label} and "
+        f"{list(info.shape)} in {pair.finetuned.label}; they are not base and fine-tune."
+    )
+
+
+def _matrices(info: TensorInfo) -> tuple[Span, ...]:
+    """A stack of matrices (fused experts) is one span a matrix; anything else is one span."""
+    n_rows = info.matrix_shape[0]
+    if len(info.shape) >= 3 and min(info.shape[-2:]) >= MIN_SIDE:
+        height = info.shape[-2]
+        return tuple(Span(at, at + height, True) for at in range(0, n_rows, height))
+    return (Span(0, n_rows, True),)
+
+
+class DeltaRows:
+    """The delta of a span as a `RowMatrix`: fp32 rows, read and subtracted when asked.
+
+    Small matrices are kept after the first read; an embedding is read again on each pass.
+    """
+
+    KEEP_BYTES = 96 << 20
+
+    def __init__(self, pair: Pair, pairing: Pairing, span: Span, fisher: Fisher | None = None):
+        self.fisher = fisher
+        self._pair = pair
+        self._name = pairing.name
+        self._span = span
+        self._held: torch.Tensor | None = None
+        self._dtype = DTYPES[pairing.tuned.dtype]
+        self.shape = (span.rows, pairing.tuned.matrix_shape[1])
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        if self.shape[0] * self.shape[1] * 4 > self.KEEP_BYTES:
+            return self._read(start, stop)
+        if self._held is None:
+            self._held = self._read(0, self.shape[0])
+        return self._held[start:stop]
+
+    def settle(self, start: int, change: torch.Tensor) -> torch.Tensor:
+        """See `RowMatrix`."""
+        first = self._span.start + start
+        rows = self._pair.base.rows(self._name, first, first + len(change))
+        base = rows.to(change.device).float()
+        return (base + change).to(self._dtype).float().sub_(base)
+
+    def _read(self, start: int, stop: int) -> torch.Tensor:
+        offset = self._span.start
+        tuned = self._pair.finetuned.rows(self._name, offset + start, offset + stop).float()
+        return tuned.sub_(self._pair.base.rows(self._name, offset + start, offset + stop).float())
+
+
+def reference_rows(
+    pair_base: Checkpoint, name: str, start: int, stop: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of the base in the fine-tune's dtype: what exact codecs refer to."""
+    return pair_base.rows(name, start, stop).to(dtype)

@@ -1,0 +1,125 @@
+"""The record of a `compress` run: every tensor, its codec, bytes, error; totals; time; memory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from deltafold.archive import MANIFEST_FILE, Archive, Tensor
+from deltafold.archive.reader import FILES_FOLDER
+from deltafold.codecs import delta_codec, get
+from deltafold.compressing.job import Job
+from deltafold.compressing.planned import Plan, PlannedTensor
+from deltafold.names import block_of, role_of
+from deltafold.running.record import RECORD_VERSION, Meter, Record, machine
+
+SPECTRUM_POINTS = 64
+
+
+def compress_record(job: Job, plan: Plan, archive: Archive, output: Path, meter: Meter) -> Record:
+    """Everything that the run did and measured."""
+    totals = archive_totals(archive)
+    asked = job.budget.asked if job.budget else None
+    kind = job.budget.kind if job.budget else "none"
+    got = {"bytes": totals["archive_bytes"]} | totals
+    return {
+        "record_version": RECORD_VERSION,
+        "kind": "compress",
+        "base": job.pair.base.label,
+        "finetuned": job.pair.finetuned.label,
+        "archive": str(output),
+        "method": job.method,
+        "settings": {"method": job.method, "seed": job.seed, **job.config.to_json()},
+        "budget": {"kind": kind, "asked": asked, "got": got.get(kind)},
+        "totals": totals,
+        "tensors": [
+            _tensor_row(planned, archive.by_name[planned.pairing.name], archive)
+            for planned in plan.tensors
+        ],
+        "seconds": meter.seconds,
+        "peak_memory_bytes": meter.peak_memory_bytes,
+        "machine": machine(),
+    }
+
+
+def archive_totals(archive: Archive) -> dict[str, Any]:
+    """Sizes of an archive in true bytes, and the papers' nominal ratio."""
+    total_bytes = archive.n_bytes
+    files = archive.folder / FILES_FOLDER
+    checkpoint_bytes = archive.manifest.finetuned.total_bytes
+    return {
+        "checkpoint_bytes": checkpoint_bytes,
+        "archive_bytes": total_bytes,
+        "file_ratio": checkpoint_bytes / total_bytes,
+        "nominal_ratio": nominal_ratio(archive),
+        "payload_bytes": sum(entry.n_bytes for entry in archive.manifest.payload),
+        "manifest_bytes": (archive.folder / MANIFEST_FILE).stat().st_size,
+        "files_bytes": sum(f.stat().st_size for f in files.glob("*")) if files.is_dir() else 0,
+    }
+
+
+def nominal_ratio(archive: Archive) -> float | None:
+    """The papers' figure: 16 bit a weight of the linear layers / the values stored for them.
+
+    None if no linear layer is stored by a lossy codec.
+    """
+    raw = stored = 0
+    for tensor in archive.manifest.tensors:
+        if role_of(tensor.name) in ("embedding", "head"):
+            continue
+        for piece in tensor.pieces:
+            if not get(piece.codec).lossy:
+                continue
+            start, stop = tensor.piece_rows(piece)
+            shape = (stop - start, tensor.matrix_shape[1])
+            codec = delta_codec(piece.codec, archive.manifest.codecs[piece.codec].config)
+            raw += shape[0] * shape[1] * codec.config.torch_dtype.itemsize
+            stored += codec.value_bytes(shape, piece.settings)
+    return raw / stored if stored else None
+
+
+def tensor_bytes(tensor: Tensor, archive: Archive) -> int:
+    """Payload bytes of one tensor."""
+    return sum(archive.part_bytes(tensor, piece) for piece in tensor.pieces)
+
+
+def codec_names(tensor: Tensor) -> str:
+    """Codecs of a tensor, joined by "+"; `same-as` where it is stored under another name."""
+    if tensor.same_as is not None:
+        return "same-as"
+    return "+".join(dict.fromkeys(piece.codec for piece in tensor.pieces)) or "skip"
+
+
+def _tensor_row(planned: PlannedTensor, tensor: Tensor, archive: Archive) -> dict[str, Any]:
+    info, survey = planned.pairing.tuned, planned.survey
+    delta_squared = sum(span.delta_squared for span in survey.spans)
+    wrong = sum((p.error or 0.0) ** 2 * p.delta_squared for p in planned.pieces)
+    lossy = [piece for piece in planned.pieces if piece.error is not None]
+    spectrum = next((p.spectrum for p in lossy if p.spectrum is not None), None)
+    why = [piece.why for piece in planned.pieces if piece.why]
+    return {
+        "name": info.name,
+        "role": role_of(info.name),
+        "block": block_of(info.name),
+        "shape": list(info.shape),
+        "dtype": info.dtype,
+        "elements": info.elements,
+        "codec": codec_names(tensor),
+        "bytes": tensor_bytes(tensor, archive),
+        "why": f"same values as {planned.same_as}"
+        if planned.same_as
+        else "; ".join(dict.fromkeys(why)) or None,
+        "relative_error": math.sqrt(wrong / delta_squared) if lossy and delta_squared else None,
+        "delta_norm": math.sqrt(delta_squared),
+        "base_norm": math.sqrt(sum(span.base_squared for span in survey.spans)),
+        "changed_share": sum(s.changed_values for s in survey.spans) / max(1, info.elements),
+        "spectrum": _thinned(spectrum) if spectrum is not None else None,
+    }
+
+
+def _thinned(spectrum: Any) -> list[dict[str, float]]:
+    count = len(spectrum)
+    step = max(1, count / SPECTRUM_POINTS)
+    chosen = sorted({int(k * step) for k in range(SPECTRUM_POINTS) if int(k * step) < count})
+    return [{"index": k, "value": float(f"{spectrum[k]:.5g}")} for k in chosen]

@@ -1,0 +1,131 @@
+"""From weights to a plan with settings: survey, decide, factor, allot."""
+
+from __future__ import annotations
+
+from deltafold.compressing.job import Job
+from deltafold.compressing.methods.budget import Budget, allot, refuse, share_within
+from deltafold.compressing.pair import Pairing
+from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor, decide, exact_pieces
+from deltafold.compressing.sizing import archive_bytes, fixed_bytes, smallest_bytes, units
+from deltafold.compressing.survey import CHUNK_BYTES, SPARSE_SHARE, TensorSurvey, survey_tensor
+from deltafold.compressing.triplets import factor_all
+from deltafold.running.engine import Resources, Task
+from deltafold.running.workspace import Workspace
+
+
+def schedule(job: Job, workspace: Workspace, resources: Resources) -> Plan:
+    """Survey, decide, factor, allot. Raises BudgetError, NonFiniteError.
+
+    Pieces of a variable codec are left without settings: see `search.py`.
+    """
+    surveys = _survey_all(job, workspace, resources)
+    plan = decide(job, surveys)
+    if job.budget is None or not plan.lossy:
+        return plan
+    share = _prefer_exact(job, plan, job.budget)
+    if not plan.lossy or job.codec(job.method).variable:
+        return plan
+    factor_all(job, plan, share, workspace, resources)
+    _allot(job, plan, share)
+    return plan
+
+
+def _survey_all(job: Job, workspace: Workspace, resources: Resources) -> list[TensorSurvey]:
+    pair = job.pair
+
+    def survey(index: int, pairing: Pairing) -> int:
+        found = survey_tensor(pair, pairing, index, workspace, job.exact_method)
+        workspace.save_json(f"survey/{index:06d}.json", found.to_json())
+        return sum(span.exact_bytes for span in found.spans)
+
+    tasks = [
+        Task(
+            pairing.name,
+            lambda i=index, p=pairing: survey(i, p),  # type: ignore[misc]
+            memory_bytes=8 * min(CHUNK_BYTES, pairing.tuned.n_bytes) + (1 << 20),
+            work=pairing.tuned.n_bytes,
+        )
+        for index, pairing in enumerate(pair.pairings)
+        if not workspace.has(f"survey/{index:06d}.json")
+    ]
+    resources.run("survey", tasks)
+    return [
+        TensorSurvey.from_json(workspace.load_json(f"survey/{index:06d}.json"))
+        for index in range(len(pair.pairings))
+    ]
+
+
+def _prefer_exact(job: Job, plan: Plan, budget: Budget) -> float:
+    """Turn lossy pieces exact where that costs no more than their share; returns the share.
+
+    Cheapest first; each one that turns exact below its share leaves more for the others. A piece
+    with few changed values that stays lossy is not low-rank, and is not treated as if it were.
+    """
+    checkpoint_bytes = job.pair.finetuned.total_bytes
+    target = budget.target_bytes(checkpoint_bytes)
+
+    def share_now() -> float:
+        if target is None:
+            return 1.0 / budget.asked
+        return share_within(units(job, plan), target - fixed_bytes(job, plan))
+
+    candidates = sorted(
+        (
+            (tensor.span(piece).exact_bytes / _raw_bytes(tensor, piece), tensor, piece)
+            for tensor, piece in (plan.lossy if job.fallback else [])
+            if tensor.span(piece).exact
+        ),
+        key=lambda item: (item[0], item[1].pairing.name, item[2].start),
+    )
+    share = share_now()
+    for cost, tensor, piece in candidates:
+        if cost <= share:
+            at = tensor.pieces.index(piece)
+            tensor.pieces[at : at + 1] = exact_pieces(
+                tensor.span(piece), "few values changed: exact costs less"
+            )
+            share = share_now()
+        else:
+            changed = tensor.span(piece).changed_values
+            if (
+                changed <= SPARSE_SHARE * _raw_bytes(tensor, piece) / 2
+                and job.codec(piece.codec).uses_factors
+            ):
+                piece.codec, piece.why = "magnitude", "90 % of values equal: not low-rank"
+    if plan.lossy and share <= 0:
+        smallest = smallest_bytes(job, plan, units(job, plan))
+        raise refuse(budget, checkpoint_bytes, smallest, job.method)
+    return share
+
+
+def _raw_bytes(tensor: PlannedTensor, piece: PlannedPiece) -> int:
+    o, i = tensor.shape(piece)
+    return 2 * o * i
+
+
+def _allot(job: Job, plan: Plan, share: float) -> None:
+    """Settings for every lossy piece, so that the archive meets the budget.
+
+    The manifest's length depends on the settings and the settings on what the manifest leaves: a
+    few rounds settle it. What is left over after a round is spread over all in the next.
+    """
+    assert job.budget is not None
+    matrices = units(job, plan)
+    nominal = job.budget.kind == "nominal_ratio"
+    checkpoint_bytes = job.pair.finetuned.total_bytes
+    target = job.budget.target_bytes(checkpoint_bytes)
+    for _ in range(6):
+        settings, _ = allot(matrices, share, nominal)
+        for (_, piece), chosen in zip(plan.lossy, settings, strict=True):
+            piece.settings = chosen
+        if target is None:
+            return
+        missing = target - archive_bytes(job, plan)
+        if 0 <= missing < 0.001 * target or (share >= 1.0 and missing > 0):
+            return
+        share += missing / sum(unit.raw_bytes for unit in matrices)
+        if share <= 0:
+            break
+    if target is not None and (share <= 0 or archive_bytes(job, plan) > 1.01 * target):
+        smallest = smallest_bytes(job, plan, matrices)
+        raise refuse(job.budget, checkpoint_bytes, smallest, job.method)

@@ -1,0 +1,224 @@
+"""First pass of `compress`: read every tensor of both checkpoints once.
+
+For each tensor: digests, how much changed, norms, and a refusal of NaN and infinity. Tensors that
+must be exact (norms, biases, new rows, small ones), and those that look cheap to store exactly (few
+values or rows changed), are encoded on the spot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from deltafold.archive import TensorDigest
+from deltafold.checkpoint import DTYPES, tensor_bytes
+from deltafold.codecs import exact_codec
+from deltafold.codecs.base import Parts, Settings
+from deltafold.codecs.rows import changed_rows
+from deltafold.compressing.pair import Pair, Pairing, reference_rows
+from deltafold.errors import NonFiniteError
+from deltafold.names import is_vocabulary
+from deltafold.running.workspace import Workspace, checksum
+
+CHUNK_BYTES = 4 << 20
+EXACT_ELEMENTS = 1 << 23  # an exact piece holds at most this many values
+SPARSE_SHARE = 0.10  # below this share of changed values an exact patch is tried
+ROWS_SHARE = 0.50  # below this share of changed rows an embedding's rows are tried
+
+
+@dataclass
+class SpanSurvey:
+    """What one span of rows looks like."""
+
+    start: int
+    stop: int
+    in_base: bool
+    changed_values: int = 0
+    changed_rows: int = 0
+    delta_squared: float = 0.0
+    base_squared: float = 0.0
+    lossy_allowed: bool = False
+    exact: list[dict[str, Any]] = field(default_factory=list)
+    """Exact pieces, if encoded: rows, codec, settings, parts (checksums), n_bytes, file."""
+
+    @property
+    def equal(self) -> bool:
+        return self.in_base and self.changed_values == 0
+
+    @property
+    def exact_bytes(self) -> int:
+        return sum(piece["n_bytes"] for piece in self.exact)
+
+
+@dataclass
+class TensorSurvey:
+    """What one tensor looks like; saved as JSON in the workspace."""
+
+    name: str
+    tuned_digest: str
+    base_digest: str | None
+    spans: list[SpanSurvey]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> TensorSurvey:
+        return cls(**(raw | {"spans": [SpanSurvey(**span) for span in raw["spans"]]}))
+
+
+def survey_tensor(
+    pair: Pair, pairing: Pairing, index: int, workspace: Workspace, exact_method: str | None
+) -> TensorSurvey:
+    """Survey one tensor. `exact_method` is the exact codec asked for the whole model, or None."""
+    spans = [
+        SpanSurvey(s.start, s.stop, s.in_base, lossy_allowed=pairing.lossy_allowed(s))
+        for s in pairing.spans
+    ]
+    tuned_digest = TensorDigest(pairing.tuned.dtype, pairing.tuned.shape)
+    base_digest = None
+    if pairing.base is not None:
+        base_digest = TensorDigest(pairing.base.dtype, pairing.base.shape)
+    for span in spans:
+        _read_span(pair, pairing, span, tuned_digest, base_digest)
+    if pairing.base is not None and base_digest is not None:
+        _digest_rest(pair, pairing, spans[-1].stop, base_digest)
+    survey = TensorSurvey(
+        pairing.name,
+        tuned_digest.identity(),
+        base_digest.identity() if base_digest else None,
+        spans,
+    )
+    for number, span in enumerate(spans):
+        if candidates := _exact_candidates(pairing, span, exact_method):
+            span.exact = _encode_exact(
+                pair, pairing, span, candidates, f"{index:06d}-{number}", workspace
+            )
+    return survey
+
+
+def _read_span(
+    pair: Pair,
+    pairing: Pairing,
+    span: SpanSurvey,
+    tuned_digest: TensorDigest,
+    base_digest: TensorDigest | None,
+) -> None:
+    columns = pairing.tuned.matrix_shape[1]
+    step = max(1, CHUNK_BYTES // max(1, columns * pairing.tuned.itemsize))
+    for start in range(span.start, span.stop, step):
+        stop = min(span.stop, start + step)
+        tuned = pair.finetuned.rows(pairing.name, start, stop)
+        tuned_digest.update(tensor_bytes(tuned))
+        _check_finite(tuned, pairing.name, pair.finetuned.label)
+        if not span.in_base or base_digest is None:
+            span.changed_values += tuned.numel()
+            span.changed_rows += len(tuned)
+            continue
+        base = pair.base.rows(pairing.name, start, stop)
+        base_digest.update(tensor_bytes(base))
+        _check_finite(base, pairing.name, pair.base.label)
+        reference = base.to(tuned.dtype)
+        rows = changed_rows(reference, tuned)
+        span.changed_rows += int(rows.sum())
+        if not bool(rows.any()):
+            span.base_squared += _squared(base)
+            continue
+        span.changed_values += int((_bits(reference) != _bits(tuned)).sum())
+        span.base_squared += _squared(base)
+        if tuned.dtype.is_floating_point:
+            span.delta_squared += _squared(tuned.float() - base.float())
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(signed[tensor.element_size()])
+
+
+def _squared(tensor: torch.Tensor) -> float:
+    return float(tensor.float().square().sum(dtype=torch.float64))
+
+
+def _check_finite(tensor: torch.Tensor, name: str, label: str) -> None:
+    if not tensor.dtype.is_floating_point or not tensor.numel():
+        return
+    wide = tensor if tensor.element_size() in (2, 4) else tensor.float()
+    if not bool(wide.abs().max().isfinite()):  # the largest of values with NaN among them is NaN
+        raise NonFiniteError(
+            f"Tensor {name} of {label} holds NaN or infinity; this checkpoint is broken, "
+            "give a sound one."
+        )
+
+
+def _digest_rest(pair: Pair, pairing: Pairing, start: int, digest: TensorDigest) -> None:
+    """Rows that only the base has still belong to the base's identity."""
+    assert pairing.base is not None
+    n_rows = pairing.base.matrix_shape[0]
+    if start < n_rows:
+        digest.update(tensor_bytes(pair.base.rows(pairing.name, start, n_rows)))
+
+
+def _exact_candidates(pairing: Pairing, span: SpanSurvey, exact_method: str | None) -> list[str]:
+    """Exact codecs worth trying on a span; none if it is the delta codec's."""
+    if span.equal or span.stop == span.start:
+        return []
+    values = (span.stop - span.start) * pairing.tuned.matrix_shape[1]
+    sparse = span.in_base and span.changed_values <= SPARSE_SHARE * values
+    few_rows = (
+        span.in_base
+        and is_vocabulary(pairing.name)
+        and span.changed_rows <= ROWS_SHARE * (span.stop - span.start)
+    )
+    if exact_method is None and span.lossy_allowed and not sparse and not few_rows:
+        return []
+    if exact_method == "sparse-patch" and span.in_base:
+        return ["sparse-patch"]
+    return ["lossless", *["sparse-patch"] * sparse, *["rows"] * few_rows]
+
+
+def _encode_exact(
+    pair: Pair,
+    pairing: Pairing,
+    span: SpanSurvey,
+    candidates: list[str],
+    stem: str,
+    workspace: Workspace,
+) -> list[dict[str, Any]]:
+    """Encode a span exactly, in pieces of bounded size, each under its smallest candidate."""
+    columns = pairing.tuned.matrix_shape[1]
+    step = max(1, EXACT_ELEMENTS // max(1, columns))
+    pieces = []
+    for start in range(span.start, span.stop, step):
+        stop = min(span.stop, start + step)
+        tuned = pair.finetuned.rows(pairing.name, start, stop)
+        reference = (
+            reference_rows(pair.base, pairing.name, start, stop, DTYPES[pairing.tuned.dtype])
+            if span.in_base
+            else torch.zeros_like(tuned)
+        )
+        codec, settings, parts = _smallest(candidates, reference, tuned)
+        file = f"exact/{stem}-{start}.safetensors"
+        workspace.save_tensors(file, parts)
+        pieces.append(
+            {
+                "rows": [start, stop],
+                "codec": codec,
+                "settings": settings,
+                "parts": {name: checksum(part) for name, part in sorted(parts.items())},
+                "sizes": {name: part.numel() for name, part in sorted(parts.items())},
+                "n_bytes": sum(part.numel() for part in parts.values()),  # all parts are bytes
+                "file": file,
+            }
+        )
+    return pieces
+
+
+def _smallest(
+    candidates: list[str], reference: torch.Tensor, tuned: torch.Tensor
+) -> tuple[str, Settings, Parts]:
+    encoded = [(name, *exact_codec(name).encode(reference, tuned)) for name in candidates]
+    return min(
+        encoded, key=lambda item: sum(p.numel() * p.element_size() for p in item[2].values())
+    )

@@ -1,0 +1,159 @@
+"""`fold` with what it costs and saves measured on tasks: the model before and after, side by side."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltafold.checkpoint import local_folder
+from deltafold.evaluation.data import read_tasks
+from deltafold.evaluation.loading import (
+    choose_device,
+    choose_dtype,
+    end_token_ids,
+    load_tokenizer,
+    loaded,
+    quiet,
+)
+from deltafold.evaluation.plan import DEFAULT_ANSWERS, Plan, Request
+from deltafold.evaluation.segments import Subject
+from deltafold.folding.fold import fold as fold_verb
+from deltafold.running.devices import computes
+from deltafold.running.engine import Progress, Step
+from deltafold.running.record import Meter, Record, record_path, write_record
+from deltafold.running.stored import storable
+
+SPEED_TOKENS, SPEED_TRIES = 32, 3
+
+
+@storable
+@computes
+def fold(
+    model: str | Path,
+    output: str | Path,
+    method: str = "auto",
+    *,
+    tasks: Sequence[str | Path] = (),
+    limit: int | None = None,
+    answers: int = DEFAULT_ANSWERS,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+    **settings: Any,
+) -> Record:
+    """Fold a model into the folder `output`; see `deltafold.folding.fold.fold` for `settings`.
+
+    Args:
+        tasks: files of rows, as `evaluate` takes them, that the model answers before and after; at
+            most `limit` rows of each. Then the record also has tokens a second, bytes of weights, and
+            what both wrote to the first `answers` rows of each.
+        dtype: of that measurement; `auto` is the model's own.
+        device: where to compute and to measure: `auto`, `cpu`, `cuda` or `cuda:N`. None computes on
+            the CPU, and trains and measures on `cuda` if there is one.
+
+    Returns the record. Raises DeltafoldError; nothing is left under `output` then.
+
+    >>> fold("smollm2/", "smaller/", blocks=6, tasks=["sums.jsonl"])            # doctest: +SKIP
+    """
+    if not tasks:
+        return fold_verb(model, output, method, **settings)
+    request = Request(tuple(map(str, tasks)), batch_size=batch_size, limit=limit, answers=answers)
+    return scored(fold_verb, request, model, output, method, "folded", dtype, device, settings)
+
+
+def scored(
+    verb: Callable[..., Record],
+    request: Request,
+    model: str | Path,
+    output: str | Path,
+    method: str,
+    label: str,
+    dtype: str,
+    device: str | None,
+    settings: dict[str, Any],
+) -> Record:
+    """What a verb that makes one model of another records, with both measured before and after.
+
+    Of several processes the first one measures. Raises DeltafoldError, most of it before any work.
+    """
+    wanted, where = choose_dtype(dtype), choose_device(device)
+    read_tasks(request.tasks, request.limit)  # a broken file, a missing tokenizer: told of first
+    load_tokenizer(model)
+    record = verb(model, output, method, **settings)
+    if settings.get("dry_run") or os.environ.get("RANK", "0") != "0":
+        return record
+    with Meter() as meter:
+        record["scores"] = before_and_after(
+            request, model, output, wanted, where, settings.get("progress"), ("whole", label)
+        )
+    record["score_seconds"] = meter.seconds
+    write_record(record, Path(settings.get("record") or record_path(Path(output))))
+    return record
+
+
+def before_and_after(
+    request: Request,
+    model: str | Path,
+    output: str | Path,
+    dtype: torch.dtype | None,
+    device: str,
+    progress: Progress | None,
+    labels: tuple[str, str],
+) -> list[dict[str, Any]]:
+    """A row for each of the two models; that of the second has KL and agreement with the first, too."""
+    before, after = labels
+
+    def tell(label: str, done: int) -> None:
+        if progress:
+            progress(Step("score", label, done, 2, 0))
+
+    with quiet():
+        tokenizer = load_tokenizer(model)
+        plan = Plan(request, tokenizer, end_token_ids(model, tokenizer))
+        tell(before, 0)
+        with loaded(before, model, None, dtype, device) as whole:
+            if plan.request.texts:
+                plan.cut_texts(whole)
+            rows = [_row(plan, whole, None, model)]
+            tell(after, 1)
+            with loaded(after, output, None, dtype, device) as folded:
+                rows.append(_row(plan, folded, whole, output))
+    tell("", 2)
+    return rows
+
+
+def _row(plan: Plan, subject: Subject, teacher: Subject | None, path: str | Path) -> dict[str, Any]:
+    return {
+        "label": subject.label,
+        "role": subject.label,
+        "path": str(path),
+        "metrics": plan.measure(subject, teacher, lambda line: None),
+        "tokens_per_second": speed(subject),
+        "weight_bytes": weight_bytes(path),
+    }
+
+
+def weight_bytes(path: str | Path) -> int:
+    """Bytes of a folder's weight files."""
+    files = [*local_folder(path).glob("*.safetensors"), *local_folder(path).glob("*.bin")]
+    return sum(file.stat().st_size for file in files)
+
+
+@torch.inference_mode()
+def speed(subject: Subject) -> float:
+    """Tokens a second of greedy generation with one row, the best of three tries."""
+    ids = torch.full((1, 8), 1, device=subject.device)
+    found = 0.0
+    for _ in range(SPEED_TRIES):
+        start = time.perf_counter()
+        subject.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+            min_new_tokens=SPEED_TOKENS, max_new_tokens=SPEED_TOKENS,
+        )  # fmt: skip
+        found = max(found, SPEED_TOKENS / (time.perf_counter() - start))
+    return found

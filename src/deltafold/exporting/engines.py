@@ -1,0 +1,60 @@
+"""What engines take of an adapter."""
+
+from __future__ import annotations
+
+from deltafold.errors import UsageError, nearest
+from deltafold.exporting.places import Layout, Place
+
+ENGINES = ("peft", "vllm")
+LLAMA_CPP = "llama.cpp"  # follows from the format; not to be asked for
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Sizes to which vLLM pads: its --max-lora-rank is one of these."""
+
+# Model types whose embeddings and head vLLM (0.32) lets adapters change.
+_VLLM_EMBEDDINGS = {
+    "apertus", "cohere", "exaone4", "granite", "granitemoe", "jamba", "lfm2", "llama", "minicpm",
+    "mistral", "mixtral", "nemotron", "phimoe", "qwen3", "qwen3_moe", "solar",
+}  # fmt: skip
+
+
+def check_engine(name: str) -> None:
+    """Raises UsageError for an engine that is not known."""
+    if name not in ENGINES:
+        raise UsageError(f"There is no engine {name!r} for --for; {nearest(name, list(ENGINES))}")
+
+
+def largest_rank(engine: str) -> int | None:
+    """The most components that an engine takes; None for any number."""
+    return VLLM_RANKS[-1] if engine == "vllm" else None
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest --max-lora-rank of vLLM that holds this rank. Raises UsageError above 512.
+
+    >>> vllm_rank(65), vllm_rank(320)
+    (128, 320)
+    """
+    for size in VLLM_RANKS:
+        if rank <= size:
+            return size
+    raise UsageError(
+        f"vLLM takes ranks up to {VLLM_RANKS[-1]}, not {rank}; export with --for vllm."
+    )
+
+
+def refusal(engine: str, place: Place, layout: Layout) -> str:
+    """Why an engine does not take a delta at this place; empty if it does."""
+    if engine == "vllm":
+        if place.kind == "whole":
+            return "vLLM takes pairs only"
+        if place.rest and layout.model_type not in _VLLM_EMBEDDINGS:
+            return f"vLLM does not let adapters change the embeddings of {layout.model_type} models"
+    if engine == LLAMA_CPP:
+        if place.kind == "whole":
+            return "llama.cpp takes pairs only"
+        if place.kind == "embedding" and place.module != layout.embedding:
+            return "llama.cpp looks for pairs at token embeddings only"
+        if place.rest and layout.tied:
+            return "llama.cpp cannot add to an embedding that is the head too"
+    return ""

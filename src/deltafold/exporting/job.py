@@ -1,0 +1,157 @@
+"""What an `export` run is to do with each tensor, decided from names and headers before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from deltafold.archive import Archive, Tensor
+from deltafold.checkpoint import Checkpoint
+from deltafold.errors import MismatchError, UsageError, nearest
+from deltafold.exporting.engines import refusal
+from deltafold.exporting.methods.ranks import Choice
+from deltafold.exporting.places import PAIRED, Layout, Place, find_places
+from deltafold.restoring.decode import check_base_headers, check_codecs
+
+Rest = Literal["lora", "fold", "drop"]
+RESTS: tuple[Rest, ...] = ("lora", "fold", "drop")
+How = Literal["pair", "whole", "fold", "none", "equal"]
+
+# Fields of a config that do not change what a model computes of given tokens.
+_HARMLESS = {
+    "_name_or_path", "architectures", "dtype", "eos_token_id", "bos_token_id", "pad_token_id",
+    "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor: a pair at each of `places`, given whole, folded into a base, or not at all.
+
+    `shape` is that of the delta as it acts, out features x in features, in rows that the base has.
+    """
+
+    tensor: Tensor
+    how: How
+    places: tuple[Place, ...]
+    shape: tuple[int, int]
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def transposed(self) -> bool:
+        """True if the tensor is stored in features x out features."""
+        return any(place.kind == "conv1d" for place in self.places)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an archive on its base, and how each tensor goes out."""
+
+    archive: Archive
+    base: Checkpoint
+    layout: Layout
+    choice: Choice
+    engine: str
+    rest: Rest
+    items: tuple[Item, ...]
+    notes: tuple[str, ...]
+
+    def of(self, *hows: How) -> list[Item]:
+        return [item for item in self.items if item.how in hows]
+
+    def identity(self) -> dict[str, Any]:
+        """What unfinished work is bound to."""
+        return {
+            "archive": self.archive.identity,
+            "base": self.base.fingerprint(),
+            "choice": [self.choice.rank, self.choice.energy, self.choice.n_bytes],
+            "engine": self.engine,
+            "rest": self.rest,
+        }
+
+
+def make_job(archive: Archive, base: Checkpoint, choice: Choice, engine: str, rest: str) -> Job:
+    """Raises UsageError, ArchiveError, MismatchError, CheckpointError."""
+    if rest not in RESTS:
+        raise UsageError(f"There is no way {rest!r} for --rest; {nearest(rest, list(RESTS))}")
+    check_codecs(archive)
+    check_base_headers(archive, base)
+    layout = find_places(base.path, list(base.tensors))
+    items = tuple(_item(tensor, base, layout, engine, rest) for tensor in archive.manifest.tensors)
+    items = tuple(_with_module(item, items) for item in items)
+    if not any(item.how in ("pair", "whole", "fold") for item in items):
+        reasons = sorted({item.why for item in items if item.why})
+        raise MismatchError(
+            f"Nothing of {archive.folder} can go into an adapter: "
+            + ("; ".join(reasons) or "it equals its base")
+            + "."
+        )
+    made = Job(archive, base, layout, choice, engine, rest, items, ())
+    return replace(made, notes=tuple(_notes(made)))
+
+
+def _item(tensor: Tensor, base: Checkpoint, layout: Layout, engine: str, rest: str) -> Item:
+    if tensor.base is None:
+        how: How = "fold" if rest == "fold" else "none"
+        return Item(tensor, how, (), tensor.matrix_shape, "the base has no such tensor")
+    info = base.tensors[tensor.name]
+    rows, columns = min(tensor.matrix_shape[0], info.matrix_shape[0]), tensor.matrix_shape[1]
+    places = tuple(layout.places[tensor.name])
+    if tensor.tuned == tensor.base:
+        return Item(tensor, "equal", places, (rows, columns))
+    shape = (columns, rows) if any(p.kind == "conv1d" for p in places) else (rows, columns)
+    how, why = _how(places, layout, engine, rest)
+    if how == "pair" and rows < tensor.matrix_shape[0]:
+        why = f"{tensor.matrix_shape[0] - rows} new vocabulary rows do not fit the base"
+    return Item(tensor, how, places, shape, why)
+
+
+def _with_module(item: Item, items: tuple[Item, ...]) -> Item:
+    """PEFT wants all parameters of a module that is given whole, those that are equal too."""
+    if item.how != "equal" or any(place.kind != "whole" for place in item.places):
+        return item
+    given = {place.module for each in items if each.how == "whole" for place in each.places}
+    return replace(item, how="whole") if item.places[0].module in given else item
+
+
+def _how(places: tuple[Place, ...], layout: Layout, engine: str, rest: str) -> tuple[How, str]:
+    reachable = all(place.kind in PAIRED for place in places)
+    if rest == "fold" and (not reachable or any(place.rest for place in places)):
+        return "fold", ""
+    if rest == "drop" and any(place.rest for place in places):
+        return "none", "left out, as asked"
+    refused = next(filter(None, (refusal(engine, p, layout) for p in places)), "")
+    if refused:
+        return "none", refused
+    if reachable:
+        return "pair", ""
+    if all(place.kind == "whole" for place in places):
+        return "whole", ""
+    return "none", next(place.why for place in places if place.why)
+
+
+def _notes(job: Job) -> list[str]:
+    """Where base and fine-tune differ in what no adapter can say."""
+    notes = []
+    removed = [name for name in job.archive.manifest.removed if job.layout.places.get(name)]
+    if removed and not job.layout.tied:
+        notes.append(f"the fine-tune has no tensor {removed[0]}; the adapter leaves the base's")
+    for entry in job.archive.manifest.files:
+        if entry.name != "config.json" or entry.stored == "base":
+            continue
+        import json
+
+        theirs = json.loads(job.archive.side_file(entry, job.base))
+        ours = job.base.config()
+        changed = sorted(
+            key for key in {*theirs, *ours} - _HARMLESS if theirs.get(key) != ours.get(key)
+        )
+        if changed and job.rest != "fold":
+            notes.append(
+                f"the fine-tune's config differs in {', '.join(changed)}; an adapter has no config"
+            )
+    return notes

@@ -1,0 +1,195 @@
+"""One `factor` run: the layers of a model, what is factored together, and how much may stay.
+
+Reads headers and the config only: the model is built without weights, to know its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from deltafold.calibration.building import build, find_blocks
+from deltafold.checkpoint import DTYPES, Checkpoint
+from deltafold.composed.write import Source
+from deltafold.errors import BudgetError, MismatchError, UsageError
+from deltafold.factoring.methods.basis import neighbours
+from deltafold.factoring.methods.bolaco import fewest
+from deltafold.factoring.methods.matrices import Matrix, matrix_role
+from deltafold.factoring.methods.presets import SHARED_ROLES, Method
+from deltafold.factoring.methods.units import Unit, smallest
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for: a method, and how many of the parameters may be stored.
+
+    `matrices` are by module name, in the order of blocks; `total` counts every tensor of the
+    checkpoint.
+    """
+
+    checkpoint: Checkpoint
+    source: Source
+    method: Method
+    matrices: dict[str, Matrix]
+    units: list[Unit]
+    total: int
+    asked: float
+    blocks: int
+    centred: bool
+
+    @property
+    def dense(self) -> int:
+        """Parameters of all matrices that are factored."""
+        return sum(unit.dense for unit in self.units)
+
+    @property
+    def budget(self) -> int:
+        """Parameters that the units may have."""
+        return int(self.asked * self.total + 1e-6) - (self.total - self.dense)
+
+    def regrouped(self, groups: dict[str, list[tuple[int, ...]]]) -> Job:
+        """The job with other groups of blocks for each kind of layer."""
+        return replace(self, units=_units(self.matrices, self.method, groups, self.centred))
+
+    def least_share(self) -> float:
+        """The smallest share of parameters that the method can keep."""
+        least = fewest(self.units) if self.method.ranking == "search" else smallest(self.units)
+        return (self.total - self.dense + least) / self.total
+
+
+def make_job(
+    checkpoint: Checkpoint, method: Method, parameters: float, centred: bool, group: int
+) -> Job:
+    """The job. Raises UsageError, BudgetError, MismatchError, each with what would be possible."""
+    if not 0 < parameters < 1:
+        raise UsageError(
+            f"The share of parameters kept lies between 0 and 1, and {parameters:g} does not."
+        )
+    if group < 1:
+        raise UsageError(f"{group} blocks make no group; give at least 1.")
+    if "quantization_config" in checkpoint.config():
+        raise MismatchError(
+            f"{checkpoint.label} holds quantised weights; factor it unquantised, then quantise."
+        )
+    source = Source.of(checkpoint)
+    model = build(checkpoint.path)
+    _, names = find_blocks(model, checkpoint.path)
+    found = _matrices(model, names, source)
+    chosen = {m.module: m for m in found if _is_wanted(m, method)}
+    if not chosen:
+        raise MismatchError(_nothing(checkpoint.label, method))
+    by_kind: dict[str, list[tuple[int, ...]]] = {}
+    for local in {matrix.local for matrix in chosen.values()}:
+        same = [m for m in chosen.values() if m.local == local]
+        by_kind[local] = neighbours([m.block for m in same], _group_size(method, same[0], group))
+    job = Job(
+        checkpoint,
+        source,
+        method,
+        chosen,
+        _units(chosen, method, by_kind, centred),
+        sum(info.elements for info in checkpoint.tensors.values()),
+        parameters,
+        len(names),
+        centred,
+    )
+    least = job.least_share()
+    if parameters < least:
+        raise BudgetError(
+            f"{checkpoint.label} keeps at least {least:.1%} of its parameters by method "
+            f"{method.name}, with every rank 1, not {parameters:.1%}; ask for a larger share."
+        )
+    return job
+
+
+def _is_wanted(matrix: Matrix, method: Method) -> bool:
+    if method.mean:
+        return matrix.stacked
+    return method.roles is None or (matrix.role in method.roles and not matrix.stacked)
+
+
+def _nothing(label: str, method: Method) -> str:
+    if method.mean:
+        return (
+            f"{label} has no experts that are stacked, and moe is for models with experts; choose "
+            "lord."
+        )
+    return f"{label} has no layers that {method.name} factors; choose lord."
+
+
+def _group_size(method: Method, matrix: Matrix, group: int) -> int:
+    shares = method.grouped and matrix.role in SHARED_ROLES and not matrix.stacked
+    return group if shares else 1
+
+
+def _matrices(model: nn.Module, names: Sequence[str], source: Source) -> list[Matrix]:
+    """Linear layers and stacked experts of the decoder's blocks, in their order."""
+    found = []
+    for block, prefix in enumerate(names):
+        for path, module in model.get_submodule(prefix).named_modules():
+            name = f"{prefix}.{path}"
+            layer = _layer(source, name, module, block)
+            found += [layer] if layer else []
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if f"{name}.{leaf}" in source.stacks and parameter.ndim == 3:
+                    found.append(_stack(source, f"{name}.{leaf}", parameter.shape, block))
+    return found
+
+
+def _layer(source: Source, name: str, module: nn.Module, block: int) -> Matrix | None:
+    transposed = type(module).__name__ == "Conv1D"
+    tensor = source.stored.get(f"{name}.weight")
+    role = matrix_role(name)
+    if tensor is None or role == "router" or not (transposed or isinstance(module, nn.Linear)):
+        return None
+    info = source.checkpoint.tensors[tensor]
+    dtype = DTYPES[info.dtype]
+    if not dtype.is_floating_point or dtype.itemsize < 2 or len(info.shape) != 2:
+        return None
+    o, i = info.shape[::-1] if transposed else info.shape
+    bias = source.stored.get(f"{name}.bias")
+    return Matrix(name, ((tensor,),), block, role, (o, i), transposed, bias)
+
+
+def _stack(source: Source, name: str, shape: Sequence[int], block: int) -> Matrix:
+    experts, size = source.stacks[name], (shape[1], shape[2])
+    return Matrix(name, experts, block, matrix_role(name), size, stacked=True)
+
+
+def _units(
+    matrices: dict[str, Matrix],
+    method: Method,
+    groups: dict[str, list[tuple[int, ...]]],
+    centred: bool,
+) -> list[Unit]:
+    """Units in the order of their first block, then of its layers."""
+    order = {module: place for place, module in enumerate(matrices)}
+    at = {(m.local, m.block): m for m in matrices.values()}
+    made = []
+    for local, split in groups.items():
+        for blocks in split:
+            members = [at[local, block] for block in blocks]
+            made.append(_unit(members, method, centred))
+    return sorted(made, key=lambda unit: order[unit.modules[0]])
+
+
+def _unit(members: list[Matrix], method: Method, centred: bool) -> Unit:
+    first = members[0]
+    o, i = first.shape
+    more: dict[str, Any] = {}
+    if first.stacked:
+        more = {"owns_a": True, "anchors": int(method.mean)}
+    elif centred:
+        more = {"added": sum(o for m in members if m.bias is None)}
+    return Unit(
+        first.module,
+        first.role,
+        tuple(m.block for m in members),
+        tuple(m.module for m in members),
+        (o,) * (len(first.tensors) if first.stacked else len(members)),
+        i,
+        **more,
+    )

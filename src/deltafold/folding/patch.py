@@ -1,0 +1,228 @@
+"""Closed-form patches: what blocks did that are gone is fitted into matrices that stay.
+
+    model    h -> block 3 -> block 4 -> block 5 -> z
+    draft    h'-> block 3 ------------> block 5          T of block 3: argmin | r + M T - z' |
+                        ^ cut                            z' = what entered block 5 in the model
+
+Patches go from the first cut on, each on the states that the patches before it lead to. `replace-me`
+and `linear-patch` fit the papers' matrix T, which follows the MLP's result. Healing fits changes of
+the projections themselves (`fold_heal.py`), or T where experts share a result; `through` also heals
+the blocks after a cut, so that errors do not pile up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from deltafold.blocks.layout import is_transposed
+from deltafold.calibration.stream import Pass
+from deltafold.errors import MismatchError
+from deltafold.folding.heal import Healer, Mean
+from deltafold.folding.methods.draft import Block, Draft
+from deltafold.folding.methods.healing import (
+    Regression,
+    folded_in,
+    linear_patch,
+    replace_me,
+)
+from deltafold.folding.states import States, is_held
+from deltafold.running.engine import Progress, Step
+
+Reach = Literal["cut", "through"]
+Kind = Literal["replace-me", "linear-patch", "heal"]
+
+REPLACE_ME_RIDGE = 1e-3
+"""lambda of ReplaceMe, as a share of the mean of M'M's diagonal."""
+
+
+@dataclass
+class Rows:
+    """What a block does on one batch, real tokens only: all (n, ...)."""
+
+    x: torch.Tensor
+    output: torch.Tensor
+    target: torch.Tensor
+    held: torch.Tensor
+
+
+class Patcher:
+    """Patches drafts of one model, whose states over the samples are computed once."""
+
+    def __init__(self, states: States, whole: Draft, progress: Progress | None = None):
+        self.progress = progress
+        self.states, self.model = states, states.model
+        self.layout = whole.layout
+        self.original = states.whole(whole)
+        self.healer = Healer(states, self.original, whole)
+        self.by_projection = self.healer.can_heal("mlp")
+
+    def patched(self, draft: Draft, kind: Kind, reach: Reach = "cut") -> tuple[Draft, list[Any]]:
+        """(the draft with its patches, what each was worth)."""
+        numbers = draft.numbers
+        follows = [*numbers[1:], self.layout.depth]
+        cuts = [p for p, number in enumerate(numbers) if follows[p] != number + 1]
+        changed = [p for p, block in enumerate(draft.blocks) if block.changed]
+        places = sorted({*cuts, *(changed if kind == "heal" else [])})
+        if not places:
+            return draft, []
+        last = len(numbers) if reach == "through" else places[-1] + 1
+        chosen = range(places[0], last) if reach == "through" else places
+        rows = []
+        entering = self.model.with_weights(draft.tensor).forward(
+            self.states.batches, blocks=numbers[: places[0]]
+        )
+        try:
+            for place in range(places[0], last):
+                self._tell(kind, numbers[place], place - places[0], last - places[0])
+                leaving = None
+                if place in chosen and kind == "heal" and self.by_projection:
+                    draft, leaving, made = self.healer.heal(
+                        draft, place, follows[place], entering, inner=place > places[0]
+                    )
+                    rows += made
+                elif place in chosen:
+                    draft, leaving, row = self._patch(draft, place, follows[place], entering, kind)
+                    rows.append(row)
+                leaving = leaving or self._run(draft, entering, numbers[place])
+                entering.close()
+                entering = leaving
+        finally:
+            entering.close()
+        return draft, rows
+
+    def _tell(self, kind: Kind, number: int, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(Step(kind, f"block {number}", float(done), float(total), 0))
+
+    def _run(self, draft: Draft, entering: Pass, number: int) -> Pass:
+        return self.model.with_weights(draft.tensor).resume(entering, -1, [number])
+
+    def _patch(
+        self, draft: Draft, place: int, target: int, entering: Pass, kind: Kind
+    ) -> tuple[Draft, Pass | None, dict[str, Any]]:
+        """The patched draft and what leaves the block then. A patch that does harm is undone.
+
+        That happens where a norm follows the down projection: then no matrix can be folded in.
+        Without a patch nothing is said of what leaves the block.
+        """
+        block = draft.blocks[place]
+        before = Mean()
+        rows = self._rows(draft, block.number, target, entering, before)
+        made, ridge = (
+            self._healed(block, rows) if kind == "heal" else self._by_paper(block, rows, kind)
+        )
+        row = {"block": block.number, "kind": kind, "ridge": ridge, "error_before": before.value}
+        if made is block:
+            return draft, None, row | {"error_after": before.value, "kept": False}
+        tried = draft.with_block(made)
+        found = self._run(tried, entering, block.number)
+        after = self._error(found, target)
+        if not after < before.value and kind != "linear-patch":
+            found.close()
+            return draft, None, row | {"error_after": before.value, "kept": False}
+        return tried, found, row | {"error_after": after, "kept": True}
+
+    def _error(self, leaving: Pass, target: int) -> float:
+        """Mean of |out - z|^2 / |z|^2 over real tokens: of samples held out, if there are any."""
+        mean = Mean()
+        for place, batch in enumerate(leaving.batches):
+            wanted = self.original.stores[target][place][batch.real]
+            self._add(mean, leaving.last[place][batch.real], wanted, self._held(place))
+        return mean.value
+
+    def _add(
+        self, mean: Mean, found: torch.Tensor, wanted: torch.Tensor, held: torch.Tensor
+    ) -> None:
+        chosen = held if self._any_held else ~held
+        gaps = (found - wanted)[chosen].double().square().sum(1)
+        mean.add(gaps / wanted[chosen].double().square().sum(1).clamp_min(1e-30))
+
+    @property
+    def _any_held(self) -> bool:
+        return any(is_held(n, len(self.states.samples)) for n in range(len(self.states.samples)))
+
+    def _held(self, place: int) -> torch.Tensor:
+        """(n,) True for real tokens of samples that are held out."""
+        batch = self.states.batches[place]
+        held = [is_held(number, len(self.states.samples)) for number in batch.numbers]
+        return torch.tensor(held)[:, None].expand(batch.real.shape)[batch.real]
+
+    def _rows(
+        self, draft: Draft, number: int, target: int, entering: Pass, error: Mean
+    ) -> Iterator[Rows]:
+        """Rows by batch, x the MLP's result. Their errors go into `error` on the way."""
+        made = self._results(draft, number, entering)
+        for place, (x, output) in enumerate(made):
+            real = entering.batches[place].real
+            wanted, held = self.original.stores[target][place][real], self._held(place)
+            self._add(error, output[real], wanted, held)
+            yield Rows(x[real], output[real], wanted, held)
+
+    def _results(
+        self, draft: Draft, number: int, entering: Pass
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What a block's MLP adds, and the block's output, batch by batch, both (b, t, w)."""
+        silent = draft.block(number).without_output(self.layout.mlp_outputs())
+        with (
+            self._run(draft, entering, number) as whole,
+            self._run(draft.with_block(silent), entering, number) as quiet,
+        ):
+            for place in range(len(entering.batches)):
+                yield whole.last[place] - quiet.last[place], whole.last[place]
+
+    def _healed(self, block: Block, found: Iterator[Rows]) -> tuple[Block, float | None]:
+        regression: Regression | None = None
+        for rows in found:
+            regression = regression or Regression(rows.x.shape[1], rows.output.shape[1])
+            scale = 1 / rows.target.norm(dim=1, keepdim=True).clamp_min(1e-15)
+            x, y = rows.x * scale, (rows.target - rows.output) * scale
+            for held in (False, True):
+                chosen = rows.held == held
+                regression.add(x[chosen], y[chosen], held)
+        assert regression is not None
+        matrices = self._matrices()
+        if not any(bool(block.read(local).any()) for local in matrices):
+            return block, None  # an MLP that was dropped stays so
+        fit = regression.fit()
+        if fit.ridge is None:
+            return block, None
+        eye = torch.eye(len(fit.solution), dtype=torch.float64)
+        return self._followed(block, eye + fit.solution), fit.ridge
+
+    def _by_paper(
+        self, block: Block, found: Iterator[Rows], kind: Kind
+    ) -> tuple[Block, float | None]:
+        parts = list(found)
+        made, output, wanted = (
+            torch.cat([getattr(each, name) for each in parts]) for name in ("x", "output", "target")
+        )
+        if kind == "linear-patch":
+            wanted = (output.double() @ linear_patch(output, wanted)).float()
+        size = float((made.double() ** 2).sum() / made.shape[1])
+        follow = replace_me(made, output, wanted, REPLACE_ME_RIDGE * size)
+        return self._followed(block, follow), REPLACE_ME_RIDGE
+
+    def _followed(self, block: Block, follow: torch.Tensor) -> Block:
+        """The block with a matrix T (w, w) after its MLP: folded into all its down projections."""
+        outputs = {
+            local: folded_in(
+                block.read(local), follow, is_transposed(self.layout.shapes[local], len(follow))
+            )
+            for local in self.layout.mlp_outputs()
+        }
+        return block.with_tensors(
+            lambda local: outputs[local] if local in outputs else block.read(local)
+        )
+
+    def _matrices(self) -> list[str]:
+        found = [each for each in self.layout.mlp_outputs() if len(self.layout.shapes[each]) > 1]
+        if not found:
+            raise MismatchError(
+                f"{self.model.checkpoint.label}: no down projection is known by its name, so "
+                "nothing can be fitted there; use --closed-form none."
+            )
+        return found

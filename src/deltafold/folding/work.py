@@ -1,0 +1,179 @@
+"""The folding itself: evidence, choice, rule, until enough blocks have gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from deltafold.coding.counter import derive_key
+from deltafold.errors import MismatchError
+from deltafold.folding.evidence import DraftEvidence
+from deltafold.folding.job import Job
+from deltafold.folding.methods.draft import Draft
+from deltafold.folding.methods.mka import reference_ratio
+from deltafold.folding.methods.selection import Step
+from deltafold.folding.methods.similarity import SIMILARITIES
+from deltafold.folding.states import Pool, Probe, States
+from deltafold.running.engine import Progress
+from deltafold.running.engine import Step as Told
+
+Row = dict[str, Any]
+HALF = 0.5
+
+
+@dataclass
+class Folded:
+    """What came of it. `steps` are rows for the record, in order; `silenced` sub-layers stay as zeros.
+
+    `unhealed` is the draft before patches, where there are any.
+
+    `matrices` holds the similarity matrix of each iteration with the blocks it speaks of.
+    """
+
+    draft: Draft
+    steps: list[Row] = field(default_factory=list)
+    patches: list[Row] = field(default_factory=list)
+    matrices: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
+    silenced: list[tuple[int, str]] = field(default_factory=list)
+    unhealed: Draft | None = None
+    notes: Row = field(default_factory=dict)
+
+
+class Folder:
+    """Carries out a job on a model; `states` and `probe` run text where the method needs it."""
+
+    def __init__(
+        self,
+        job: Job,
+        states: States | None,
+        probe: Callable[[], Probe],
+        seed: int = 0,
+        pool: Pool = "last",
+        progress: Progress | None = None,
+    ):
+        self.job, self.states, self.probe = job, states, probe
+        self.seed, self.pool, self.progress = seed, pool, progress
+
+    def fold(self, whole: Draft, count: int | None = None) -> Folded:
+        """Fold until `count` blocks have gone. Raises MismatchError where no choice is left."""
+        done = Folded(whole)
+        wanted = len(whole) - (self.job.count if count is None else count)
+        while len(done.draft) > wanted:
+            left = len(done.draft) - wanted
+            self._round(done, left)
+            self._tell(whole, len(whole) - len(done.draft), len(whole) - wanted)
+            if self.job.is_joint:
+                return done
+            if len(done.draft) - wanted == left:
+                raise MismatchError(
+                    f"{self.job.method.name}: no choice of {left} more blocks is left; protect "
+                    "fewer, or ask for fewer."
+                )
+        return done
+
+    def _round(self, done: Folded, left: int) -> None:
+        """Gather evidence, choose, carry out."""
+        draft = done.draft
+        places = [p for p, number in enumerate(draft.numbers) if number in self.job.protected]
+        evidence = DraftEvidence(
+            draft,
+            self.job.method,
+            frozenset(places),
+            derive_key(self.seed, "fold"),
+            self.states,
+            self.probe,
+            lambda base, step: self._carried(base, step, HALF),
+            self.pool,
+        )
+        try:
+            chosen = self.job.method.chooser.choose(evidence, left)
+            if self.job.method.uses_matrix:
+                evidence.alike()
+            ratios = [self._ratio(evidence, step) for step in chosen]
+        finally:
+            evidence.close()
+        if evidence.has_matrix:
+            done.matrices.append((draft.numbers, evidence.alike()))
+        if self.job.is_joint:
+            self._silence(done, self._enough(chosen))
+            return
+        for step, ratio in zip(chosen, ratios, strict=True):
+            done.steps.append(self._row(draft, step, ratio))
+            done.draft = self._carried(done.draft, self._placed(draft, done.draft, step), ratio)
+
+    @staticmethod
+    def _placed(before: Draft, now: Draft, step: Step) -> Step:
+        """A step whose places are counted in `now`, of which it was chosen `before`."""
+        at = {number: place for place, number in enumerate(now.numbers)}
+        keep = None if step.keep is None else at[before.numbers[step.keep]]
+        return Step(keep, tuple(at[before.numbers[place]] for place in step.gone))
+
+    def _carried(self, draft: Draft, step: Step, ratio: float) -> Draft:
+        """The draft after a step: what goes is blended into what is kept."""
+        gone = [draft.blocks[place] for place in step.gone]
+        if step.keep is not None:
+            kept = draft.blocks[step.keep]
+            blended = self.job.method.rule.blend(kept, gone, ratio, self.job.units)
+            draft = draft.with_block(blended)
+        return draft.without([block.number for block in gone])
+
+    def _ratio(self, evidence: DraftEvidence, step: Step) -> float:
+        """The kept block's share: by the similarity of the outputs, as the program has it, or half."""
+        preset = self.job.method.preset
+        if not self.job.method.rule.merges or step.keep is None:
+            return 1.0
+        if not evidence.has_matrix:
+            return HALF
+        if preset.ratio == "reference":
+            return reference_ratio(evidence.alike(), step.keep + 1, step.gone[-1] + 1)
+        if not SIMILARITIES[preset.similarity].ratio:
+            return HALF
+        return min(1.0, max(0.0, float(evidence.alike()[step.keep + 1, step.gone[-1] + 1])))
+
+    def _row(self, draft: Draft, step: Step, ratio: float) -> Row:
+        numbers = draft.numbers
+        return {
+            "kept": None if step.keep is None else numbers[step.keep],
+            "gone": [numbers[place] for place in step.gone],
+            "ratio": ratio if self.job.method.rule.merges and step.keep is not None else None,
+            "score": step.score,
+        }
+
+    def _enough(self, ranked: list[Step]) -> list[Step]:
+        """The first sub-layers of a ranking that hold the goal's parameters; all where there is none."""
+        held, enough = 0, []
+        for step in ranked:
+            if self.job.goal and held >= self.job.goal:
+                break
+            enough.append(step)
+            held += self.job.layout.part_parameters(str(step.part))
+        return enough
+
+    def _silence(self, done: Folded, chosen: list[Step]) -> None:
+        """Sub-layers that go: their output projections become zero; a block that loses both goes."""
+        layout = self.job.layout
+        outputs = {"attention": layout.attention_outputs(), "mlp": layout.mlp_outputs()}
+        lost: dict[int, list[str]] = {}
+        for step in chosen:
+            number = done.draft.numbers[step.gone[0]]
+            lost.setdefault(number, []).append(str(step.part))
+            done.steps.append(
+                {"kept": None, "gone": [number], "part": step.part, "ratio": None,
+                 "score": step.score}
+            )  # fmt: skip
+        for number, parts in lost.items():
+            block = done.draft.block(number)
+            for part in parts:
+                block = block.without_output(outputs[part])
+            done.draft = done.draft.with_block(block)
+            if len(parts) == 1:
+                done.silenced.append((number, parts[0]))
+        both = [number for number, parts in lost.items() if len(parts) == 2]
+        done.draft = done.draft.without(both)
+
+    def _tell(self, whole: Draft, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(Told("fold", f"{done} of {total} blocks", float(done), float(total), 0))

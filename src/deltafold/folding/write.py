@@ -1,0 +1,84 @@
+"""A draft written as an ordinary Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from deltafold.blocks.configs import shortened
+from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
+from deltafold.checkpoint.writer import guard_storage
+from deltafold.errors import NonFiniteError
+from deltafold.folding.methods.draft import Draft
+from deltafold.running.engine import Progress, Task, run_tasks
+
+CONFIG = "config.json"
+
+
+def new_names(draft: Draft, checkpoint: Checkpoint) -> dict[str, str]:
+    """The name that each tensor of the draft is written under -> its name in the model.
+
+    Blocks are numbered anew from 0; the order is the model's.
+    """
+    places = {number: place for place, number in enumerate(draft.numbers)}
+    found = {}
+    for name in checkpoint.tensors:
+        split = draft.layout.split(name)
+        if split is None:
+            found[name] = name
+        elif split[0] in places:
+            found[draft.layout.name(places[split[0]], split[1])] = name
+    return found
+
+
+def write_draft(
+    draft: Draft,
+    checkpoint: Checkpoint,
+    folder: Path,
+    shard_bytes: int,
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Weights in the model's dtypes, config of the new depth, and every side file as it was.
+
+    Raises NonFiniteError, StorageError.
+    """
+    guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
+    names = new_names(draft, checkpoint)
+    specs = [
+        (name, checkpoint.tensors[old].dtype, tuple(checkpoint.tensors[old].shape))
+        for name, old in names.items()
+    ]
+    writer = CheckpointWriter(
+        folder, plan_shards(specs, shard_bytes), checkpoint.metadata or {"format": "pt"}
+    )
+
+    def write(name: str, old: str) -> None:
+        tensor = draft.tensor(old)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteError(f"{old} of {checkpoint.label}, folded, holds NaN or infinity.")
+        writer.write(name, tensor.to(DTYPES[checkpoint.tensors[old].dtype]).contiguous())
+
+    tasks = [
+        Task(
+            name,
+            lambda n=name, o=old: write(n, o),  # type: ignore[misc]
+            memory_bytes=16 * math.prod(checkpoint.tensors[old].shape),
+            work=float(math.prod(checkpoint.tensors[old].shape)),
+        )
+        for name, old in names.items()
+    ]
+    try:
+        run_tasks("write", tasks, workers, memory_bytes, progress)
+        writer.finish()
+    finally:
+        writer.close()
+    for file in checkpoint.side_files:
+        data = file.read_bytes()
+        if file.name == CONFIG:
+            config = shortened(dict(checkpoint.config()), draft.numbers)
+            data = (json.dumps(config, indent=2) + "\n").encode()
+        path = folder / file.name
+        guard_storage(path, lambda p=path, d=data: p.write_bytes(d))  # type: ignore[misc]

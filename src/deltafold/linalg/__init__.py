@@ -1,0 +1,1 @@
+"""Matrices by rows, their truncated decompositions, and low-rank factors whitened by their inputs."""

@@ -1,0 +1,130 @@
+"""A model to merge: a checkpoint, or an archive that is decoded tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from deltafold.archive import Archive, is_archive
+from deltafold.checkpoint import Checkpoint, open_checkpoint
+from deltafold.errors import CheckpointError
+from deltafold.restoring.decode import assembled, check_base_headers, check_codecs, checked_rows
+
+Header = tuple[str, tuple[int, ...]]
+"""(dtype as in headers, shape)"""
+
+
+class Source(Protocol):
+    """Tensors of one model."""
+
+    label: str
+    headers: dict[str, Header]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor in its stored dtype. Raises ArchiveError, MismatchError."""
+        ...
+
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        """Config, tokenizer and the like: (name, content)."""
+        ...
+
+    def fingerprint(self) -> object:
+        """What unfinished work is bound to."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class CheckpointSource:
+    """A folder, a file or a hub id."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint, self.label = checkpoint, checkpoint.label
+        self.headers = {n: (info.dtype, info.shape) for n, info in checkpoint.tensors.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.checkpoint.tensor(name)
+
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        for path in self.checkpoint.side_files:
+            yield path.name, path.read_bytes()
+
+    def fingerprint(self) -> object:
+        return self.checkpoint.fingerprint()
+
+    def close(self) -> None:
+        self.checkpoint.close()
+
+
+class ArchiveSource:
+    """An archive on its base; the base's tensors are hashed before they are used."""
+
+    def __init__(self, folder: Path, base: Checkpoint):
+        self.archive, self.base = Archive(folder), base
+        try:
+            check_codecs(self.archive)
+            check_base_headers(self.archive, base)
+        except BaseException:
+            self.archive.__exit__()
+            raise
+        self.label = str(folder)
+        self.headers = {t.name: (t.dtype, t.shape) for t in self.archive.manifest.tensors}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        entry = self.archive.by_name[name]
+        return assembled(entry, checked_rows(self.archive, entry, self.base))
+
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        for entry in self.archive.manifest.files:
+            yield entry.name, self.archive.side_file(entry, self.base)
+
+    def fingerprint(self) -> object:
+        return self.archive.identity
+
+    def close(self) -> None:
+        self.archive.__exit__()
+
+
+class Renamed:
+    """A source under other headers: a tensor hidden, or one that goes by two names."""
+
+    def __init__(
+        self, source: Source, hidden: str | None = None, twin: tuple[str, str] | None = None
+    ):
+        self._source, self.label = source, source.label
+        self._twins = dict([twin] if twin else [])
+        self.headers = {name: each for name, each in source.headers.items() if name != hidden}
+        self.headers |= {new: source.headers[old] for new, old in self._twins.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._source.tensor(self._twins.get(name, name))
+
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        return self._source.side_files()
+
+    def fingerprint(self) -> object:
+        return self._source.fingerprint()
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def open_source(path: str | Path, base: Checkpoint) -> Source:
+    """An archive's folder, or any checkpoint. Raises CheckpointError, ArchiveError, MismatchError."""
+    if is_archive(path):
+        return ArchiveSource(Path(path), base)
+    return CheckpointSource(open_checkpoint(path))
+
+
+def config_of(label: str, files: dict[str, bytes]) -> dict[str, Any]:
+    """`config.json` of a model's side files; empty if there is none. Raises CheckpointError."""
+    try:
+        return dict(json.loads(files.get("config.json", b"{}")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"config.json of {label} is not valid JSON ({error}); copy it again."
+        ) from None

@@ -1,0 +1,1 @@
+"""An archive read: decoded, restored, verified, inspected, loaded."""

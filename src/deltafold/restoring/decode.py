@@ -1,0 +1,265 @@
+"""One tensor back from base and archive, as rows in the stored dtype.
+
+The base's tensor is hashed before it is used: a wrong base is refused by the tensor's name. What is
+stored exactly is hashed once more when it is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+from deltafold.archive import Archive, Piece, Tensor, TensorDigest
+from deltafold.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, tensor_bytes
+from deltafold.codecs import delta_codec, exact_codec, get, names
+from deltafold.codecs.base import DeltaCodec
+from deltafold.compressing.job import piece_key
+from deltafold.compressing.pair import reference_rows
+from deltafold.errors import ArchiveError, MismatchError, UsageError
+
+CHUNK_BYTES = 8 << 20
+MAX_EXACT_BYTES = 1 << 28  # an exact piece of a sound archive is far smaller
+
+# What codecs raise on parts or settings that do not fit together, whatever was edited.
+_UNSOUND = (
+    ValueError, KeyError, IndexError, TypeError, ArithmeticError, RuntimeError, MemoryError,
+    UsageError,
+)  # fmt: skip
+
+
+def check_codecs(archive: Archive) -> None:
+    """Every codec of the archive must be known here, in a version that this package reads, and
+    every piece must fit its codec, as far as headers tell. Raises ArchiveError.
+    """
+    for name, entry in archive.manifest.codecs.items():
+        if name not in names():
+            raise ArchiveError(
+                f"{archive.folder} uses the codec {name!r}, which this deltafold does not have; "
+                "upgrade, or install the package that brings it."
+            )
+        if entry.version > get(name).version:
+            raise ArchiveError(
+                f"{archive.folder} uses version {entry.version} of codec {name}, newer than this "
+                f"deltafold reads ({get(name).version}); upgrade deltafold."
+            )
+    for tensor in archive.manifest.tensors:
+        for piece in tensor.pieces:
+            try:
+                _check_piece(archive, tensor, piece)
+            except _UNSOUND as error:
+                raise _damaged(archive, tensor, error) from error
+
+
+def _check_piece(archive: Archive, tensor: Tensor, piece: Piece) -> None:
+    """Sizes that a piece promises must be those of its parts. Raises one of `_UNSOUND`."""
+    start, stop = tensor.piece_rows(piece)
+    columns = tensor.matrix_shape[1]
+    lossy = get(piece.codec).lossy
+    if (lossy or piece.codec == "skip") and piece.reference != "base":
+        raise ValueError(f"codec {piece.codec} needs the base")
+    if lossy:
+        layout = _codec_of(archive, piece).layout((stop - start, columns), piece.settings)
+        stored = archive.part_layout(tensor, piece)
+        for part, spec in layout.items():
+            if stored.get(part) != (DTYPE_NAMES[spec.dtype], spec.shape):
+                raise ValueError(f"part {part!r} is not as its settings say")
+        return
+    exact_bytes = (stop - start) * columns * DTYPES[tensor.dtype].itemsize
+    if piece.codec != "skip" and exact_bytes > MAX_EXACT_BYTES:
+        raise ValueError("an exact piece is absurdly large")
+
+
+def _damaged(archive: Archive, tensor: Tensor, error: Exception) -> ArchiveError:
+    return ArchiveError(
+        f"Tensor {tensor.name} of {archive.folder} cannot be decoded "
+        f"({error or type(error).__name__}); fetch the archive again."
+    )
+
+
+def check_base_headers(archive: Archive, base: Checkpoint) -> None:
+    """Refuse, from headers alone, a base that cannot be the archive's."""
+    for tensor in archive.manifest.tensors:
+        if tensor.base is None:
+            continue
+        found = base.tensors.get(tensor.name)
+        if found is None:
+            raise MismatchError(
+                f"{base.label} is not the base of {archive.folder}: it has no tensor "
+                f"{tensor.name}; give {archive.manifest.base.label}."
+            )
+        rows = [tensor.piece_rows(p)[1] for p in tensor.pieces if p.reference == "base"]
+        if (
+            found.matrix_shape[1] != tensor.matrix_shape[1]
+            or max(rows, default=0) > found.matrix_shape[0]
+        ):
+            raise MismatchError(
+                f"{base.label} is not the base of {archive.folder}: tensor {tensor.name} has shape "
+                f"{list(found.shape)} there; give {archive.manifest.base.label}."
+            )
+
+
+def check_base_tensor(archive: Archive, tensor: Tensor, base: Checkpoint) -> None:
+    """Read the base's tensor once and compare its digest. Raises MismatchError by name."""
+    if tensor.base is None:
+        return
+    info = base.tensors[tensor.name]
+    digest = TensorDigest(info.dtype, info.shape)
+    for _, rows in base.row_chunks(tensor.name, CHUNK_BYTES):
+        digest.update(tensor_bytes(rows))
+    if digest.identity() != tensor.base:
+        raise MismatchError(
+            f"{base.label} is not the base of {archive.folder}: tensor {tensor.name} differs; "
+            f"give the base it was made from ({archive.manifest.base.label})."
+        )
+
+
+def decoded_rows(
+    archive: Archive, tensor: Tensor, base: Checkpoint
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows in the stored dtype) of one tensor, in order, covering it.
+
+    The caller has checked the base. Raises ArchiveError if parts are damaged or do not fit.
+    """
+    target = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    for piece in target.pieces:
+        try:
+            yield from _decoded_piece(archive, target, piece, base)
+        except _UNSOUND as error:
+            raise _damaged(archive, target, error) from error
+
+
+def checked_rows(
+    archive: Archive, tensor: Tensor, base: Checkpoint
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """`decoded_rows` of one tensor whose base is checked before and whose bits are after.
+
+    Raises MismatchError for a wrong base; ArchiveError for damage, and if a tensor that is stored
+    exactly does not come back with the fine-tune's digest.
+    """
+    source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    for needed in {tensor.name: tensor, source.name: source}.values():
+        check_base_tensor(archive, needed, base)
+    codecs = {piece.codec for piece in source.pieces}
+    equal = codecs == {"skip"} and source.base == tensor.tuned  # hashed a moment ago
+    if equal or any(get(name).lossy for name in codecs):
+        yield from decoded_rows(archive, tensor, base)
+        return
+    digest = TensorDigest(tensor.dtype, tensor.shape)
+    for start, rows in decoded_rows(archive, tensor, base):
+        digest.update(tensor_bytes(rows))
+        yield start, rows
+    if digest.identity() != tensor.tuned:
+        raise not_as_it_was(archive, tensor)
+
+
+def decoded_delta(archive: Archive, tensor: Tensor, base: Checkpoint) -> torch.Tensor:
+    """Fine-tune minus base as the archive says it, fp32, before it is rounded to a stored dtype.
+
+    A matrix (see `Tensor.matrix_shape`) of the rows that the base has too. The caller has checked
+    the base. Raises ArchiveError if parts are damaged or do not fit.
+    """
+    source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    n_rows, columns = base.tensors[tensor.name].matrix_shape
+    whole = torch.zeros(min(n_rows, tensor.matrix_shape[0]), columns)
+    if source.base != tensor.base:  # twins now, not so in the base
+        for start, rows in decoded_rows(archive, tensor, base):
+            _put_difference(whole, start, rows, tensor.name, base)
+        return whole
+    for piece in source.pieces:
+        if piece.codec == "skip":
+            continue
+        try:
+            if not get(piece.codec).lossy:
+                for start, rows in _decoded_piece(archive, source, piece, base):
+                    _put_difference(whole, start, rows, tensor.name, base)
+                continue
+            start, stop = source.piece_rows(piece)
+            codec, parts = _codec_of(archive, piece), archive.parts(source, piece)
+            key = piece_key(archive.manifest.seed, source.name, start)
+            for at, delta in codec.decode(parts, piece.settings, (stop - start, columns), key):
+                whole[start + at : start + at + len(delta)] = delta
+        except _UNSOUND as error:
+            raise _damaged(archive, source, error) from error
+    return whole
+
+
+def _put_difference(
+    whole: torch.Tensor, start: int, rows: torch.Tensor, name: str, base: Checkpoint
+) -> None:
+    stop = min(len(whole), start + len(rows))
+    if start < stop:
+        whole[start:stop] = rows[: stop - start].float() - base.rows(name, start, stop).float()
+
+
+def stored_factors(
+    archive: Archive, tensor: Tensor, base: Checkpoint
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(left r x o, right r x i), fp32, delta = left^T right, where the archive stores just that.
+
+    None for a tensor that is stored in several pieces, or by a codec that has no factors.
+    """
+    source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    if len(source.pieces) != 1 or source.base != tensor.base:
+        return None
+    piece = source.pieces[0]
+    if not get(piece.codec).lossy or source.matrix_shape != base.tensors[tensor.name].matrix_shape:
+        return None
+    key = piece_key(archive.manifest.seed, source.name, 0)
+    try:
+        parts = archive.parts(source, piece)
+        return _codec_of(archive, piece).factors(parts, piece.settings, source.matrix_shape, key)
+    except _UNSOUND as error:
+        raise _damaged(archive, source, error) from error
+
+
+def assembled(tensor: Tensor, rows: Iterator[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """The whole tensor, of its `decoded_rows` or `checked_rows`."""
+    whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype])
+    for start, part in rows:
+        whole[start : start + len(part)] = part
+    return whole.reshape(tensor.shape)
+
+
+def not_as_it_was(archive: Archive, tensor: Tensor) -> ArchiveError:
+    return ArchiveError(
+        f"Tensor {tensor.name} of {archive.folder} does not come back as it was, though it is "
+        "stored exactly; fetch the archive again."
+    )
+
+
+def _decoded_piece(
+    archive: Archive, tensor: Tensor, piece: Piece, base: Checkpoint
+) -> Iterator[tuple[int, torch.Tensor]]:
+    start, stop = tensor.piece_rows(piece)
+    dtype, columns = DTYPES[tensor.dtype], tensor.matrix_shape[1]
+    if piece.codec == "skip":
+        step = max(1, CHUNK_BYTES // max(1, columns * dtype.itemsize))
+        for at in range(start, stop, step):
+            yield at, reference_rows(base, tensor.name, at, min(stop, at + step), dtype)
+        return
+    parts = archive.parts(tensor, piece)
+    if not get(piece.codec).lossy:
+        reference = (
+            reference_rows(base, tensor.name, start, stop, dtype)
+            if piece.reference == "base"
+            else torch.zeros(stop - start, columns, dtype=dtype)
+        )
+        yield start, exact_codec(piece.codec).decode(parts, piece.settings, reference)
+        return
+    codec = _codec_of(archive, piece)
+    key = piece_key(archive.manifest.seed, tensor.name, start)
+    for at, delta in codec.decode(parts, piece.settings, (stop - start, columns), key):
+        first = start + at
+        reference32 = base.rows(tensor.name, first, first + len(delta)).float()
+        yield first, reference32.add_(delta).to(dtype)
+
+
+def _codec_of(archive: Archive, piece: Piece) -> DeltaCodec:
+    return _codec(piece.codec, tuple(archive.manifest.codecs[piece.codec].config.items()))
+
+
+@cache
+def _codec(name: str, config: tuple[tuple[str, int | float | str], ...]) -> DeltaCodec:
+    return delta_codec(name, dict(config))

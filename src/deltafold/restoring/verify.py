@@ -1,0 +1,146 @@
+"""`verify`: is an archive whole, is this its base, and how far is it from the fine-tune?"""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltafold.archive import Archive, Tensor, TensorDigest
+from deltafold.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from deltafold.errors import MismatchError
+from deltafold.restoring.decode import (
+    check_base_headers,
+    check_base_tensor,
+    check_codecs,
+    decoded_rows,
+    not_as_it_was,
+)
+from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.running.record import RECORD_VERSION, Meter, Record, machine
+
+TASK_MEMORY_BYTES = 250 << 20
+
+
+def verify(
+    archive: str | Path,
+    base: str | Path | None = None,
+    against: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """Check every part's checksum; with `base`, that it is the base and that everything decodes;
+    with `against` (the fine-tune), that exact tensors come back bit for bit, and how far the others
+    are off. Raises ArchiveError or MismatchError on the first fault; returns the record.
+    """
+    if against is not None and base is None:
+        raise MismatchError("--against compares restored weights; give --base too.")
+    results: dict[str, dict[str, Any]] = {}
+    lock = threading.Lock()
+    with Meter() as meter, Archive(Path(archive)) as opened:
+        check_codecs(opened)
+        base_checkpoint = open_checkpoint(base) if base is not None else None
+        tuned = open_checkpoint(against) if against is not None else None
+        if base_checkpoint:
+            check_base_headers(opened, base_checkpoint)
+        if tuned:
+            _check_same_tensors(opened, tuned)
+
+        def one(tensor: Tensor) -> None:
+            if base_checkpoint is None:
+                for piece in tensor.pieces:
+                    opened.parts(tensor, piece)
+                found: dict[str, Any] = {}
+            else:
+                check_base_tensor(opened, tensor, base_checkpoint)
+                found = _compare(opened, tensor, base_checkpoint, tuned)
+            with lock:
+                results[tensor.name] = found
+
+        tasks = [
+            Task(t.name, lambda t=t: one(t), TASK_MEMORY_BYTES, float(math.prod(t.shape)))  # type: ignore[misc]
+            for t in opened.manifest.tensors
+        ]
+        run_tasks("verify", tasks, workers, memory_bytes, progress)
+        for entry in opened.manifest.files:
+            if base_checkpoint or entry.stored == "zstd":
+                opened.side_file(entry, base_checkpoint)
+    return {
+        "record_version": RECORD_VERSION,
+        "kind": "verify",
+        "archive": str(archive),
+        "base": str(base) if base else None,
+        "against": str(against) if against else None,
+        "tensors_checked": len(results),
+        **_summary(results),
+        "tensors": [{"name": name, **results[name]} for name in sorted(results)],
+        "seconds": meter.seconds,
+        "peak_memory_bytes": meter.peak_memory_bytes,
+        "settings": {},
+        "machine": machine(),
+    }
+
+
+def _check_same_tensors(archive: Archive, tuned: Checkpoint) -> None:
+    for tensor in archive.manifest.tensors:
+        found = tuned.tensors.get(tensor.name)
+        if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+            has = f"{found.dtype} {list(found.shape)}" if found else "nothing"
+            raise MismatchError(
+                f"{tuned.label} is not the fine-tune of {archive.folder}: tensor {tensor.name} is "
+                f"{tensor.dtype} {list(tensor.shape)} in the archive, {has} there."
+            )
+
+
+def _compare(
+    archive: Archive, tensor: Tensor, base: Checkpoint, tuned: Checkpoint | None
+) -> dict[str, Any]:
+    """Decode one tensor; an exact one must have the fine-tune's digest."""
+    digest = TensorDigest(tensor.dtype, tensor.shape)
+    wrong = total = 0.0
+    for start, rows in decoded_rows(archive, tensor, base):
+        digest.update(tensor_bytes(rows))
+        if tuned is not None and rows.dtype.is_floating_point:
+            true = tuned.rows(tensor.name, start, start + len(rows)).float()
+            wrong += float((true - rows.float()).square().sum(dtype=torch.float64))
+            if (
+                tensor.base is not None
+                and start + len(rows) <= base.tensors[tensor.name].matrix_shape[0]
+            ):
+                before = base.rows(tensor.name, start, start + len(rows)).float()
+                total += float((true - before).square().sum(dtype=torch.float64))
+    exact = digest.identity() == tensor.tuned
+    source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    if not exact and all(piece.error is None for piece in source.pieces):
+        raise not_as_it_was(archive, tensor)
+    found: dict[str, Any] = {"exact": exact}
+    if tuned is not None:
+        info = tuned.tensors[tensor.name]
+        theirs = TensorDigest(info.dtype, info.shape)
+        for _, rows in tuned.row_chunks(tensor.name, 16 << 20):
+            theirs.update(tensor_bytes(rows))
+        if theirs.identity() != tensor.tuned:
+            raise MismatchError(
+                f"{tuned.label} is not the fine-tune of {archive.folder}: tensor {tensor.name} "
+                "differs from the one that was compressed."
+            )
+        found |= {"wrong_squared": wrong, "delta_squared": total}
+    return found
+
+
+def _summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    compared = [r for r in results.values() if "delta_squared" in r]
+    total = sum(r["delta_squared"] for r in compared)
+    decoded = [r for r in results.values() if "exact" in r]
+    return {
+        "tensors_decoded": len(decoded),
+        "tensors_exact": sum(r["exact"] for r in decoded),
+        "relative_error": math.sqrt(sum(r["wrong_squared"] for r in compared) / total)
+        if total
+        else (0.0 if compared else None),
+    }

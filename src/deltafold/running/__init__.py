@@ -1,0 +1,1 @@
+"""How any run runs: tasks over threads or a cluster, devices, the workspace, the record, stores."""

@@ -1,0 +1,156 @@
+"""Records: what a run did, measured, as JSON. Tables and figures are drawn from them, never typed.
+
+A record lies beside what it speaks of (`math.delta` and `math.delta.record.json`), not inside: it
+holds times, which differ from run to run, while an archive of the same inputs has the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import threading
+import time
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from deltafold.errors import DeltafoldError, StorageError, UsageError
+from deltafold.running import devices
+from deltafold.version import __version__
+
+RECORD_VERSION = 1
+Record = dict[str, Any]
+
+COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
+"""The command line that this process was started with; None where Python called a verb."""
+
+
+def record_path(output: Path) -> Path:
+    """Where the record of an output lies: `NAME.record.json` beside it."""
+    return output.with_name(output.name + ".record.json")
+
+
+def check_record_path(path: str | Path | None) -> None:
+    """Refuse, before work begins, a place where no record can be written."""
+    if path is None:
+        return
+    above = [folder for folder in Path(path).absolute().parents if folder.exists()]
+    if Path(path).is_dir() or not above[0].is_dir():
+        raise UsageError(f"The record cannot go to {path}: give a file in a folder.")
+
+
+def write_record(record: Record, path: Path) -> None:
+    """Write by rename, so that a reader never sees half a record. Raises StorageError.
+
+    Adds the command line, where the run has one, to the record.
+    """
+    if (command := COMMAND.get()) is not None:
+        record.setdefault("command", command)
+    if (found := devices.to_record()) is not None:
+        record["device"] = found
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    working = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        working.write_text(text)
+        working.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"The record {path} cannot be written ({error.strerror}); give another path for it."
+        ) from error
+
+
+def read_record(path: Path) -> Record:
+    """Read a record; `path` may also be the output that it lies beside, or a folder holding one."""
+    candidates = [path, record_path(path), path / "record.json"]
+    found = next((file for file in candidates if file.is_file()), None)
+    if found is None:
+        raise DeltafoldError(f"{path} has no record; give a record.json or the output of a run.")
+    try:
+        record = json.loads(found.read_text())
+        if record["record_version"] > RECORD_VERSION:
+            raise DeltafoldError(f"{found} was written by a newer deltafold; upgrade to read it.")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DeltafoldError(
+            f"{found} is not a record ({error!r}); run the command again."
+        ) from None
+    return dict(record)
+
+
+def machine() -> dict[str, Any]:
+    """The machine and versions that a measurement belongs to, and the device of its heavy steps."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "deltafold": __version__,
+        "python": platform.python_version(),
+        "torch": installed("torch"),
+        "transformers": installed("transformers"),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": total_memory_bytes(),
+        "device": devices.label(),
+    }
+
+
+def total_memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class Meter:
+    """Wall-clock seconds and peak resident memory of a stretch of work, as a context manager.
+
+    The peak is sampled every 20 ms, so that it belongs to this stretch and not to the process's
+    past; where /proc is missing it is the process's own maximum.
+    """
+
+    seconds = 0.0
+    peak_memory_bytes = 0
+
+    def __enter__(self) -> Meter:
+        self._start = time.perf_counter()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while True:
+            self.peak_memory_bytes = max(self.peak_memory_bytes, resident_bytes())
+            if self._stop.wait(0.02):
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.seconds = time.perf_counter() - self._start
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 (hot path)
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,1 +1,0 @@
-"""The verbs: each reads like the recipe that it is. Import them from `deltafold`."""
