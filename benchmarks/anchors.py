@@ -30,8 +30,8 @@ from deltafold.reporting.table import Cell, Table
 from deltafold.reporting.units import number_text
 from deltafold.running.record import RECORD_VERSION, Meter, Record, machine, write_record
 from deltafold.sharing.start import composed_values
-from deltafold.sharing.train import load_model
 from deltafold.training import pack
+from deltafold.training.loading import load_model
 
 RECORD = Path(__file__).parent / "records" / "anchors-smollm2.json"
 BLOCKS, RANKS = (7, 15, 23), (26, 222)

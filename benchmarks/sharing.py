@@ -39,8 +39,8 @@ from deltafold.reporting.table import Cell, Strong, Table
 from deltafold.reporting.units import MISSING, kl_text, number_text, percent_text
 from deltafold.running.devices import computing, here
 from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
-from deltafold.sharing.train import load_model
 from deltafold.training import Masters, Rows, Settings, exam, forward_tokens, pack, train
+from deltafold.training.loading import load_model
 
 HERE = Path(__file__).parent
 PEERS = ("shortgpt", "laco", "jointdrop")

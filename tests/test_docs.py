@@ -105,7 +105,7 @@ def test_vectors_bit_difference():
 
 def test_vectors_randomness():
     from deltafold.coding import counter
-    from deltafold.compressing.job import piece_key
+    from deltafold.restoring.decode import piece_key
 
     for row in vectors("key"):
         arguments = (row["seed"], row["tensor"], row["first_row"])

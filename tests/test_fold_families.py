@@ -13,9 +13,9 @@ from folding_models import DEPTH, TYPES, write_deep, write_text
 from tiny_models import FAMILIES
 
 from deltafold import fold
+from deltafold.blocks.reading import read_layout
 from deltafold.calibration import Sample, StreamedModel, make_batches
 from deltafold.checkpoint import open_checkpoint
-from deltafold.folding.job import read_layout
 from deltafold.folding.methods.draft import Draft
 from deltafold.folding.methods.rules import aligned
 

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from deltafold.compressing.choosing import compress
     from deltafold.compressing.plan import plan
     from deltafold.evaluation import evaluate
-    from deltafold.evaluation.before_after import fold
     from deltafold.exporting.export import export
+    from deltafold.exporting.load import load
     from deltafold.factoring.scored import factor
+    from deltafold.folding.scored import fold
     from deltafold.merging.choosing import merge
     from deltafold.publishing import push_to_hub
     from deltafold.restoring.inspect import inspect
-    from deltafold.restoring.load import load
     from deltafold.restoring.restore import restore
     from deltafold.restoring.verify import verify
     from deltafold.sharing.scored import share
@@ -37,9 +37,9 @@ _VERBS = {
     "verify": "deltafold.restoring.verify",
     "inspect": "deltafold.restoring.inspect",
     "plan": "deltafold.compressing.plan",
-    "load": "deltafold.restoring.load",
+    "load": "deltafold.exporting.load",
     "merge": "deltafold.merging.choosing",
-    "fold": "deltafold.evaluation.before_after",
+    "fold": "deltafold.folding.scored",
     "factor": "deltafold.factoring.scored",
     "share": "deltafold.sharing.scored",
     "evaluate": "deltafold.evaluation",

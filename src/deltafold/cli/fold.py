@@ -82,7 +82,7 @@ def fold(
     scoring: dict[str, Any] = {}
     verb: Any  # the two take the same, one a little more
     if task:
-        from deltafold.evaluation.before_after import fold as scored_fold
+        from deltafold.folding.scored import fold as scored_fold
 
         verb = scored_fold
         scoring = {

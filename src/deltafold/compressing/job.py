@@ -10,12 +10,12 @@ from typing import Any
 from deltafold.archive.writer import encode_side_files
 from deltafold.codecs import get
 from deltafold.codecs.base import Config, DeltaCodec
-from deltafold.coding.counter import derive_key
 from deltafold.compressing.evidence import Evidence
 from deltafold.compressing.methods.budget import Budget
 from deltafold.compressing.pair import Pair
 from deltafold.errors import UsageError
 from deltafold.linalg.matrices import Fisher, Moments
+from deltafold.restoring.decode import piece_key
 from deltafold.version import __version__
 
 
@@ -127,7 +127,3 @@ def budget_of(
     if any(value is not None for value in (file_ratio, nominal_ratio, n_bytes)):
         raise UsageError(f"{method} is exact: its size follows from the weights; drop the budget.")
     return None
-
-
-def piece_key(seed: int, tensor: str, start: int) -> int:
-    return derive_key(seed, tensor, str(start))

@@ -182,10 +182,3 @@ class DeltaRows:
         offset = self._span.start
         tuned = self._pair.finetuned.rows(self._name, offset + start, offset + stop).float()
         return tuned.sub_(self._pair.base.rows(self._name, offset + start, offset + stop).float())
-
-
-def reference_rows(
-    pair_base: Checkpoint, name: str, start: int, stop: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Rows of the base in the fine-tune's dtype: what exact codecs refer to."""
-    return pair_base.rows(name, start, stop).to(dtype)

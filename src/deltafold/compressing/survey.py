@@ -17,9 +17,10 @@ from deltafold.checkpoint import DTYPES, tensor_bytes
 from deltafold.codecs import exact_codec
 from deltafold.codecs.base import Parts, Settings
 from deltafold.codecs.rows import changed_rows
-from deltafold.compressing.pair import Pair, Pairing, reference_rows
+from deltafold.compressing.pair import Pair, Pairing
 from deltafold.errors import NonFiniteError
 from deltafold.names import is_vocabulary
+from deltafold.restoring.decode import reference_rows
 from deltafold.running.workspace import Workspace, checksum
 
 CHUNK_BYTES = 4 << 20

@@ -105,11 +105,11 @@ def loaded(
 
 
 def _load_archive(source: str | Path, base: str | Path | None, dtype: torch.dtype | None) -> Any:
-    from deltafold.restoring.load import load
+    from deltafold.restoring.load import load_archive
 
     if base is None:
         raise UsageError(f"{source} is an archive, so its base is needed; give it with --base.")
-    return load(Path(source).expanduser(), base=base, dtype=dtype or "auto")
+    return load_archive(Path(source).expanduser(), base=base, dtype=dtype or "auto")
 
 
 def model_folder(source: str | Path) -> Path:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from deltafold.calibration import StreamedModel
+from deltafold.calibration.probe import Probe
 from deltafold.errors import UsageError
 from deltafold.factoring.job import Job
 from deltafold.factoring.methods import bolaco, lorc, welore
 from deltafold.factoring.methods.units import Ranks, Unit, ranks_for
 from deltafold.factoring.parts import MomentsOf, Settings, make_unit, read_matrix
 from deltafold.factoring.store import Candidate, Store
-from deltafold.folding.states import Probe
 from deltafold.running.engine import Progress, Step
 
 Notes = dict[str, Any]

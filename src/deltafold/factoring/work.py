@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deltafold.calibration import Calibration, StreamedModel, calibrate, gather_samples
 from deltafold.calibration.batches import Sample
+from deltafold.calibration.probe import Probe, few, parted
 from deltafold.factoring.groups import alike_groups
 from deltafold.factoring.job import Job
 from deltafold.factoring.methods.units import Ranks
@@ -16,7 +17,6 @@ from deltafold.factoring.parts import Settings
 from deltafold.factoring.ranks import Search, depth_ranks, shared_ranks, threshold_ranks
 from deltafold.factoring.run import Run
 from deltafold.factoring.store import Candidate, Store
-from deltafold.folding.states import Probe, States, parted
 from deltafold.running.engine import Resources
 from deltafold.running.record import Record
 from deltafold.running.workspace import Workspace
@@ -131,7 +131,7 @@ class Work:
             return found["ranks"], found["notes"]
         whole = Candidate(self.job, None, [])
         seen, held = parted(self.samples)
-        with contextlib.closing(Probe(self.model, whole, States(self.model, held).few())) as probe:
+        with contextlib.closing(Probe(self.model, whole, few(held))) as probe:
             reach = Store(self.job, self.workspace, "reach")
             search = Search(self.job, self.model, probe, reach)
             moments = self._calibrated(seen).moments

@@ -7,13 +7,14 @@ from collections.abc import Callable, Collection
 
 import torch
 
+from deltafold.calibration.probe import Probe
 from deltafold.calibration.stream import Pass
 from deltafold.errors import MismatchError
 from deltafold.folding.methods.draft import Draft
 from deltafold.folding.methods.presets import Method
 from deltafold.folding.methods.selection import Part, Step
 from deltafold.folding.methods.similarity import ABSENCES, SIMILARITIES, cosines
-from deltafold.folding.states import Pool, Probe, States
+from deltafold.folding.states import Pool, States
 
 
 class DraftEvidence:

@@ -22,11 +22,12 @@ from typing import Any, Literal
 import torch
 
 from deltafold.blocks.layout import is_transposed
+from deltafold.calibration.probe import is_held
 from deltafold.calibration.store import TensorStore
 from deltafold.calibration.stream import Pass, StreamedModel
 from deltafold.folding.methods.draft import Block, Draft
 from deltafold.folding.methods.healing import Fit, Regression
-from deltafold.folding.states import States, is_held
+from deltafold.folding.states import States
 
 Part = Literal["attention", "mlp"]
 

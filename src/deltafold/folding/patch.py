@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from deltafold.blocks.layout import is_transposed
+from deltafold.calibration.probe import is_held
 from deltafold.calibration.stream import Pass
 from deltafold.errors import MismatchError
 from deltafold.folding.heal import Healer, Mean
@@ -29,7 +30,7 @@ from deltafold.folding.methods.healing import (
     linear_patch,
     replace_me,
 )
-from deltafold.folding.states import States, is_held
+from deltafold.folding.states import States
 from deltafold.running.engine import Progress, Step
 
 Reach = Literal["cut", "through"]

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from deltafold.calibration import Sample, StreamedModel, gather_samples
+from deltafold.calibration.probe import Probe, few
 from deltafold.checkpoint import Checkpoint
 from deltafold.errors import UsageError
 from deltafold.folding.job import Job
 from deltafold.folding.methods.draft import Draft
 from deltafold.folding.methods.mka import embeddings
 from deltafold.folding.patch import Patcher
-from deltafold.folding.states import Pool, Probe, States, pooled_rows
+from deltafold.folding.states import Pool, States, pooled_rows
 from deltafold.folding.train import draft_of
 from deltafold.folding.work import Folded, Folder
 from deltafold.running.engine import Progress
@@ -135,7 +136,7 @@ class Run:
         """Few samples, for what is measured many times."""
         if self._probe is None:
             assert self.states is not None
-            self._probe = Probe(self.states.model, self.whole, self.states.few())
+            self._probe = Probe(self.states.model, self.whole, few(self.states.samples))
         return self._probe
 
     def manifold(self) -> torch.Tensor | None:

@@ -28,8 +28,8 @@ from deltafold.running.devices import here
 from deltafold.running.engine import Progress, Step
 from deltafold.running.record import Record
 from deltafold.running.workspace import Workspace
-from deltafold.sharing.train import load_model
 from deltafold.training import Masters, Settings, State, forward_tokens, pack, train
+from deltafold.training.loading import load_model
 
 STATE = "healing.safetensors"
 ROW_TOKENS = 128

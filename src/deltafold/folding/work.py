@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deltafold.calibration.probe import Probe
 from deltafold.coding.counter import derive_key
 from deltafold.errors import MismatchError
 from deltafold.folding.evidence import DraftEvidence
@@ -16,7 +17,7 @@ from deltafold.folding.methods.draft import Draft
 from deltafold.folding.methods.mka import reference_ratio
 from deltafold.folding.methods.selection import Step
 from deltafold.folding.methods.similarity import SIMILARITIES
-from deltafold.folding.states import Pool, Probe, States
+from deltafold.folding.states import Pool, States
 from deltafold.running.engine import Progress
 from deltafold.running.engine import Step as Told
 

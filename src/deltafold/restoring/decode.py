@@ -12,11 +12,15 @@ from functools import cache
 import torch
 
 from deltafold.archive import Archive, Piece, Tensor, TensorDigest
-from deltafold.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, tensor_bytes
+from deltafold.checkpoint import (
+    DTYPE_NAMES,
+    DTYPES,
+    Checkpoint,
+    tensor_bytes,
+)
 from deltafold.codecs import delta_codec, exact_codec, get, names
 from deltafold.codecs.base import DeltaCodec
-from deltafold.compressing.job import piece_key
-from deltafold.compressing.pair import reference_rows
+from deltafold.coding.counter import derive_key
 from deltafold.errors import ArchiveError, MismatchError, UsageError
 
 CHUNK_BYTES = 8 << 20
@@ -263,3 +267,14 @@ def _codec_of(archive: Archive, piece: Piece) -> DeltaCodec:
 @cache
 def _codec(name: str, config: tuple[tuple[str, int | float | str], ...]) -> DeltaCodec:
     return delta_codec(name, dict(config))
+
+
+def piece_key(seed: int, tensor: str, start: int) -> int:
+    return derive_key(seed, tensor, str(start))
+
+
+def reference_rows(
+    pair_base: Checkpoint, name: str, start: int, stop: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of the base in the fine-tune's dtype: what exact codecs refer to."""
+    return pair_base.rows(name, start, stop).to(dtype)

@@ -7,9 +7,9 @@ from typing import Any
 
 from deltafold.archive import Archive
 from deltafold.checkpoint.store import shown
-from deltafold.compressing.recording import archive_totals, codec_names, tensor_bytes
 from deltafold.names import block_of, role_of
 from deltafold.restoring.decode import check_codecs
+from deltafold.restoring.totals import archive_totals, codec_names, tensor_bytes
 
 
 def inspect(archive: str | Path) -> dict[str, Any]:

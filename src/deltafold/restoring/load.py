@@ -1,11 +1,11 @@
-"""`load`: an archive on its base, or a composed model, as a ready `transformers` model in memory."""
+"""An archive on its base in memory: its tensors, or a ready `transformers` model."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import torch
 
 from deltafold.archive import Archive, Tensor
 from deltafold.checkpoint import open_checkpoint
-from deltafold.composed.load import is_shared, load_shared
-from deltafold.errors import MismatchError, UsageError
+from deltafold.errors import MismatchError
 from deltafold.restoring.decode import (
     assembled,
     check_base_headers,
@@ -78,35 +77,18 @@ def side_files(archive: str | Path, base: str | Path, folder: Path) -> None:
             (folder / entry.name).write_bytes(opened.side_file(entry, checkpoint))
 
 
-def load(
+def load_archive(
     archive: str | Path,
-    base: str | Path | None = None,
+    base: str | Path,
     *,
-    deltas: Mapping[str, str | Path] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
     **from_pretrained: Any,
 ) -> Any:
-    """A ready `transformers` model: the fine-tune of `archive` on `base`, or a composed model.
+    """A ready `transformers` model: the fine-tune of `archive` on `base`.
 
-    With `deltas` the one argument is the base, and the result holds it once, with an adapter for
-    each fine-tune by name (see `Together`): `load("llama/", deltas={"math": "math.delta"})`.
-    What `share` and `factor` write is whole in itself: `load(folder)`, without a base.
-
-    `from_pretrained` takes what `AutoModelForCausalLM.from_pretrained` takes (dtype, device_map,
-    attn_implementation, ...). The dtype defaults to that of the checkpoint. Raises ArchiveError,
-    MismatchError, UsageError.
+    Raises ArchiveError, MismatchError.
     """
-    if deltas is not None:
-        from deltafold.exporting.together import load_together
-
-        if base is not None:
-            raise UsageError("With deltas give one base, and the archives by name in deltas.")
-        return load_together(archive, deltas, workers=workers, progress=progress, **from_pretrained)
-    if is_shared(archive):
-        return load_shared(archive, **from_pretrained)
-    if base is None:
-        raise UsageError(f"{archive} is not a model by itself; give the base of the archive, too.")
     state = load_state(archive, base, workers=workers, progress=progress)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

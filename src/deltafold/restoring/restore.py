@@ -155,7 +155,7 @@ def _layout(
 def _record(
     archive: Archive, base: str, output: Path, wanted: list[Tensor], meter: Meter
 ) -> Record:
-    from deltafold.compressing.recording import archive_totals
+    from deltafold.restoring.totals import archive_totals
 
     totals = archive_totals(archive)
     return {

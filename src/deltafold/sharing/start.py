@@ -9,13 +9,13 @@ import torch
 
 from deltafold.blocks.align import match
 from deltafold.blocks.layout import Layout
+from deltafold.blocks.reading import read_layout
 from deltafold.blocks.structure import Layer
 from deltafold.blocks.units import Units, features, rearranged
 from deltafold.calibration import Calibration
 from deltafold.composed.form import Linear
 from deltafold.composed.write import Source
 from deltafold.errors import UsageError, nearest
-from deltafold.folding.job import read_layout
 from deltafold.running.engine import Progress, Task, run_tasks
 from deltafold.sharing.methods.initialise import INITIALISATIONS, least_scale
 from deltafold.sharing.methods.plan import Place, Plan

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafold.calibration.building import first_line, quiet
 from deltafold.checkpoint import DTYPES
 from deltafold.composed.form import Form
 from deltafold.composed.modeling import compose, put
 from deltafold.composed.write import Source
-from deltafold.errors import CheckpointError, UsageError, nearest
+from deltafold.errors import UsageError, nearest
 from deltafold.running.record import Record
 from deltafold.sharing.methods.plan import Plan
 from deltafold.sharing.methods.replacing import Schedule, SharedStudent, Swap
 from deltafold.training import Masters, Rows, exam
+from deltafold.training.loading import load_model
 
 TUNES = ("delta", "all")
 
@@ -29,23 +29,6 @@ def check_tune(tune: str) -> None:
     """Raises UsageError."""
     if tune not in TUNES:
         raise UsageError(f"There is no tune {tune!r}; {nearest(tune, list(TUNES))}")
-
-
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """A whole model, frozen. Raises CheckpointError."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True
-            )
-    except Exception as error:  # the many ways in which a folder can be broken
-        raise CheckpointError(
-            f"{folder} cannot be loaded as a causal language model ({first_line(error)}); check its "
-            "config.json and weight files."
-        ) from error
-    return model.to(device).eval().requires_grad_(False)
 
 
 @dataclass
