@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deltafold.exporting.export import export
     from deltafold.exporting.load import load
     from deltafold.factoring.scored import factor
-    from deltafold.folding.scored import fold
+    from deltafold.folding.fold import fold
     from deltafold.merging.choosing import merge
     from deltafold.publishing import push_to_hub
     from deltafold.restoring.inspect import inspect
@@ -39,7 +39,7 @@ _VERBS = {
     "plan": "deltafold.compressing.plan",
     "load": "deltafold.exporting.load",
     "merge": "deltafold.merging.choosing",
-    "fold": "deltafold.folding.scored",
+    "fold": "deltafold.folding.fold",
     "factor": "deltafold.factoring.scored",
     "share": "deltafold.sharing.scored",
     "evaluate": "deltafold.evaluation",

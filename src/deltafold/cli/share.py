@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from deltafold.cli import options as o
-from deltafold.cli.fold import block_numbers
+from deltafold.running.request import parse_numbers
 
 SHARING = ("deltallm", "no-anchor", "drop-mlp", "tie")
 
@@ -161,7 +161,7 @@ def share(
             rank=rank,
             placement=placement,
             matrices=matrices,
-            protect=block_numbers(protect),
+            protect=parse_numbers(protect, "--protect"),
             split=split,
             scale=scale,
             start=start,
@@ -227,7 +227,7 @@ def plan_share(
     from deltafold.sharing.methods.plan import Request, wants_scale
 
     request = Request(
-        method, shared, rank, parameters, placement, matrices, tuple(block_numbers(protect)),
+        method, shared, rank, parameters, placement, matrices, tuple(parse_numbers(protect, "--protect")),
         split, wants_scale(scale, rank),
     )  # fmt: skip
     found = plan_sharing(source, request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 from deltafold.blocks.configs import shortened
@@ -11,7 +12,7 @@ from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shar
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import NonFiniteError
 from deltafold.folding.methods.draft import Draft
-from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.running.engine import Resources, Task
 
 CONFIG = "config.json"
 
@@ -37,9 +38,7 @@ def write_draft(
     checkpoint: Checkpoint,
     folder: Path,
     shard_bytes: int,
-    workers: int | None = None,
-    memory_bytes: int | None = None,
-    progress: Progress | None = None,
+    resources: Resources,
 ) -> None:
     """Weights in the model's dtypes, config of the new depth, and every side file as it was.
 
@@ -64,14 +63,14 @@ def write_draft(
     tasks = [
         Task(
             name,
-            lambda n=name, o=old: write(n, o),  # type: ignore[misc]
+            partial(write, name, old),
             memory_bytes=16 * math.prod(checkpoint.tensors[old].shape),
             work=float(math.prod(checkpoint.tensors[old].shape)),
         )
         for name, old in names.items()
     ]
     try:
-        run_tasks("write", tasks, workers, memory_bytes, progress)
+        resources.run("write", tasks)
         writer.finish()
     finally:
         writer.close()
@@ -81,4 +80,4 @@ def write_draft(
             config = shortened(dict(checkpoint.config()), draft.numbers)
             data = (json.dumps(config, indent=2) + "\n").encode()
         path = folder / file.name
-        guard_storage(path, lambda p=path, d=data: p.write_bytes(d))  # type: ignore[misc]
+        guard_storage(path, partial(path.write_bytes, data))
