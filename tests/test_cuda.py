@@ -101,7 +101,7 @@ def test_every_command(tmp_path: Path) -> None:
         make_tokenizer().save_pretrained(folder)
     text = write_text(tmp_path / "text.txt", 96)
     shared: dict[str, Any] = {"calibration": text, "max_tokens": 40, "device": "cuda"}
-    compress(base, finetuned, tmp_path / "a.delta", "auto", file_ratio=6, distill=2, **shared)
+    compress(base, finetuned, tmp_path / "a.delta", "auto", file_ratio=6, steps=2, **shared)
     compress(base, finetuned, tmp_path / "b.delta", "lowrank", kl_at_most=0.01, **shared)
     factor(finetuned, tmp_path / "factored", "lord", parameters=0.9, measure=text, **shared)
     fold(finetuned, tmp_path / "folded", "auto", blocks=1, measure=text, heal=2, **shared)

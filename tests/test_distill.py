@@ -186,7 +186,7 @@ def test_both_ways_to_the_gradients(folders: tuple[Path, Path, Path]) -> None:
 
 def run(folders: tuple[Path, Path, Path], out: Path, method: str = "auto", **more: Any) -> Any:
     base, tuned, text = folders
-    options = {"file_ratio": 4.5, "calibration": text, "distill": 24, "samples": 48} | more
+    options = {"file_ratio": 4.5, "calibration": text, "steps": 24, "samples": 48} | more
     return compress(base, tuned, out, method, **options)
 
 
@@ -215,10 +215,10 @@ def test_a_correction_takes_its_bytes_from_the_budget(
     from deltafold.compressing import search
 
     monkeypatch.setattr(search, "CORRECTION_SHARE", 0.5)
-    record = run(folders, tmp_path / "a.delta", file_ratio=3.0, distill=11)
+    record = run(folders, tmp_path / "a.delta", file_ratio=3.0, steps=11)
     assert record["distill"]["values"] > 1000  # corrections, not units alone
     assert 3.0 <= record["totals"]["file_ratio"] < 3.1
-    again = run(folders, tmp_path / "b.delta", file_ratio=3.0, distill=11)
+    again = run(folders, tmp_path / "b.delta", file_ratio=3.0, steps=11)
     assert tree_hashes(tmp_path / "a.delta") == tree_hashes(tmp_path / "b.delta")
     assert again["distill"]["kl_after"] == record["distill"]["kl_after"]
 
@@ -257,7 +257,7 @@ def test_what_cannot_be_trained_is_refused(
     with pytest.raises(UsageError, match=r"dare stores nothing .* auto, bitdelta, delta-come"):
         run(folders, out, "dare")
     with pytest.raises(UsageError, match="number of steps"):
-        run(folders, out, distill=-1)
+        run(folders, out, steps=-1)
     few = write_rows(tmp_path / "few.jsonl", [{"prompt": "1+1=", "answer": "2."}] * 3)
     with pytest.raises(UsageError, match="at least 8 samples"):
         run(folders, out, calibration=few)

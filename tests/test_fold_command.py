@@ -10,8 +10,8 @@ import pytest
 from evaluation_models import make_llama, make_tokenizer, save, write_rows
 from folding_models import write_deep, write_text
 
-from deltafold.running.request import parse_numbers
 from deltafold.errors import UsageError
+from deltafold.running.request import parse_numbers
 
 
 def test_numbers_of_blocks() -> None:

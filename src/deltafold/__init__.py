@@ -16,7 +16,7 @@ from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
 
 if TYPE_CHECKING:
-    from deltafold.compressing.choosing import compress
+    from deltafold.compressing.compress import compress
     from deltafold.compressing.plan import plan
     from deltafold.evaluation import evaluate
     from deltafold.exporting.export import export
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deltafold.sharing.scored import share
 
 _VERBS = {
-    "compress": "deltafold.compressing.choosing",
+    "compress": "deltafold.compressing.compress",
     "restore": "deltafold.restoring.restore",
     "export": "deltafold.exporting.export",
     "verify": "deltafold.restoring.verify",

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from deltafold.cli import options as o
+from deltafold.cli.method_settings import with_method_settings
 from deltafold.cli.share import (
     SHARING,
     MatricesOption,
@@ -19,7 +20,9 @@ from deltafold.cli.share import (
     SplitOption,
     plan_share,
 )
+from deltafold.compressing.request import Budgeted, PlanRequest
 from deltafold.errors import UsageError
+from deltafold.running.request import parse_bytes
 
 
 def plan(
@@ -72,41 +75,34 @@ def plan(
         )
     if any(each is not None for each in (shared, rank, parameters)):
         raise UsageError(f"--shared, --rank and --parameters are for {', '.join(SHARING)}.")
-    budget = {
-        "file_ratio": file_ratio,
-        "nominal_ratio": nominal_ratio,
-        "n_bytes": o.parse_bytes(n_bytes, "--bytes"),
-    }
-    settings = o.method_options(beta, c, value_dtype, setting)
-    show_plan(base, finetuned, method, budget, settings, json_output)
+    from deltafold.compressing.plan import planned
 
-
-def show_plan(
-    base: str,
-    finetuned: str,
-    method: str,
-    budget: dict[str, Any],
-    settings: dict[str, Any],
-    json_output: bool,
-) -> None:
-    """Print the plan. `auto` settings are planned at their defaults (sizes hardly differ)."""
-    from deltafold.compressing.plan import plan as plan_verb
-
-    given = {name: value for name, value in settings.items() if value != "auto"}
-    found = plan_verb(base, finetuned, method, **budget, **given)
+    given = with_method_settings(
+        {"beta": beta, "c": c, "value_dtype": value_dtype, "setting": setting}
+    )
+    request = PlanRequest(
+        base, finetuned, method, file_ratio=file_ratio, nominal_ratio=nominal_ratio,
+        n_bytes=parse_bytes(n_bytes, "--bytes") if n_bytes else None, **given,
+    )  # fmt: skip
+    found = planned(request)
     if json_output:
         import json
 
         print(json.dumps(found))
         return
+    show_plan(found, request)
+
+
+def show_plan(found: dict[str, Any], request: Budgeted) -> None:
+    """Print a plan of `compress`."""
     from deltafold.cli.show import out, say, size, table
 
     rows = table("role", ">tensors", ">parameters", ">size", "stored by")
     for row in found["roles"]:
         approximated = row["approximated"]
-        how = method if approximated == row["tensors"] else "exact"
+        how = found["method"] if approximated == row["tensors"] else "exact"
         if 0 < approximated < row["tensors"]:
-            how = f"{method} ({approximated}), exact"
+            how = f"{found['method']} ({approximated}), exact"
         rows.add_row(
             row["role"], str(row["tensors"]), f"{row['elements']:,}", size(row["n_bytes"]), how
         )

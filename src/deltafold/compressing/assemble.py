@@ -6,13 +6,13 @@ import shutil
 
 from deltafold.archive.manifest import Manifest
 from deltafold.archive.writer import write_manifest, write_payload, write_side_files
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.planned import Plan
 from deltafold.compressing.sizing import draft_manifest, part_specs
 from deltafold.running.workspace import Workspace
 
 
-def assemble(job: Job, plan: Plan, workspace: Workspace) -> Manifest:
+def assemble(job: CompressJob, plan: Plan, workspace: Workspace) -> Manifest:
     """Write the archive into the workspace's sub-folder `archive`."""
     folder = workspace.folder / "archive"
     shutil.rmtree(folder, ignore_errors=True)

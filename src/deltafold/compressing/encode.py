@@ -7,7 +7,7 @@ import math
 import torch
 
 from deltafold.codecs.base import DeltaCodec, Parts, Settings
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.pair import DeltaRows
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.compressing.triplets import load_factors
@@ -16,7 +16,7 @@ from deltafold.running.engine import Resources, Task
 from deltafold.running.workspace import Workspace, checksum
 
 
-def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> None:
+def encode_lossy(job: CompressJob, plan: Plan, workspace: Workspace, resources: Resources) -> None:
     """Encode what is not yet encoded; fills in each piece's settings, checksums and error."""
 
     def encode(tensor: PlannedTensor, piece: PlannedPiece) -> int:

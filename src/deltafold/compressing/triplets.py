@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deltafold.codecs.base import DeltaCodec, Shape
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.methods.budget import reach
 from deltafold.compressing.pair import DeltaRows
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
@@ -26,7 +26,7 @@ FLAT_MARGIN = 1.1  # a spectrum is flat if nothing rises this far above the nois
 
 
 def factor_all(
-    job: Job, plan: Plan, share: float, workspace: Workspace, resources: Resources
+    job: CompressJob, plan: Plan, share: float, workspace: Workspace, resources: Resources
 ) -> None:
     """Singular triplets of each piece whose codec wants them, as many as the share can use."""
 
@@ -78,7 +78,7 @@ def factor_all(
             piece.codec, piece.spectrum, piece.why = "dare", None, "flat spectrum: not low-rank"
 
 
-def _batches(job: Job, wanted: list[Wanted], share: float) -> list[list[Wanted]]:
+def _batches(job: CompressJob, wanted: list[Wanted], share: float) -> list[list[Wanted]]:
     """Pieces one by one; where a GPU computes, some of one codec and shape together.
 
     How many depends on nothing but these: a batch of another size may round differently. What is

@@ -1,8 +1,8 @@
 """Requests: all that a verb is asked, as a frozen dataclass in which every option is written once.
 
-    @dataclass(frozen=True)
+    @asked
     class FoldRequest(Request, ...):
-        blocks: int | None = option("Blocks that go.", panel=SIZE, flags=("-n",), low=1)
+        blocks: int | None = option("Blocks that go.", default=None, panel=SIZE, flags=("-n",))
 
 Command line, grouped help, the Python front, the option table of the docs, the record's settings and
 the identity of unfinished work are all made from these fields. Nothing heavy is imported here, so that
@@ -12,11 +12,12 @@ what is asked is checked before torch is loaded.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, dataclass_transform, get_type_hints
+from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
 from deltafold.errors import UsageError, nearest
 from deltafold.running.engine import Progress
@@ -27,6 +28,7 @@ WHAT, SIZE, TEXT, TRAINING, WHERE, OUTPUT = (
 PANELS = (WHAT, SIZE, TEXT, TRAINING, WHERE, OUTPUT)
 SHARD_BYTES = 5_000_000_000
 _KEY = "deltafold"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,33 +99,38 @@ class Option:
 
 
 def option(
-    doc: str, default: Any = dataclasses.MISSING, *, keyword: bool = True, **said: Any
+    doc: str, *, default: Any = dataclasses.MISSING, kw_only: bool = True, **said: Any
 ) -> Any:
     """A field of a request; without `default` it has to be given. `said`: see `Option`."""
-    found = Option(doc, **said)
-    kind: dict[str, Any] = {"metadata": {_KEY: found}, "kw_only": keyword}
-    if isinstance(default, list | dict):
-        kept = type(default)(default)
-        return dataclasses.field(default_factory=lambda: type(kept)(kept), **kind)
+    kind: dict[str, Any] = {"metadata": {_KEY: Option(doc, **said)}, "kw_only": kw_only}
     return dataclasses.field(default=default, **kind)
 
 
-def argument(doc: str, default: Any = dataclasses.MISSING, **said: Any) -> Any:
+def argument(
+    doc: str, *, default: Any = dataclasses.MISSING, kw_only: bool = False, **said: Any
+) -> Any:
     """A field that Python may be given by place: a source, an output, a method.
 
     No setting of the record, as inputs are known by their content. With a `flag` it is an option on the
-    command line.
+    command line. A type checker wants to read `kw_only=False` where it is called.
     """
     more: dict[str, Any] = {
-        "identity": False,
-        "record": False,
-        "is_argument": "flag" not in said,
-    } | said
-    return option(doc, default, keyword=False, **more)
+        "identity": False, "record": False, "is_argument": "flag" not in said,
+    } | said  # fmt: skip
+    return option(doc, default=default, kw_only=kw_only, **more)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(option, argument))
-@dataclass(frozen=True)
+@dataclass_transform(
+    kw_only_default=True,
+    frozen_default=True,
+    field_specifiers=(option, argument, dataclasses.field),
+)
+def asked(kind: type[T]) -> type[T]:
+    """The decorator of a request: a frozen dataclass, whose options are keywords."""
+    return dataclass(frozen=True)(kind)
+
+
+@asked
 class Request:
     """The base of all requests. Made, every field has been parsed and checked."""
 
@@ -155,7 +162,7 @@ class Request:
 def options_of(request: type[Request]) -> dict[str, Option]:
     """Every option of a request by its name: the verb's own first, then what it shares with others."""
     found = {f.name: f.metadata[_KEY] for f in dataclasses.fields(request) if _KEY in f.metadata}
-    own = request.__dict__.get("__annotations__", {})
+    own = inspect.get_annotations(request)
     return dict(sorted(found.items(), key=lambda pair: pair[0] not in own))
 
 
@@ -231,101 +238,111 @@ def parse_numbers(text: str, name: str) -> list[int]:
 # --- what many verbs are asked ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@asked
 class Running(Request):
     """Where and how the work is done. None of it changes a byte, but for the device."""
 
     device: str | None = option(
         "Where heavy steps compute: cpu (the default), cuda, cuda:N, or auto: cuda if there is one.",
-        None, panel=WHERE, identity=False, record=False,
+        default=None, panel=WHERE, identity=False, record=False,
     )  # fmt: skip
     workers: int | None = option(
         "Threads. Default: one a core.",
-        None, panel=WHERE, flags=("-j",), low=1, identity=False, record=False,
+        default=None, panel=WHERE, flags=("-j",), low=1, identity=False, record=False,
     )  # fmt: skip
     memory_bytes: int | None = option(
         "Memory that running tasks may hold together, e.g. 2GB.",
-        None, panel=WHERE, flag="--memory", parse=parse_bytes, low=1, identity=False, record=False,
+        default=None, panel=WHERE, flag="--memory", parse=parse_bytes, low=1, identity=False, record=False,
     )  # fmt: skip
     restart: bool = option(
         "Drop unfinished work of an earlier run.",
-        False, panel=WHERE, identity=False, record=False,
+        default=False, panel=WHERE, identity=False, record=False,
     )  # fmt: skip
     progress: Progress | None = option(
         "Called with a `Step` as the work goes on.",
-        None, panel=WHERE, identity=False, record=False, cli=False,
+        default=None, panel=WHERE, identity=False, record=False, cli=False,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@asked
 class Clustered(Running):
     """Work whose tasks may run on a cluster."""
 
     engine: str = option(
         "What runs the work: threads of this process, or a Ray cluster.",
-        "threads", panel=WHERE, metavar="threads|ray", choices=("threads", "ray"), noun="engine",
+        default="threads", panel=WHERE, metavar="threads|ray", choices=("threads", "ray"), noun="engine",
         identity=False, record=False,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@asked
 class Writing(Request):
     """A verb that writes an output, and a record beside it."""
 
     overwrite: bool = option(
-        "Replace an existing output.", False, panel=OUTPUT, identity=False, record=False
+        "Replace an existing output.", default=False, panel=OUTPUT, identity=False, record=False
     )
     record: str | Path | None = option(
         "Where the record goes. Default: beside the output.",
-        None, panel=OUTPUT, identity=False, record=False,
+        default=None, panel=OUTPUT, identity=False, record=False,
     )  # fmt: skip
     dry_run: bool = option(
         "Say what would be done; read headers only, write nothing.",
-        False, panel=OUTPUT, identity=False, record=False,
+        default=False, panel=OUTPUT, identity=False, record=False,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@asked
 class Sharded(Writing):
     """A verb that writes a checkpoint."""
 
     shard_bytes: int = option(
         "Largest weight file, e.g. 5GB.",
-        SHARD_BYTES, panel=OUTPUT, flag="--shard-size", parse=parse_bytes, low=1, shown_default="5GB",
+        default=SHARD_BYTES, panel=OUTPUT, flag="--shard-size", parse=parse_bytes, low=1, shown_default="5GB",
         record=False,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@asked
 class Seeded(Request):
     """A verb with random choices."""
 
     seed: int = option(
-        "Seed of random choices.", 0, panel=WHAT, low=0, below=1 << 63,
+        "Seed of random choices.", default=0, panel=WHAT, low=0, below=1 << 63,
         wrong="seed must lie between 0 and 2^63 - 1, not {value}.",
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@asked
 class Scored(Request):
     """A verb that can answer tasks and measure texts, before and after. Nothing of it is stored."""
 
     tasks: Sequence[str | Path] = option(
         "Rows to answer before and after, as evaluate takes them.",
-        (), panel=TEXT, flag="--task", identity=False, record=False,
+        default=(), panel=TEXT, flag="--task", identity=False, record=False,
     )  # fmt: skip
     limit: int | None = option(
-        "Only the first rows of a task.", None, panel=TEXT, low=1, identity=False, record=False
+        "Only the first rows of a task.",
+        default=None,
+        panel=TEXT,
+        low=1,
+        identity=False,
+        record=False,
     )
     answers: int = option(
         "Rows of each task of which the record keeps what models wrote.",
-        4, panel=TEXT, low=0, identity=False, record=False,
+        default=4, panel=TEXT, low=0, identity=False, record=False,
     )  # fmt: skip
     batch_size: int = option(
-        "Rows answered at a time, at most.", 8, panel=TEXT, low=1, identity=False, record=False
+        "Rows answered at a time, at most.",
+        default=8,
+        panel=TEXT,
+        low=1,
+        identity=False,
+        record=False,
     )
     dtype: str = option(
         "To answer in: auto (the model's own), fp32, bf16 or fp16.",
-        "auto", panel=TEXT, choices=("auto", "fp32", "bf16", "fp16"), noun="dtype",
+        default="auto", panel=TEXT, choices=("auto", "fp32", "bf16", "fp16"), noun="dtype",
         identity=False, record=False,
     )  # fmt: skip
