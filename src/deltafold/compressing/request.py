@@ -31,9 +31,8 @@ class Budgeted(Request):
 
     file_ratio: float | None = option(
         "Checkpoint bytes / archive bytes, all files counted. Default: 32.",
-        default=None,
-        panel=SIZE,
-    )
+        default=None, panel=SIZE, identity=False,
+    )  # fmt: skip
     nominal_ratio: float | None = option(
         "The papers' ratio: values of linear layers only, scales and positions free.",
         default=None, identity=False, panel=SIZE,
