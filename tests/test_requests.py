@@ -22,7 +22,7 @@ from deltafold.running.request import (
     parse_numbers,
 )
 
-FRONTS = ("compress", "plan", "fold")
+FRONTS = ("compress", "plan", "restore", "verify", "export", "fold")
 
 
 @asked
@@ -125,3 +125,11 @@ def test_a_former_option_works_and_says_so(tmp_path: Path, deltafold: Any) -> No
         "deltafold: --heal is called --steps now; the former name goes with the next release."
     )
     assert "-1 steps of healing cannot be" in run.stderr
+
+
+def test_engine_once_meant_what_runs_the_adapter(tmp_path: Path) -> None:
+    with (
+        pytest.warns(FutureWarning, match="engine is called runtime now"),
+        pytest.raises(deltafold.DeltafoldError),
+    ):
+        deltafold.export(tmp_path / "no.delta", tmp_path / "out", engine="vllm")

@@ -48,14 +48,14 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """One run: an archive on its base, and how each tensor goes out."""
 
     archive: Archive
     base: Checkpoint
     layout: Layout
     choice: Choice
-    engine: str
+    runtime: str
     rest: Rest
     items: tuple[Item, ...]
     notes: tuple[str, ...]
@@ -69,19 +69,21 @@ class Job:
             "archive": self.archive.identity,
             "base": self.base.fingerprint(),
             "choice": [self.choice.rank, self.choice.energy, self.choice.n_bytes],
-            "engine": self.engine,
+            "runtime": self.runtime,
             "rest": self.rest,
         }
 
 
-def make_job(archive: Archive, base: Checkpoint, choice: Choice, engine: str, rest: str) -> Job:
+def make_job(
+    archive: Archive, base: Checkpoint, choice: Choice, runtime: str, rest: str
+) -> ExportJob:
     """Raises UsageError, ArchiveError, MismatchError, CheckpointError."""
     if rest not in RESTS:
         raise UsageError(f"There is no way {rest!r} for --rest; {nearest(rest, list(RESTS))}")
     check_codecs(archive)
     check_base_headers(archive, base)
     layout = find_places(base.path, list(base.tensors))
-    items = tuple(_item(tensor, base, layout, engine, rest) for tensor in archive.manifest.tensors)
+    items = tuple(_item(tensor, base, layout, runtime, rest) for tensor in archive.manifest.tensors)
     items = tuple(_with_module(item, items) for item in items)
     if not any(item.how in ("pair", "whole", "fold") for item in items):
         reasons = sorted({item.why for item in items if item.why})
@@ -90,11 +92,11 @@ def make_job(archive: Archive, base: Checkpoint, choice: Choice, engine: str, re
             + ("; ".join(reasons) or "it equals its base")
             + "."
         )
-    made = Job(archive, base, layout, choice, engine, rest, items, ())
+    made = ExportJob(archive, base, layout, choice, runtime, rest, items, ())
     return replace(made, notes=tuple(_notes(made)))
 
 
-def _item(tensor: Tensor, base: Checkpoint, layout: Layout, engine: str, rest: str) -> Item:
+def _item(tensor: Tensor, base: Checkpoint, layout: Layout, runtime: str, rest: str) -> Item:
     if tensor.base is None:
         how: How = "fold" if rest == "fold" else "none"
         return Item(tensor, how, (), tensor.matrix_shape, "the base has no such tensor")
@@ -104,7 +106,7 @@ def _item(tensor: Tensor, base: Checkpoint, layout: Layout, engine: str, rest: s
     if tensor.tuned == tensor.base:
         return Item(tensor, "equal", places, (rows, columns))
     shape = (columns, rows) if any(p.kind == "conv1d" for p in places) else (rows, columns)
-    how, why = _how(places, layout, engine, rest)
+    how, why = _how(places, layout, runtime, rest)
     if how == "pair" and rows < tensor.matrix_shape[0]:
         why = f"{tensor.matrix_shape[0] - rows} new vocabulary rows do not fit the base"
     return Item(tensor, how, places, shape, why)
@@ -118,13 +120,13 @@ def _with_module(item: Item, items: tuple[Item, ...]) -> Item:
     return replace(item, how="whole") if item.places[0].module in given else item
 
 
-def _how(places: tuple[Place, ...], layout: Layout, engine: str, rest: str) -> tuple[How, str]:
+def _how(places: tuple[Place, ...], layout: Layout, runtime: str, rest: str) -> tuple[How, str]:
     reachable = all(place.kind in PAIRED for place in places)
     if rest == "fold" and (not reachable or any(place.rest for place in places)):
         return "fold", ""
     if rest == "drop" and any(place.rest for place in places):
         return "none", "left out, as asked"
-    refused = next(filter(None, (refusal(engine, p, layout) for p in places)), "")
+    refused = next(filter(None, (refusal(runtime, p, layout) for p in places)), "")
     if refused:
         return "none", refused
     if reachable:
@@ -134,7 +136,7 @@ def _how(places: tuple[Place, ...], layout: Layout, engine: str, rest: str) -> t
     return "none", next(place.why for place in places if place.why)
 
 
-def _notes(job: Job) -> list[str]:
+def _notes(job: ExportJob) -> list[str]:
     """Where base and fine-tune differ in what no adapter can say."""
     notes = []
     removed = [name for name in job.archive.manifest.removed if job.layout.places.get(name)]

@@ -70,7 +70,7 @@ def prepare(
     program = find_vllm(vllm)
     adapters = [
         find_adapter(
-            name, delta, base, engine="vllm", rank=rank, workers=workers,
+            name, delta, base, runtime="vllm", rank=rank, workers=workers,
             memory_bytes=memory_bytes, progress=progress,
         )
         for name, delta in deltas.items()
@@ -166,7 +166,7 @@ def add_adapter(
     if base is None and (Path(delta) / MANIFEST_FILE).is_file():
         base = served_base(url)
     made = find_adapter(
-        name, delta, base or "", engine="vllm", rank=rank, workers=workers,
+        name, delta, base or "", runtime="vllm", rank=rank, workers=workers,
         memory_bytes=memory_bytes, progress=progress,
     )  # fmt: skip
     if adapter_rank(made) > VLLM_RANKS[-1]:

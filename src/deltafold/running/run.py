@@ -57,9 +57,13 @@ class Run:
         self._stack = contextlib.ExitStack()
         if request.dry_run:
             return
-        check_output(self.output, request.overwrite, sources)
+        self.check_output(sources)
         check_record_path(request.record)
         check_engine(getattr(request, "engine", "threads"))
+
+    def check_output(self, sources: Sequence[str | Path]) -> None:
+        """Refuse an output that exists; see `workspace.check_output`."""
+        check_output(self.output, self.request.overwrite, sources)
 
     def __enter__(self) -> Run:
         self._stack.__enter__()
