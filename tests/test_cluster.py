@@ -235,15 +235,15 @@ def test_tasks_of_merge_can_run_elsewhere(
     pair: PairFiles, lossless_archive: Path, tmp_path: Path
 ) -> None:
     recipe = Recipe((Model(str(pair.finetuned)), Model(str(lossless_archive))), "dare-ties")
-    merge(pair.base, recipe, tmp_path / "a", shard_bytes=200_000)
-    merge(pair.base, recipe, tmp_path / "b", shard_bytes=200_000, engine="ray")
+    merge(recipe, tmp_path / "a", base=pair.base, shard_bytes=200_000)
+    merge(recipe, tmp_path / "b", base=pair.base, shard_bytes=200_000, engine="ray")
     assert tree_hashes(tmp_path / "a") == tree_hashes(tmp_path / "b")
     recipes = [Recipe(recipe.models, "ties", scale=scale) for scale in (0.5, 1.0)]
     for name, engine in (("c", "threads"), ("d", "ray")):
         merge(
-            pair.base,
             recipe,
             tmp_path / name,
+            base=pair.base,
             candidates=recipes,
             choose=lambda formed: (1, {}),
             engine=engine,
@@ -474,7 +474,7 @@ def test_a_worker_is_lost(
     recipe = Recipe((Model(str(pair.finetuned)), Model(str(tmp_path / "one.delta"))), "ties")
     for name, engine in (("one", "threads"), ("two", "ray")):
         restore(tmp_path / "one.delta", pair.base, tmp_path / f"restored-{name}", engine=engine)
-        merge(pair.base, recipe, tmp_path / f"merged-{name}", engine=engine)
+        merge(recipe, tmp_path / f"merged-{name}", base=pair.base, engine=engine)
     for kind in ("restored", "merged"):
         assert tree_hashes(tmp_path / f"{kind}-one") == tree_hashes(tmp_path / f"{kind}-two")
 

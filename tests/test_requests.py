@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import tree_hashes
 
 import deltafold
 from deltafold.errors import UsageError
@@ -22,7 +23,7 @@ from deltafold.running.request import (
     parse_numbers,
 )
 
-FRONTS = ("compress", "plan", "restore", "verify", "export", "fold")
+FRONTS = ("compress", "plan", "restore", "verify", "export", "merge", "fold", "share", "factor")
 
 
 @asked
@@ -133,3 +134,15 @@ def test_engine_once_meant_what_runs_the_adapter(tmp_path: Path) -> None:
         pytest.raises(deltafold.DeltafoldError),
     ):
         deltafold.export(tmp_path / "no.delta", tmp_path / "out", engine="vllm")
+
+
+def test_merge_as_one_would_guess_and_as_before(
+    archive: Path, pair: Any, tmp_path: Path
+) -> None:
+    """A list of models and an output; the base is the one that the archives name."""
+    made = deltafold.merge([archive], tmp_path / "one", method="average")
+    assert made["models"] and made["recipe"]["method"] == "average"
+    recipe = deltafold.Recipe((deltafold.Model(str(archive)),), "average")
+    with pytest.warns(FutureWarning, match="is written merge"):
+        deltafold.merge(pair.base, recipe, tmp_path / "two")
+    assert tree_hashes(tmp_path / "one") == tree_hashes(tmp_path / "two")

@@ -80,9 +80,9 @@ def test_compress_restore_and_merge_from_and_to_a_store(store, pair, tmp_path):
     assert tree_hashes(again) == tree_hashes(tmp_path / "again")
 
     recipe = Recipe((Model("memory://made/math.delta"), Model("memory://models/math")), "ties")
-    deltafold.merge("memory://models/base", recipe, "memory://made/merged")
+    deltafold.merge(recipe, "memory://made/merged", base="memory://models/base")
     local = Recipe((Model(str(tmp_path / "math.delta")), Model(str(pair.finetuned))), "ties")
-    deltafold.merge(pair.base, local, tmp_path / "merged")
+    deltafold.merge(local, tmp_path / "merged", base=pair.base)
     merged = stored(store, "/made/merged", tmp_path / "found-merged")
     assert tree_hashes(merged) == tree_hashes(tmp_path / "merged")
     assert not any((tmp_path / "cache" / "outputs").iterdir())

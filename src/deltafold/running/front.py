@@ -43,6 +43,7 @@ def front(
 
 def made(kind: type[Request], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
     """The request of a call. Raises UsageError for a keyword that is not known, with the nearest."""
+    args, kwargs = kind.former(args, kwargs)
     given = _renamed(kind, kwargs)
     fields = {f.name for f in dataclasses.fields(kind)}
     left = {key: given.pop(key) for key in [*given] if key not in fields}

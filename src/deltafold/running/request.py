@@ -146,6 +146,13 @@ class Request:
     def check(self) -> None:
         """What no single field can tell. Raises UsageError."""
 
+    @classmethod
+    def former(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call in a former form, in today's words."""
+        return args, kwargs
+
     def settings(self) -> dict[str, Any]:
         """What the record says was asked."""
         return {n: plain(getattr(self, n)) for n, o in options_of(type(self)).items() if o.record}

@@ -48,6 +48,7 @@ class Run:
     """
 
     workspace: Workspace
+    checks_dry_runs = False
 
     def __init__(self, kind: str, request: Any, sources: Sequence[str | Path] = ()):
         self.kind, self.request = kind, request
@@ -55,7 +56,7 @@ class Run:
         self.meter = Meter()
         self._engine: Engine | None = None
         self._stack = contextlib.ExitStack()
-        if request.dry_run:
+        if request.dry_run and not self.checks_dry_runs:
             return
         self.check_output(sources)
         check_record_path(request.record)
