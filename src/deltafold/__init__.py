@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deltafold.restoring.inspect import inspect
     from deltafold.restoring.restore import restore
     from deltafold.restoring.verify import verify
-    from deltafold.sharing.scored import share
+    from deltafold.sharing.share import share
 
 _VERBS = {
     "compress": "deltafold.compressing.compress",
@@ -41,7 +41,7 @@ _VERBS = {
     "merge": "deltafold.merging.choosing",
     "fold": "deltafold.folding.fold",
     "factor": "deltafold.factoring.scored",
-    "share": "deltafold.sharing.scored",
+    "share": "deltafold.sharing.share",
     "evaluate": "deltafold.evaluation",
     "push_to_hub": "deltafold.publishing",
 }
