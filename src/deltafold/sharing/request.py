@@ -47,7 +47,9 @@ class ShareRequest(Clustered, Scored, Seeded, Sharded):
     """
 
     model: str | Path = argument("Checkpoint: folder or hub id.", kw_only=False)
-    output: str | Path = argument("Folder to write.", kw_only=False, flag="--output", flags=("-o",), panel=OUTPUT)
+    output: str | Path = argument(
+        "Folder to write.", kw_only=False, flag="--output", flags=("-o",), panel=OUTPUT
+    )
     method: str = argument(
         "deltallm; or a control: no-anchor, drop-mlp, tie.", kw_only=False,
         default=DELTA, flag="--method", flags=("-m",), panel=WHAT, choices=METHODS, noun="method",
@@ -157,7 +159,9 @@ class ShareRequest(Clustered, Scored, Seeded, Sharded):
         "Steps of each try. Default: a quarter of --steps.", default=None, panel=TRAINING,
         old=("search_steps",), old_flags=("--search-steps",),
     )  # fmt: skip
-    dense: bool = option("Write the ordinary model that results instead.", default=False, panel=OUTPUT)
+    dense: bool = option(
+        "Write the ordinary model that results instead.", default=False, panel=OUTPUT
+    )
 
     def check(self) -> None:
         """What no single field can tell. Raises UsageError."""
