@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deltafold.evaluation import evaluate
     from deltafold.exporting.export import export
     from deltafold.exporting.load import load
-    from deltafold.factoring.scored import factor
+    from deltafold.factoring.factor import factor
     from deltafold.folding.fold import fold
     from deltafold.merging.choosing import merge
     from deltafold.publishing import push_to_hub
@@ -40,7 +40,7 @@ _VERBS = {
     "load": "deltafold.exporting.load",
     "merge": "deltafold.merging.choosing",
     "fold": "deltafold.folding.fold",
-    "factor": "deltafold.factoring.scored",
+    "factor": "deltafold.factoring.factor",
     "share": "deltafold.sharing.share",
     "evaluate": "deltafold.evaluation",
     "push_to_hub": "deltafold.publishing",

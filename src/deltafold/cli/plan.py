@@ -50,8 +50,7 @@ def plan(
     if method in METHODS:
         if finetuned is not None:
             raise UsageError(f"{method} is for one model, so {finetuned} is not needed.")
-        request = ShareRequest(base, "plan", method, **asked | {"dry_run": True})
-        plan_share(request, json_output)
+        plan_share(ShareRequest(base, "plan", method, **asked | {"dry_run": True}), json_output)
         return
     if finetuned is None:
         raise UsageError(

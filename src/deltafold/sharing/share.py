@@ -9,6 +9,7 @@ write   the base's tensors but those shared, the factors, the form    composed/w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from deltafold.checkpoint import open_checkpoint
@@ -80,10 +81,11 @@ def _identity(request: ShareRequest, fingerprint: str, world: int) -> dict[str, 
 
 
 def _write(share_run: ShareRun, run: Run) -> None:
-    request = share_run.request
+    """By this process alone: what was trained is in its memory, and is not sent about."""
+    request, resources = share_run.request, replace(run.resources, engine=None)
     write_shared(
         share_run.source, share_run.plan.form(), share_run.values.__getitem__,
         run.workspace.folder / "shared", changed=share_run.changed, dense=request.dense,
-        shard_bytes=request.shard_bytes, resources=run.resources,
+        shard_bytes=request.shard_bytes, resources=resources,
     )  # fmt: skip
     run.publish("shared")
