@@ -103,10 +103,10 @@ def test_every_command(tmp_path: Path) -> None:
     shared: dict[str, Any] = {"calibration": text, "max_tokens": 40, "device": "cuda"}
     compress(base, finetuned, tmp_path / "a.delta", "auto", file_ratio=6, steps=2, **shared)
     compress(base, finetuned, tmp_path / "b.delta", "lowrank", kl_at_most=0.01, **shared)
-    factor(finetuned, tmp_path / "factored", "lord", parameters=0.9, measure=text, **shared)
-    fold(finetuned, tmp_path / "folded", "auto", blocks=1, measure=text, heal=2, **shared)
+    factor(finetuned, tmp_path / "factored", "lord", parameters=0.9, text=text, **shared)
+    fold(finetuned, tmp_path / "folded", "auto", blocks=1, text=text, steps=2, **shared)
     share(
-        finetuned, tmp_path / "shared", shared=1, rank=4, protect=(), steps=2, train=text,
+        finetuned, tmp_path / "shared", shared=1, rank=4, protect=(), steps=2, calibration=text,
         max_tokens=16, device="cuda",
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_a_training_gives_the_same_bytes_again(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt", 96)
     for name in ("one", "two"):
         share(
-            finetuned, tmp_path / name, shared=1, rank=4, protect=(), steps=6, train=text,
+            finetuned, tmp_path / name, shared=1, rank=4, protect=(), steps=6, calibration=text,
             max_tokens=32, bf16=True, tune="all", device="cuda",
         )  # fmt: skip
     assert tree_hashes(tmp_path / "one") == tree_hashes(tmp_path / "two")

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from deltafold.evaluation import evaluate
     from deltafold.exporting.export import export
     from deltafold.exporting.load import load
-    from deltafold.factoring.scored import factor
+    from deltafold.factoring.factor import factor
     from deltafold.folding.fold import fold
     from deltafold.merging.choosing import merge
     from deltafold.publishing import push_to_hub
     from deltafold.restoring.inspect import inspect
     from deltafold.restoring.restore import restore
     from deltafold.restoring.verify import verify
-    from deltafold.sharing.scored import share
+    from deltafold.sharing.share import share
 
 _VERBS = {
     "compress": "deltafold.compressing.compress",
@@ -40,8 +40,8 @@ _VERBS = {
     "load": "deltafold.exporting.load",
     "merge": "deltafold.merging.choosing",
     "fold": "deltafold.folding.fold",
-    "factor": "deltafold.factoring.scored",
-    "share": "deltafold.sharing.scored",
+    "factor": "deltafold.factoring.factor",
+    "share": "deltafold.sharing.share",
     "evaluate": "deltafold.evaluation",
     "push_to_hub": "deltafold.publishing",
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import functools
 import inspect
 import json
+import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +24,7 @@ from deltafold.running.request import (
     Request,
     default_of,
     flag_of,
+    joined,
     options_of,
     types_of,
 )
@@ -66,6 +69,8 @@ def command(
             found = carry_out(
                 request.but(progress=advance), getattr(import_module(module), function)
             )
+        if os.environ.get("RANK", "0") != "0":
+            return  # of several processes one speaks
         if as_json:
             print(json.dumps(found))
         else:
@@ -76,6 +81,32 @@ def command(
     run.__signature__ = inspect.Signature(_parameters(kind, extra or {}))  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
     return run
+
+
+def taking(kind: type[Request], names: Sequence[str]) -> Callable[[Callable[..., None]], Any]:
+    """For a command written by hand: it also takes these options of a request, as the dict `asked`."""
+    options = {name: options_of(kind)[name] for name in names}
+    hints = types_of(kind)
+    added = [_option(kind, n, o, hints[n]) for n, o in options.items()]
+    added += [_old(n, flag, hints[n], o) for n, o in options.items() for flag in o.old_flags]
+
+    def made(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            context: typer.Context = given.pop("context")
+            taken = {p.name: given.pop(p.name) for p in added}
+            asked = {name: value for name, value in taken.items() if _is_given(context, name)}
+            function(**given, asked=_today(kind, asked))
+
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "asked"]
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [_parameter("context", typer.Context), *kept, *added]
+        )
+        run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+        return run
+
+    return made
 
 
 def _words(kind: type[Request]) -> str:
@@ -162,9 +193,9 @@ def _option(kind: type[Request], name: str, each: Option, hint: Any) -> inspect.
         default = each.shown_default or str(default)
     flag = each.flag or flag_of(name)
     flags = [flag, *each.flags]
-    if inner is bool:
+    if _is_switch(hint):
         shown = bool(default)
-        flags = [f"{flag}/--no-{flag[2:]}" if default else flag, *each.flags]
+        flags = [flag if default is False else _both_ways(flag), *each.flags]
     said = typer.Option(
         *flags, help=each.doc, metavar=each.metavar, rich_help_panel=each.panel, show_default=shown
     )
@@ -172,12 +203,21 @@ def _option(kind: type[Request], name: str, each: Option, hint: Any) -> inspect.
 
 
 def _old(name: str, flag: str, hint: Any, each: Option) -> inspect.Parameter:
-    said = typer.Option(flag, hidden=True)
+    said = typer.Option(_both_ways(flag) if _is_switch(hint) else flag, hidden=True)
     return _parameter(_old_name(name, flag), Annotated[_inner(each, hint) | None, said], None)
 
 
 def _old_name(name: str, flag: str) -> str:
     return f"old__{name}__{flag.strip('-').replace('-', '_')}"
+
+
+def _both_ways(flag: str) -> str:
+    """A switch that can also be turned off."""
+    return f"{flag}/--no-{flag[2:]}"
+
+
+def _is_switch(hint: Any) -> bool:
+    return bool in (hint, *typing.get_args(hint))
 
 
 def _is_many(hint: Any) -> bool:
@@ -223,7 +263,7 @@ def _today(kind: type[Request], asked: dict[str, Any]) -> dict[str, Any]:
                     f"deltafold: {flag} is called {today} now; the former name goes with the next release.",
                     err=True,
                 )
-                asked.setdefault(name, value)
+                asked[name] = joined(today, asked[name], value) if name in asked else value
     return asked
 
 

@@ -10,8 +10,8 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,10 +22,10 @@ from deltafold.checkpoint.writer import TensorSpec, guard_storage
 from deltafold.composed.form import OWN, Form, Linear
 from deltafold.composed.standalone import MODULE, modelling_file, shared_config
 from deltafold.errors import MismatchError, NonFiniteError, UsageError
-from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.running.engine import Resources, Task
+from deltafold.running.request import SHARD_BYTES
 
 CONFIG = "config.json"
-SHARD_BYTES = 5_000_000_000
 Tensors = Callable[[str], torch.Tensor]
 """A composed layer's tensor by its name in the form -> its values, in any floating dtype."""
 
@@ -83,11 +83,6 @@ def shared_specs(source: Source, form: Form) -> list[TensorSpec]:
     return [each.spec for each in _shared(source, form, _nothing, {})]
 
 
-def stored_parameters(specs: list[TensorSpec]) -> int:
-    """Numbers in a file of these tensors."""
-    return sum(math.prod(shape) for _, _, shape in specs)
-
-
 def stored_bytes(specs: list[TensorSpec]) -> int:
     """Bytes of these tensors, headers not counted."""
     return sum(math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in specs)
@@ -102,9 +97,7 @@ def write_shared(
     changed: Mapping[str, torch.Tensor] | None = None,
     dense: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    workers: int | None = None,
-    memory_bytes: int | None = None,
-    progress: Progress | None = None,
+    resources: Resources | None = None,
 ) -> None:
     """Write a composed model into `folder`, or with `dense` the ordinary model it amounts to.
 
@@ -122,6 +115,8 @@ def write_shared(
         checkpoint.metadata or {"format": "pt"},
     )
 
+    resources = resources or Resources()
+
     def write(each: _Write) -> int:
         name, dtype, shape = each.spec
         tensor = checkpoint.tensor(name) if each.make is None else each.make()
@@ -135,14 +130,14 @@ def write_shared(
     tasks = [
         Task(
             each.spec[0],
-            lambda e=each: write(e),  # type: ignore[misc]
+            partial(write, each),
             memory_bytes=16 * math.prod(each.spec[2]),
             work=float(math.prod(each.spec[2])),
         )
         for each in writes
     ]
     try:
-        run_tasks("write", tasks, workers, memory_bytes, progress)
+        resources.run("write", tasks)
         writer.finish()
     finally:
         writer.close()
@@ -183,15 +178,14 @@ def _shared(
             elif stored is not None:
                 owned.pop(f"{path}.{leaf}")  # as the checkpoint has it, under its name there
         new += [
-            _Write((name, dtype, shape), lambda n=name: tensors(n))  # type: ignore[misc]
-            for name, shape in owned.items()
+            _Write((name, dtype, shape), partial(tensors, name)) for name, shape in owned.items()
         ]
     for path, entry in form.experts.items():
         names = [name for expert in source.stacks[path] for name in expert]
         gone |= set(names)
         dtype = source.checkpoint.tensors[names[0]].dtype
         new += [
-            _Write((name, dtype, shape), lambda n=name: tensors(n))  # type: ignore[misc]
+            _Write((name, dtype, shape), partial(tensors, name))
             for name, shape in entry.tensors(path)
         ]
     return [*_copies(source, gone, replaced), *new]
@@ -220,11 +214,9 @@ def _dense(
         name = each.spec[0]
         if name in experts:
             rows = each.spec[2][0]
-            make_expert: Any = lambda e=experts[name], r=rows: _expert(form, tensors, e, r)  # noqa: E731
-            made.append(_Write(each.spec, make_expert))
+            made.append(_Write(each.spec, partial(_expert, form, tensors, experts[name], rows)))
         elif name in weights:
-            path, linear = weights[name]
-            make: Any = lambda p=path, e=linear: dense_weight(source, form, tensors, p, e, replaced)  # noqa: E731
+            make = partial(dense_weight, source, form, tensors, *weights[name], replaced)
             made.append(_Write(each.spec, make))
         else:
             made.append(each)
@@ -246,7 +238,7 @@ def _copies(source: Source, gone: set[str], replaced: Mapping[str, torch.Tensor]
     return [
         _Write(
             (name, info.dtype, tuple(info.shape)),
-            (lambda n=name: replaced[n]) if name in replaced else None,  # type: ignore[misc]
+            partial(replaced.__getitem__, name) if name in replaced else None,
         )
         for name, info in source.checkpoint.tensors.items()
         if name not in gone

@@ -13,7 +13,7 @@ from deltafold.checkpoint.store import address_of, is_address, output_of
 from deltafold.errors import UsageError, nearest
 from deltafold.running.devices import computing
 from deltafold.running.record import Record, record_path, write_record
-from deltafold.running.request import Request, default_of, flag_of, options_of
+from deltafold.running.request import Request, default_of, flag_of, joined, options_of
 
 P = ParamSpec("P")
 EXTRAS = "method_settings"
@@ -62,7 +62,7 @@ def made(kind: type[Request], name: str, args: tuple[Any, ...], kwargs: dict[str
 def _renamed(kind: type[Request], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keywords under today's names; a former one is said once."""
     today = {old: name for name, found in options_of(kind).items() for old in found.old}
-    given = {}
+    given: dict[str, Any] = {}
     for key, value in kwargs.items():
         if key in today:
             warnings.warn(
@@ -70,7 +70,8 @@ def _renamed(kind: type[Request], kwargs: dict[str, Any]) -> dict[str, Any]:
                 FutureWarning,
                 stacklevel=4,
             )
-        given[today.get(key, key)] = value
+        name = today.get(key, key)
+        given[name] = joined(name, value, given[name]) if name in given else value
     return given
 
 

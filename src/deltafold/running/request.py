@@ -202,6 +202,13 @@ def plain(value: Any) -> Any:
     return value
 
 
+def joined(name: str, today: Any, former: Any) -> list[Any]:
+    """What was given under an option's name and under a former one. Raises UsageError for single values."""
+    if all(isinstance(each, list | tuple) for each in (today, former)):
+        return [*former, *today]
+    raise UsageError(f"{name} is given twice, once by its former name; give it once.")
+
+
 # --- how text is read ------------------------------------------------------------------------------
 
 _UNITS = {
@@ -269,6 +276,10 @@ class Running(Request):
         "Called with a `Step` as the work goes on.",
         default=None, panel=WHERE, identity=False, record=False, cli=False,
     )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A request that goes to other processes with a task leaves its progress bar behind."""
+        return {**self.__dict__, "progress": None}
 
 
 @asked

@@ -44,19 +44,22 @@ class Run:
     """One run of a verb that writes an output. Use as a context manager.
 
     `request` is a `Writing` and a `Running`. Refuses at once what cannot be: an output that exists, a
-    record that cannot be written, an engine that is not there. Raises UsageError then.
+    record that cannot be written, an engine that is not there. Raises UsageError then. Of several
+    processes that compute together one `leads`: it alone has a workspace and writes.
     """
 
     workspace: Workspace
     checks_dry_runs = False
 
-    def __init__(self, kind: str, request: Any, sources: Sequence[str | Path] = ()):
-        self.kind, self.request = kind, request
+    def __init__(
+        self, kind: str, request: Any, sources: Sequence[str | Path] = (), leads: bool = True
+    ):
+        self.kind, self.request, self.leads = kind, request, leads
         self.output = Path(request.output)
         self.meter = Meter()
         self._engine: Engine | None = None
         self._stack = contextlib.ExitStack()
-        if request.dry_run and not self.checks_dry_runs:
+        if not leads or (request.dry_run and not self.checks_dry_runs):
             return
         self.check_output(sources)
         check_record_path(request.record)
@@ -121,5 +124,6 @@ class Run:
         }
         if self._engine:
             result["engine"] = self._engine.to_record()
-        write_record(result, Path(self.request.record or record_path(self.output)))
+        if self.leads:
+            write_record(result, Path(self.request.record or record_path(self.output)))
         return result
