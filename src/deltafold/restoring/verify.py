@@ -7,11 +7,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltafold.archive import Archive, Tensor, TensorDigest
 from deltafold.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from deltafold.errors import MismatchError
+from deltafold.lazy import torch
 from deltafold.restoring.decode import (
     check_base_headers,
     check_base_tensor,
@@ -54,7 +53,7 @@ def verify(
         def one(tensor: Tensor) -> None:
             if base_checkpoint is None:
                 for piece in tensor.pieces:
-                    opened.parts(tensor, piece)
+                    opened.check_parts(tensor, piece)
                 found: dict[str, Any] = {}
             else:
                 check_base_tensor(opened, tensor, base_checkpoint)
@@ -63,7 +62,13 @@ def verify(
                 results[tensor.name] = found
 
         tasks = [
-            Task(t.name, lambda t=t: one(t), TASK_MEMORY_BYTES, float(math.prod(t.shape)))  # type: ignore[misc]
+            Task(
+                t.name,
+                lambda t=t: one(t),  # type: ignore[misc]
+                TASK_MEMORY_BYTES,
+                float(math.prod(t.shape)),
+                tensors=base_checkpoint is not None,
+            )
             for t in opened.manifest.tensors
         ]
         run_tasks("verify", tasks, workers, memory_bytes, progress)
