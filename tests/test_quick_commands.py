@@ -110,12 +110,15 @@ def test_a_part_names_its_dtype_either_way() -> None:
     assert ours.n_bytes == 30
 
 
-def test_torch_is_what_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_what_it_stands_for() -> None:
     assert lazy.torch.Tensor is torch.Tensor
-    monkeypatch.setattr(torch, "eye", len)
-    assert lazy.torch.eye is len
-    monkeypatch.setattr(lazy.torch, "ones", len)
-    assert torch.ones is len
+    ones = torch.ones
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "eye", len)
+        assert lazy.torch.eye is len
+        patch.setattr(lazy.torch, "ones", len)
+        assert torch.ones is len
+    assert lazy.torch.ones is torch.ones is ones
     assert pickle.loads(pickle.dumps(lazy.torch)) is lazy.torch
     with pytest.raises(AttributeError, match="no_such"):
         _ = lazy.torch.no_such

@@ -16,6 +16,14 @@ else:
     class _Torch:
         """Stands for the module. It keeps nothing, so that what a test replaces in torch is seen."""
 
+        __slots__ = ()
+
+        @property
+        def __dict__(self) -> dict[str, Any]:
+            import torch
+
+            return vars(torch)
+
         def __getattr__(self, name: str) -> Any:
             import torch
 
