@@ -269,7 +269,9 @@ def test_tasks_of_factor_can_run_elsewhere(
     model, text = write_deep(tmp_path / "model", "llama"), write_text(tmp_path / "text.txt")
     asked: dict[str, Any] = {"parameters": 0.75, "calibration": text, "max_tokens": 40, **options}
     factor(model, tmp_path / "a", method, **asked)
-    record = factor(model, tmp_path / "b", method, engine="ray", progress=lambda step: None, **asked)
+    record = factor(
+        model, tmp_path / "b", method, engine="ray", progress=lambda step: None, **asked
+    )
     assert tree_hashes(tmp_path / "a") == tree_hashes(tmp_path / "b")
     stages = record["engine"]["stages"]
     assert "factor" in stages and stages[-1] == "write"

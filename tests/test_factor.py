@@ -164,9 +164,7 @@ def test_centring_keeps_the_mean_by_a_bias(tmp_path: Path, family: str) -> None:
     assert sum(math.prod(shape) for shape in after.values()) == record["parameters"]["kept"]
     biases = {name for name in after if name.endswith("_proj.bias")} - set(before)
     assert len(biases) == {"llama": 35, "qwen2": 20, "gpt2": 0}[family]
-    whole = factor(
-        model, tmp_path / "plain", "lord", parameters=0.7, text=text, **settings(text)
-    )
+    whole = factor(model, tmp_path / "plain", "lord", parameters=0.7, text=text, **settings(text))
     error = {
         name: sum(row["relative_error"] for row in each["roles"])
         for name, each in (("centred", record), ("plain", whole))

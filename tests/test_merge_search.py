@@ -215,7 +215,9 @@ def test_as_archive_goes_on_after_the_merge(
 
     merges: list[int] = []
     true = module.merge_models
-    monkeypatch.setattr(module, "merge_models", lambda *a, **k: (merges.append(1), true(*a, **k))[1])
+    monkeypatch.setattr(
+        module, "merge_models", lambda *a, **k: (merges.append(1), true(*a, **k))[1]
+    )
     options = {"file_ratio": 5000.0, "calibration": "none"}
     with pytest.raises(UsageError, match="cannot be met"):
         merge(recipe(folders), tmp_path / "m.delta", base=folders[0], as_archive=options)

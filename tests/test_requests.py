@@ -136,9 +136,7 @@ def test_engine_once_meant_what_runs_the_adapter(tmp_path: Path) -> None:
         deltafold.export(tmp_path / "no.delta", tmp_path / "out", engine="vllm")
 
 
-def test_merge_as_one_would_guess_and_as_before(
-    archive: Path, pair: Any, tmp_path: Path
-) -> None:
+def test_merge_as_one_would_guess_and_as_before(archive: Path, pair: Any, tmp_path: Path) -> None:
     """A list of models and an output; the base is the one that the archives name."""
     made = deltafold.merge([archive], tmp_path / "one", method="average")
     assert made["models"] and made["recipe"]["method"] == "average"

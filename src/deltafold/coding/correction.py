@@ -15,10 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from deltafold.coding.counter import derive_key, gaussian
 from deltafold.coding.trainable import straight_through
+from deltafold.lazy import torch
 
 LEVELS = 127
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from deltafold.checkpoint import DTYPES
 from deltafold.coding.trainable import Trainable, Values
 from deltafold.compressing.job import CompressJob
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
+from deltafold.lazy import torch
 from deltafold.running.workspace import Workspace
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from deltafold.archive import TensorDigest
 from deltafold.checkpoint import DTYPES, tensor_bytes
 from deltafold.codecs import exact_codec
@@ -19,6 +17,7 @@ from deltafold.codecs.base import Parts, Settings
 from deltafold.codecs.rows import changed_rows
 from deltafold.compressing.pair import Pair, Pairing
 from deltafold.errors import NonFiniteError
+from deltafold.lazy import torch
 from deltafold.names import is_vocabulary
 from deltafold.restoring.decode import reference_rows
 from deltafold.running.workspace import Workspace, checksum

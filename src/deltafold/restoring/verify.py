@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltafold.archive import Archive, Tensor, TensorDigest
 from deltafold.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from deltafold.errors import MismatchError
+from deltafold.lazy import torch
 from deltafold.restoring.decode import (
     check_base_headers,
     check_base_tensor,
@@ -47,7 +46,7 @@ def run_verify(request: VerifyRequest) -> Record:
         def one(tensor: Tensor) -> None:
             if base_checkpoint is None:
                 for piece in tensor.pieces:
-                    opened.parts(tensor, piece)
+                    opened.check_parts(tensor, piece)
                 found: dict[str, Any] = {}
             else:
                 check_base_tensor(opened, tensor, base_checkpoint)
@@ -56,7 +55,13 @@ def run_verify(request: VerifyRequest) -> Record:
                 results[tensor.name] = found
 
         tasks = [
-            Task(t.name, partial(one, t), TASK_MEMORY_BYTES, float(math.prod(t.shape)))
+            Task(
+                t.name,
+                partial(one, t),
+                TASK_MEMORY_BYTES,
+                float(math.prod(t.shape)),
+                tensors=base_checkpoint is not None,
+            )
             for t in opened.manifest.tensors
         ]
         run_tasks("verify", tasks, request.workers, request.memory_bytes, request.progress)
