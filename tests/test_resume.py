@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 from checkpoints import PairFiles, make_pair, tree_hashes
 from forks import killed_in_a_fork
+from processes import Processes
 from refusals import nothing_left, refused
 
 from deltafold import compress, restore
@@ -280,28 +279,24 @@ main()
 """
 
 
-def interrupted(slow: tuple[str, str], waits_for: Path, *arguments: object) -> tuple[int, str]:
+def interrupted(
+    processes: Processes, slow: tuple[str, str], waits_for: Path, *arguments: object
+) -> tuple[int, str]:
     """Run the command line, slowed down; Ctrl-C when `waits_for` exists. (exit code, stderr)"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW.format(module=slow[0], function=slow[1]), *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = processes.start("-c", SLOW.format(module=slow[0], function=slow[1]), *arguments)
     deadline = time.monotonic() + 120
     while not waits_for.exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    return process.returncode, told
+    ended = process.wait()
+    return ended.returncode, ended.stderr
 
 
-def test_interrupted_compress(pair: PairFiles, archive: Path) -> None:
+def test_interrupted_compress(pair: PairFiles, archive: Path, processes: Processes) -> None:
     out = archive.parent / "out.delta"
     code, told = interrupted(
+        processes,
         ("compressing.triplets", "truncated_svd"),
         partial_path(out) / "factors",
         "compress", pair.base, pair.finetuned, "-o", out, "-m", "impart", "--file-ratio", 8,
@@ -315,9 +310,10 @@ def test_interrupted_compress(pair: PairFiles, archive: Path) -> None:
     assert tree_hashes(out) == tree_hashes(archive)
 
 
-def test_interrupted_restore(pair: PairFiles, archive: Path) -> None:
+def test_interrupted_restore(pair: PairFiles, archive: Path, processes: Processes) -> None:
     out = archive.parent / "out"
     code, told = interrupted(
+        processes,
         ("restoring.restore", "checked_rows"),
         partial_path(out) / "done",
         "restore", archive, "--base", pair.base, "-o", out,
