@@ -66,17 +66,40 @@ def kill_at(moment: int, after: bool, action: Callable[[], object]) -> bool:
     return killed_in_a_fork(killing)
 
 
+@pytest.fixture(scope="module")
+def unbroken(
+    _template: PairFiles, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, int]]:
+    """By method: the archive of a run that nothing broke off, and how many files it named."""
+    folder, made = tmp_path_factory.mktemp("unbroken"), dict[str, tuple[Path, int]]()
+
+    def found(method: str) -> tuple[Path, int]:
+        if method not in made:
+            out, options = folder / f"{method}.delta", RATIO | {"method": method}
+            total = counted_renames(
+                lambda: compress(_template.base, _template.finetuned, out, **options)
+            )
+            made[method] = (out, total)
+        return made[method]
+
+    return found
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("share", MOMENTS)
-def test_killed_compress(pair: PairFiles, archive: Path, share: float, after: bool) -> None:
+def test_killed_compress(
+    pair: PairFiles,
+    archive: Path,
+    unbroken: Callable[[str], tuple[Path, int]],
+    share: float,
+    after: bool,
+) -> None:
     out = archive.parent / "out.delta"
 
     def run() -> None:
         compress(pair.base, pair.finetuned, out, **RATIO)
 
-    total = counted_renames(
-        lambda: compress(pair.base, pair.finetuned, archive.parent / "count.delta", **RATIO)
-    )
+    _, total = unbroken("impart")
     moment = round(share * (total - 2))  # the output's rename; the last one is the record's
     assert kill_at(moment, after, run)
     published = share == 1.0 and after
@@ -91,44 +114,59 @@ def test_killed_compress(pair: PairFiles, archive: Path, share: float, after: bo
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 1.0])
-def test_killed_compress_to_a_size(pair: PairFiles, tmp_path: Path, share: float) -> None:
+def test_killed_compress_to_a_size(
+    pair: PairFiles, unbroken: Callable[[str], tuple[Path, int]], tmp_path: Path, share: float
+) -> None:
     """`auto` encodes more than once, until the size is met: rounds that were left over do no harm."""
     options = RATIO | {"method": "auto"}
 
-    def run(name: str = "out.delta") -> None:
-        compress(pair.base, pair.finetuned, tmp_path / name, **options)
+    def run() -> None:
+        compress(pair.base, pair.finetuned, tmp_path / "out.delta", **options)
 
-    total = counted_renames(lambda: run("unbroken.delta"))
+    whole, total = unbroken("auto")
     assert kill_at(round(share * (total - 2)), False, run)
     assert partial_path(tmp_path / "out.delta").is_dir()
     run()
-    assert tree_hashes(tmp_path / "out.delta") == tree_hashes(tmp_path / "unbroken.delta")
+    assert tree_hashes(tmp_path / "out.delta") == tree_hashes(whole)
     assert not partial_path(tmp_path / "out.delta").exists()
 
 
-def test_killed_twice_on_the_way_to_a_size(pair: PairFiles, tmp_path: Path) -> None:
+def test_killed_twice_on_the_way_to_a_size(
+    pair: PairFiles, unbroken: Callable[[str], tuple[Path, int]], tmp_path: Path
+) -> None:
     options = RATIO | {"method": "auto", "workers": 1}
-    out, unbroken = tmp_path / "out.delta", tmp_path / "unbroken.delta"
+    out = tmp_path / "out.delta"
     for moment in (6, 9):
         assert kill_at(moment, True, lambda: compress(pair.base, pair.finetuned, out, **options))
     compress(pair.base, pair.finetuned, out, **options)
-    compress(pair.base, pair.finetuned, unbroken, **options)
-    assert tree_hashes(out) == tree_hashes(unbroken)
+    assert tree_hashes(out) == tree_hashes(unbroken("auto")[0])
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("share", MOMENTS)
-def test_killed_restore(tmp_path: Path, share: float, shards: int) -> None:
-    pair = make_pair(tmp_path, shards=shards)
-    archive, unbroken, out = tmp_path / "x.delta", tmp_path / "unbroken", tmp_path / "out"
+@pytest.fixture(scope="module", params=[1, 3], ids=lambda shards: str(shards))
+def restored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path, int]:
+    """Base, archive, what it restores to, and how many files that named; by number of shards."""
+    folder = tmp_path_factory.mktemp("restored")
+    pair = make_pair(folder, shards=request.param)
+    archive, whole = folder / "x.delta", folder / "whole"
     compress(pair.base, pair.finetuned, archive, **RATIO)
-    total = counted_renames(lambda: restore(archive, pair.base, unbroken, workers=2))
+    total = counted_renames(lambda: restore(archive, pair.base, whole, workers=2))
+    return pair.base, archive, whole, total
+
+
+@pytest.mark.parametrize("share", MOMENTS)
+def test_killed_restore(
+    restored: tuple[Path, Path, Path, int], tmp_path: Path, share: float
+) -> None:
+    base, archive, whole, total = restored
+    out = tmp_path / "out"
     assert kill_at(
-        round(share * (total - 2)), False, lambda: restore(archive, pair.base, out, workers=2)
+        round(share * (total - 2)), False, lambda: restore(archive, base, out, workers=2)
     )
     assert not out.exists()
-    restore(archive, pair.base, out)
-    assert tree_hashes(out) == tree_hashes(unbroken)
+    restore(archive, base, out)
+    assert tree_hashes(out) == tree_hashes(whole)
     assert not partial_path(out).exists()
 
 
