@@ -200,7 +200,12 @@ def test_refusals_in_a_process_of_their_own(
     paths = {"archive": archive, "base": pair.base, "tuned": pair.finetuned, "out": out}
     if case == "wrong base":
         paths["other"] = make_pair(tmp_path / "other", seed=9).base
-    told = deltafold(*command.format(**paths).split())
+    arguments = command.format(**paths).split()
+    if case == "wrong base":  # started as a shell does, not forked
+        start = [sys.executable, "-m", "deltafold", *arguments]
+        told = subprocess.run(start, capture_output=True, text=True)
+    else:
+        told = deltafold(*arguments)
     one_sentence((told.returncode, told.stdout, told.stderr), code, words)
     nothing_left(out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -295,9 +296,15 @@ def commands(page: Path) -> Iterator[str]:
                 yield line
 
 
+@functools.cache
+def commands_of_the_program() -> Any:
+    """Click's own form of the command line; typer reads every signature for it."""
+    return typer.main.get_command(app)
+
+
 def check_command(line: str) -> None:
     """Parse a command line without running it. Raises NotACommand."""
-    group: Any = typer.main.get_command(app)
+    group = commands_of_the_program()
     words = re.split(r" (?:[|>]|&&|2>)", line)[0]
     arguments = shlex.split(words, comments=True)[1:]
     if not arguments or arguments[0] in ("--help", "-h", "--version"):
@@ -319,7 +326,7 @@ def test_every_command_line_parses(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_command_named_in_a_sentence_exists(page: Path):
-    group: Any = typer.main.get_command(app)
+    group = commands_of_the_program()
     for line in re.findall(r"`deltafold ([^`]+)`", FENCE.sub("", page.read_text(encoding="utf-8"))):
         name, *words = line.split()
         if name.startswith("-"):
@@ -336,7 +343,7 @@ def test_a_wrong_command_line_is_noticed():
 
 
 def test_every_command_has_a_page():
-    group: Any = typer.main.get_command(app)
+    group = commands_of_the_program()
     for name, command in group.commands.items():
         page = ROOT / "docs" / "commands" / f"{name}.md"
         assert any(f"deltafold {name}" in line for line in commands(page)), f"{page} has no example"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from conftest import Run
 from folding_models import write_deep, write_text
+from processes import Processes
 from sharing_models import IDS
 from tiny_models import FAMILIES
 
@@ -116,16 +114,16 @@ def test_recomputing_changes_nothing_and_bf16_little(tmp_path: Path, family: str
     assert losses != [row["loss"] for row in plain["curve"]]
 
 
-def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path, processes: Processes) -> None:
     base, text = model_and_text(tmp_path)
     options = TINY | {"calibration": text, "steps": 8}
     share(base, tmp_path / "whole", **options)
 
-    # A process of its own, not a fork: torch forbids backward passes in those of a process that has
+    # Not a fork of this process: torch forbids backward passes in those of a process that has
     # run one, once it knows another device (`pretend_gpu.py`).
     wish = json.dumps(options | {"calibration": str(text)})
-    command = [sys.executable, "-c", UNTIL_KILLED, str(base), str(tmp_path / "broken"), wish]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    killed = processes.run("-c", UNTIL_KILLED, base, tmp_path / "broken", wish)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "broken.partial" / "training.safetensors").is_file()
     done = []
     share(base, tmp_path / "broken", progress=lambda step: done.append(step), **options)
@@ -161,21 +159,17 @@ def test_searched_placement_and_searched_numbers(tmp_path: Path) -> None:
     assert record["search"][0]["rate"] == TINY["rate"]
 
 
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does(tmp_path: Path, processes: Processes) -> None:
     base, text = model_and_text(tmp_path)
     arguments = [
         "share", base, "-o", tmp_path / "two", "--shared", 1, "--rank", 4, "--protect", "0,-1",
         "--max-tokens", 16, "--batch", 2, "--check-steps", 2, "--rate", "3e-3", "--calibration", text,
         "--steps", 4,
     ]  # fmt: skip
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+    made = processes.run(
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", "-m", "deltafold", *arguments,
-    ]  # fmt: skip
-    made = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=280,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        "--main_process_port", "0", "-m", "deltafold", *arguments, CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert made.returncode == 0, made.stderr[-3000:]
     assert made.stdout.count("parameters") == 1

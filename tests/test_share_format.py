@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Processes
 from safetensors import safe_open
 from sharing_models import IDS, any_form, random_factors, write_composed
 from tiny_models import FAMILIES
@@ -131,7 +129,7 @@ def test_shared_tensors_are_stored_once_and_borrowed_factors_too(tmp_path: Path)
 
 
 @pytest.mark.integration
-def test_it_loads_where_deltafold_is_not_installed(tmp_path: Path) -> None:
+def test_it_loads_where_deltafold_is_not_installed(tmp_path: Path, processes: Processes) -> None:
     write_composed(tmp_path, "llama")
     script = (
         "import sys; sys.modules['deltafold'] = None\n"
@@ -140,11 +138,7 @@ def test_it_loads_where_deltafold_is_not_installed(tmp_path: Path) -> None:
         "trust_remote_code=True, dtype=torch.float32).eval()\n"
         "print(float(m(torch.arange(3, 27)[None]).logits.double().sum()))\n"
     )
-    path = os.environ.get("PYTHONPATH", "")
-    made = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200,
-        env=os.environ | {"PYTHONPATH": path, "HF_HOME": str(tmp_path / "hf")},
-    )  # fmt: skip
+    made = processes.run("-c", script)
     assert made.returncode == 0, made.stderr[-2000:]
     ours = deltafold.load(tmp_path / "shared", dtype=torch.float32)
     assert float(made.stdout.split()[-1]) == pytest.approx(float(ours(IDS).logits.double().sum()))

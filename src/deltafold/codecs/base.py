@@ -12,6 +12,7 @@ A codec is pure: it knows tensors and integers, no file and no model.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -56,7 +57,7 @@ class PartSpec:
 
     @property
     def n_bytes(self) -> int:
-        return ITEM_BYTES[self.dtype_name] * int(np.prod(self.shape, dtype=np.int64))
+        return ITEM_BYTES[self.dtype_name] * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
