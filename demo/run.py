@@ -25,7 +25,7 @@ from deltafold.running.record import RECORD_VERSION, Record, machine, write_reco
 
 HERE = Path(__file__).parent
 MAIN_METHOD = "auto"  # what `compress` takes if no method is named
-MAIN_RATIOS = (8, 32, 64, 128)  # up to where this fine-tune no longer survives
+MAIN_RATIOS = (8, 32, 64, 128)  # the last is more than either fine-tune can bear
 ALL_RATIOS = (8, 16, 32, 64)  # that every lossy method can meet on so small a model
 Job = tuple[str, int | None]  # method, times smaller (None: the method has one size)
 
@@ -75,6 +75,7 @@ def make_archives(base: Path, finetuned: Path, out: Path, chosen: list[Job]) -> 
                 "asked_file_ratio": ratio,
                 "file_ratio": record["totals"]["file_ratio"],
                 "nominal_ratio": record["totals"]["nominal_ratio"],
+                "archive": archive.name,
                 "archive_bytes": record["totals"]["archive_bytes"],
                 "restored": str(restored),
             }

@@ -30,7 +30,9 @@ def show(path: Path, finetune: str, everything: bool) -> None:
             console.print(part)
     figures = [f"picture: {figure}" for figure in figures_of(records, out / "figures")]
     written = f"record:  {path}   ({record['seconds']:.0f} s)"
-    for line in [*figures, written, "", *what_next(out, finetune, everything)]:
+    lossy = [row for row in record["rows"] if row["asked_file_ratio"]]
+    archive = out / min(lossy, key=lambda row: abs(row["asked_file_ratio"] - 32))["archive"]
+    for line in [*figures, written, "", *what_next(archive, finetune, everything)]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -65,7 +67,7 @@ def _quality(scores: Record, kl: float | None) -> tuple[str, str]:
     return share, "" if kl is None else kl_text(kl, scores["kl_stderr"])
 
 
-def what_next(out: Path, finetune: str, everything: bool) -> list[str]:
+def what_next(archive: Path, finetune: str, everything: bool) -> list[str]:
     """Commands to go on with; first the one without which a shell does not find `deltafold`."""
     bin_folder = Path(sys.prefix, "bin")
     if bin_folder.is_relative_to(Path.cwd()):
@@ -75,7 +77,7 @@ def what_next(out: Path, finetune: str, everything: bool) -> list[str]:
     return [
         "Try next:",
         *([f"  source {activate}"] if missing else []),
-        f"  deltafold inspect {out / 'auto-32.delta'}",
+        f"  deltafold inspect {archive}",
         f"  deltafold compress demo/models/base demo/models/{finetune} \\",
         "    -o my.delta --file-ratio 32",
         "  deltafold restore my.delta --base demo/models/base -o restored/",

@@ -60,7 +60,13 @@ def test_the_result_fits_one_screen(
     demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [
-        {"method": method, "file_ratio": ratio or 1.9, "archive_bytes": 6.45e6 / (ratio or 1.9)}
+        {
+            "method": method,
+            "asked_file_ratio": ratio,
+            "file_ratio": ratio or 1.9,
+            "archive": f"{method}-{ratio}.delta",
+            "archive_bytes": 6.45e6 / (ratio or 1.9),
+        }
         for method, ratio in demo.jobs(everything=False)
     ]
     write_record(made_record(rows), tmp_path / "record.json")
@@ -82,7 +88,8 @@ def test_a_run_measures_all_models_on_the_same_rows(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(demo, "MAIN_RATIOS", (32,))
+    monkeypatch.setattr(demo, "MAIN_METHOD", "impart")  # a tenth of the work
+    monkeypatch.setattr(demo, "MAIN_RATIOS", (16, 32))
     stale, own = tmp_path / "dare-8.delta" / "manifest.json", tmp_path / "mine.txt"
     stale.parent.mkdir()
     stale.write_text("{}", encoding="utf-8")
@@ -92,9 +99,9 @@ def test_a_run_measures_all_models_on_the_same_rows(
     record = read_record(tmp_path / "record.json")
     assert record["data"] == "task add, 3 held-out rows"
     assert record["settings"]["tasks"][0]["rows"] == 3
-    assert [row["method"] for row in record["rows"]] == ["lossless", "auto"]
-    for row, name in zip(record["rows"], ("lossless", "auto-32"), strict=True):
-        files = (tmp_path / f"{name}.delta").rglob("*")
+    assert [row["method"] for row in record["rows"]] == ["lossless", "impart", "impart"]
+    for row in record["rows"]:
+        files = (tmp_path / row["archive"]).rglob("*")
         assert row["archive_bytes"] == sum(file.stat().st_size for file in files if file.is_file())
     lossless, known = record["rows"][0], record["reference"]["add"]
     assert lossless["exact_match"] == known["fine-tune"]["exact_match"]
@@ -107,7 +114,8 @@ def test_a_run_measures_all_models_on_the_same_rows(
     picture = next(line for line in printed.splitlines() if line.startswith("picture: "))
     assert Path(picture.removeprefix("picture: ")).read_bytes().startswith(b"\x89PNG")
     inspect = next(line for line in printed.splitlines() if "deltafold inspect" in line)
-    assert Path(shlex.split(inspect)[-1]).is_dir()
+    assert Path(shlex.split(inspect)[-1]) == tmp_path / "impart-32.delta"
+    assert (tmp_path / "impart-32.delta").is_dir()
 
 
 @pytest.mark.parametrize("arguments", [["--rows", "0"], ["--finetune", "base"]])
