@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import deltafold
 from deltafold.codecs import get, names
 from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
@@ -147,6 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.rows is not None and options.rows < 1:
         parser.error(f"--rows {options.rows}: at least 1 row is needed to measure on")
+    torch.set_num_threads(1)  # matrices this small: a second thread mostly waits, and waits busily
     record = run(options.finetune, options.out, options.all, options.rows)
 
     from screen import show
