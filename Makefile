@@ -1,4 +1,5 @@
 # make demo    compress a fine-tune, show what was saved and what it cost
+#              (OPTIONS=--all: by every method)
 # make test    run the tests
 # make bench   measure every codec on a real model (hours; goes on where it stopped)
 # make tables  write tables and figures from the records of make bench
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test unit check bench tables clean
 
 demo: $(VENV)/.test
-	$(BIN)/python demo/run.py
+	$(BIN)/python demo/run.py $(OPTIONS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
