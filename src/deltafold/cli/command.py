@@ -177,11 +177,10 @@ def _settled() -> list[inspect.Parameter]:
 def _argument(kind: type[Request], name: str, each: Option, hint: Any) -> inspect.Parameter:
     said = typer.Argument(metavar=each.metavar or name.upper(), help=each.doc)
     default = default_of(kind, name)
-    many = _is_many(hint)
-    inner: Any = list[str] | None if many else str | None
-    return _parameter(
-        name, Annotated[inner, said], None if default is dataclasses.MISSING else default
-    )
+    if default is dataclasses.MISSING:
+        return _parameter(name, Annotated[str, said])
+    inner: Any = list[str] | None if _is_many(hint) else str | None
+    return _parameter(name, Annotated[inner, said], default or None)
 
 
 def _option(kind: type[Request], name: str, each: Option, hint: Any) -> inspect.Parameter:

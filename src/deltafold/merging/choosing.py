@@ -102,11 +102,16 @@ def _each(option: str, given: Sequence[Any] | None, count: int, usual: Any) -> l
 
 
 def base_named_by(recipe: Recipe) -> str:
-    """The base that the archives among the models name. Raises UsageError where none does."""
+    """The base that the archives among the models name, beside them or by its id.
+
+    Raises UsageError where none does.
+    """
     for model in recipe.models:
         if is_archive(model.path):
             with Archive(Path(model.path)) as archive:
-                return archive.manifest.base.label
+                label = archive.manifest.base.label
+            beside = Path(model.path).absolute().parent / label
+            return str(beside) if beside.is_dir() else label
     raise UsageError("No archive is among the models that would name the base; give it.")
 
 
