@@ -342,6 +342,18 @@ def test_a_wrong_command_line_is_noticed():
             check_command(line)
 
 
+@pytest.mark.parametrize(
+    "name", ["compress", "restore", "verify", "export", "merge", "fold", "share", "factor"]
+)
+def test_the_table_of_options_is_the_requests(name: str):
+    """After a change: python scripts/write_option_tables.py."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts/write_option_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = ROOT / "docs" / "commands" / f"{name}.md"
+    assert page.read_text(encoding="utf-8") == tables.page_with_table(name)
+
+
 def test_every_command_has_a_page():
     group = commands_of_the_program()
     for name, command in group.commands.items():
