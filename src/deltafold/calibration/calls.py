@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from deltafold.calibration.building import first_line, quiet
+from deltafold.calibration.models import first_line, quiet
 from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.wiring import Weights
 from deltafold.errors import MismatchError
@@ -157,8 +157,8 @@ class Forward:
     def _unfit(self, why: str) -> MismatchError:
         kind = type(self.skeleton.model).__name__
         return MismatchError(
-            f"{self.label}, a {kind}, cannot be run block by block ({why}); choose a method "
-            "without calibration."
+            f"{self.label}, a {kind}, cannot be run block by block ({why}); compress takes it "
+            "with --calibration none."
         )
 
 

@@ -17,7 +17,7 @@ def _show(record: dict[str, Any], request: CompressRequest) -> None:
         return
     from collections import Counter
 
-    from deltafold.cli.show import device_lines, duration, say, size
+    from deltafold.cli.show import device_lines, duration, left_out_lines, say, size
 
     totals, budget = record["totals"], record["budget"]
     say(
@@ -54,7 +54,7 @@ def _show(record: dict[str, Any], request: CompressRequest) -> None:
             for name, found in row["metrics"]["tasks"].items()
         )
         say(f"  {row['label']}: {shares}")
-    for line in device_lines(record):
+    for line in [*left_out_lines(record), *device_lines(record)]:
         say(line)
     say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "

@@ -47,7 +47,7 @@ def _show(result: dict[str, Any], request: FactorRequest) -> None:
     if request.dry_run:
         return
     where = record_place(request.record, request.output)
-    from deltafold.cli.show import device_lines, duration, say, size
+    from deltafold.cli.show import device_lines, duration, left_out_lines, say, size
 
     counted = result["parameters"]
     if "bytes" in counted:
@@ -69,7 +69,7 @@ def _show(result: dict[str, Any], request: FactorRequest) -> None:
             f"  {row['label']}: {shares}; {row['tokens_per_second']:.0f} tokens/s, weights "
             f"{size(row['weight_bytes'])}"
         )
-    for line in device_lines(result):
+    for line in [*left_out_lines(result), *device_lines(result)]:
         say(line)
     say(
         f"  {duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}; "

@@ -50,7 +50,7 @@ def _show(result: dict[str, Any], request: ShareRequest) -> None:
         show_sharing(result)
         return
     where = record_place(request.record, request.output)
-    from deltafold.cli.show import device_lines, duration, say, size
+    from deltafold.cli.show import device_lines, duration, left_out_lines, say, size
     from deltafold.reporting.units import lowered_text
 
     blocks = ", ".join(
@@ -93,7 +93,7 @@ def _show(result: dict[str, Any], request: ShareRequest) -> None:
             f"  {row['label']}: {shares}{row['tokens_per_second']:.0f} tokens/s, weights "
             f"{size(row['weight_bytes'])}"
         )
-    for line in device_lines(result):
+    for line in [*left_out_lines(result), *device_lines(result)]:
         say(line)
     say(
         f"  {duration(result['seconds'])}, peak memory {size(result['peak_memory_bytes'])}; "

@@ -18,7 +18,8 @@ import torch
 from deltafold.calibration.building import build
 from deltafold.calibration.wiring import wire
 from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
-from deltafold.checkpoint.writer import TensorSpec, guard_storage
+from deltafold.checkpoint.beside import write_beside
+from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
 from deltafold.composed.form import OWN, Form, Linear
 from deltafold.composed.standalone import MODULE, modelling_file, shared_config
 from deltafold.errors import MismatchError, NonFiniteError, UsageError
@@ -47,7 +48,7 @@ class Source:
     def of(cls, checkpoint: Checkpoint) -> Source:
         """Raises CheckpointError, MismatchError for what transformers cannot build."""
         model = build(checkpoint.path)
-        groups = wire(model, checkpoint.tensors)
+        groups = wire(model, checkpoint.own_tensors)
         stored = {name: group.names[0] for name, group in groups.items() if group.converter is None}
         stacks = {
             name: tuple(zip(*group.sources.values(), strict=True))
@@ -111,7 +112,7 @@ def write_shared(
     checkpoint = source.checkpoint
     writer = CheckpointWriter(
         folder,
-        plan_shards([each.spec for each in writes], shard_bytes),
+        plan_shards([each.spec for each in writes], shard_bytes, checkpoint.inner_files),
         checkpoint.metadata or {"format": "pt"},
     )
 
@@ -145,18 +146,13 @@ def write_shared(
 
 
 def _side_files(source: Source, form: Form, folder: Path, dense: bool) -> None:
-    for file in source.checkpoint.side_files:
-        data = file.read_bytes()
-        if file.name == CONFIG and not dense:
-            config = shared_config(dict(source.checkpoint.config()), form, source.kind)
-            data = (json.dumps(config, indent=2) + "\n").encode()
-        _put_file(folder / file.name, data)
+    changed = {}
     if not dense:
-        _put_file(folder / f"{MODULE}.py", modelling_file(source.kind).encode())
-
-
-def _put_file(path: Path, data: bytes) -> None:
-    guard_storage(path, lambda: path.write_bytes(data))
+        config = shared_config(source.checkpoint.config(), form, source.kind)
+        changed[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    write_beside(source.checkpoint, folder, changed)
+    if not dense:
+        put_file(folder, f"{MODULE}.py", modelling_file(source.kind).encode())
 
 
 def _nothing(name: str) -> torch.Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deltafold.calibration.moments import Calibration
 
 NONE, GENERAL, SELF = "none", "general", "self"
-_NEEDED = ("config.json", "tokenizer*", "*.model", "vocab*", "*.tiktoken")
+_NEEDED = ("config.json", "tokenizer*", "*.model", "vocab*", "*.tiktoken", "tekken.json", "*.spm")
 
 
 @dataclass(frozen=True)

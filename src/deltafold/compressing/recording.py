@@ -34,6 +34,7 @@ def compress_record(job: CompressJob, plan: Plan, archive: Archive, output: Path
         },
         "budget": {"kind": kind, "asked": asked, "got": got.get(kind)},
         "totals": totals,
+        "left_out": job.pair.finetuned.left_out,
         "tensors": [
             _tensor_row(planned, archive.by_name[planned.pairing.name], archive)
             for planned in plan.tensors

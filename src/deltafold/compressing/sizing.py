@@ -135,7 +135,7 @@ def _source(checkpoint: Checkpoint) -> Source:
     return Source(
         label=checkpoint.path.name if checkpoint.path.exists() else checkpoint.label,
         total_bytes=checkpoint.total_bytes,
-        files=tuple(shard.name for shard in checkpoint.shards),
+        files=tuple(map(checkpoint.relative, checkpoint.shards)),
         metadata=checkpoint.metadata,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deltafold.calibration.models import quiet
 from deltafold.checkpoint import local_folder
 from deltafold.evaluation.data import read_tasks
 from deltafold.evaluation.loading import (
@@ -18,7 +19,6 @@ from deltafold.evaluation.loading import (
     end_token_ids,
     load_tokenizer,
     loaded,
-    quiet,
 )
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deltafold.archive import Tensor
 from deltafold.checkpoint import CheckpointWriter
-from deltafold.checkpoint.writer import TensorSpec, guard_storage
+from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
 from deltafold.exporting.job import ExportJob
 from deltafold.restoring.decode import checked_rows
 from deltafold.running.engine import Resources, Task
@@ -54,6 +54,4 @@ def write_folded_base(job: ExportJob, folder: Path, resources: Resources) -> Non
     finally:
         writer.close()
     for entry in manifest.files:
-        data = job.archive.side_file(entry, job.base)
-        path = folder / entry.name
-        guard_storage(path, partial(path.write_bytes, data))
+        put_file(folder, entry.name, job.archive.side_file(entry, job.base))

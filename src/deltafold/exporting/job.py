@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from deltafold.archive import Archive, Tensor
 from deltafold.checkpoint import Checkpoint
+from deltafold.checkpoint.json_files import CONFIG_FILE, parse_object
 from deltafold.errors import MismatchError, UsageError, nearest
 from deltafold.exporting.engines import refusal
 from deltafold.exporting.methods.ranks import Choice
 from deltafold.exporting.places import PAIRED, Layout, Place, find_places
 from deltafold.restoring.decode import check_base_headers, check_codecs
 
+_TALKS = re.compile(r"(CausalLM|LMHeadModel|ConditionalGeneration)$", re.I)
 Rest = Literal["lora", "fold", "drop"]
 RESTS: tuple[Rest, ...] = ("lora", "fold", "drop")
 How = Literal["pair", "whole", "fold", "none", "equal"]
@@ -82,6 +85,7 @@ def make_job(
         raise UsageError(f"There is no way {rest!r} for --rest; {nearest(rest, list(RESTS))}")
     check_codecs(archive)
     check_base_headers(archive, base)
+    _check_class(archive, base)
     layout = find_places(base.path, list(base.tensors))
     items = tuple(_item(tensor, base, layout, runtime, rest) for tensor in archive.manifest.tensors)
     items = tuple(_with_module(item, items) for item in items)
@@ -94,6 +98,21 @@ def make_job(
         )
     made = ExportJob(archive, base, layout, choice, runtime, rest, items, ())
     return replace(made, notes=tuple(_notes(made)))
+
+
+def _check_class(archive: Archive, base: Checkpoint) -> None:
+    """Raises MismatchError where the fine-tune is another kind of model than a language model."""
+    entry = next((each for each in archive.manifest.files if each.name == CONFIG_FILE), None)
+    if entry is None:
+        return
+    config = parse_object(archive.side_file(entry, base), f"config.json of {archive.folder}")
+    theirs, ours = ((each.get("architectures") or [None])[0] for each in (config, base.config()))
+    if theirs in (None, ours) or ours is None or _TALKS.search(str(theirs)):
+        return
+    raise MismatchError(
+        f"{archive.folder} is a {theirs} and its base a {ours}; an adapter would be without what the "
+        "base's kind of model has no place for; use restore instead."
+    )
 
 
 def _item(tensor: Tensor, base: Checkpoint, layout: Layout, runtime: str, rest: str) -> Item:

@@ -127,7 +127,7 @@ def adapter_rank(adapter: Adapter) -> int:
         return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"The config of the adapter {adapter.folder} cannot be read ({error!r}); copy it again."
+            f"The config of the adapter {adapter.folder} cannot be read ({error!r}); check it."
         ) from None
 
 

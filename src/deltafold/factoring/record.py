@@ -26,6 +26,7 @@ def summary(job: FactorJob, ranks: Ranks | None) -> Record:
         "method": {"name": job.method.name, "paper": job.method.paper},
         "blocks": job.blocks,
         "parameters": parameters,
+        "left_out": job.checkpoint.left_out,
     }
     if ranks is None:
         parameters["kept_at_most"] = job.total - job.dense + job.budget

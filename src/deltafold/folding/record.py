@@ -22,6 +22,7 @@ def summary(job: FoldJob, checkpoint: Checkpoint) -> Record:
             "layer_share": None if job.goal else job.count / layout.depth,
             "parameter_share": job.share_removed,
         },
+        "left_out": checkpoint.left_out,
     }
 
 

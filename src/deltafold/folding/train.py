@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafold.calibration.building import quiet
+from deltafold.calibration.models import quiet
 from deltafold.calibration.stream import is_bf16, multiplies_bf16
 from deltafold.checkpoint import Checkpoint
+from deltafold.checkpoint.beside import copy_beside
 from deltafold.checkpoint.writer import guard_storage
-from deltafold.folding.quantize import copy_side_files
 from deltafold.folding.run import FoldRun
 from deltafold.running.devices import here
 from deltafold.running.engine import Step
@@ -116,4 +116,4 @@ def _write(model: Any, folder: Path, target: Path, shard_bytes: int) -> None:
             target,
             lambda: model.to(dtype).save_pretrained(target, max_shard_size=shard_bytes),
         )
-    copy_side_files(folder, target, replace=True)
+    copy_beside(folder, target, replace=True)

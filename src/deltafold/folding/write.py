@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deltafold.blocks.configs import shortened
 from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
+from deltafold.checkpoint.beside import write_beside
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import NonFiniteError
 from deltafold.folding.methods.draft import Draft
@@ -51,7 +52,9 @@ def write_draft(
         for name, old in names.items()
     ]
     writer = CheckpointWriter(
-        folder, plan_shards(specs, shard_bytes), checkpoint.metadata or {"format": "pt"}
+        folder,
+        plan_shards(specs, shard_bytes, checkpoint.inner_files),
+        checkpoint.metadata or {"format": "pt"},
     )
 
     def write(name: str, old: str) -> None:
@@ -74,10 +77,5 @@ def write_draft(
         writer.finish()
     finally:
         writer.close()
-    for file in checkpoint.side_files:
-        data = file.read_bytes()
-        if file.name == CONFIG:
-            config = shortened(dict(checkpoint.config()), draft.numbers)
-            data = (json.dumps(config, indent=2) + "\n").encode()
-        path = folder / file.name
-        guard_storage(path, partial(path.write_bytes, data))
+    config = shortened(checkpoint.config(), draft.numbers)
+    write_beside(checkpoint, folder, {CONFIG: (json.dumps(config, indent=2) + "\n").encode()})

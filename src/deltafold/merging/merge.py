@@ -7,18 +7,19 @@ one name, whatever the models' size; random choices follow from seed, tensor and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
-from deltafold.checkpoint.writer import guard_storage
+from deltafold.checkpoint.beside import is_own_index
+from deltafold.checkpoint.writer import guard_storage, put_file
 from deltafold.merging.inputs import Inputs, settle_inputs
 from deltafold.merging.recipe import Recipe
 from deltafold.merging.request import MergeRequest
 from deltafold.merging.search import Choose, Formed
-from deltafold.merging.sources import CheckpointSource, open_source
+from deltafold.merging.sources import CheckpointSource, Source, open_source
 from deltafold.merging.tensors import Tensors, agreement, scaled_figures
 from deltafold.running.engine import Resources, Task
 from deltafold.running.record import RECORD_VERSION, Record
@@ -54,7 +55,7 @@ def merge_models(request: MergeRequest, wish: Wish) -> Record:
         ground = run.opened(open_checkpoint(wish.base))
         sources = [run.opened(open_source(m.path, ground)) for m in wish.recipe.models]
         inputs = settle_inputs(CheckpointSource(ground), sources, wish.recipe)
-        content = _content(inputs, request, wish.recipe)
+        content = _content(inputs, [CheckpointSource(ground), *sources], request, wish.recipe)
         if request.dry_run:
             return content
         identity = {
@@ -74,7 +75,8 @@ def merge_models(request: MergeRequest, wish: Wish) -> Record:
             chosen, content["search"] = wish.choose(formed)
             recipe = wish.candidates[chosen]
             content["recipe"] = recipe.to_json()
-        work = TensorMerge(tensors, recipe, workspace, request.shard_bytes, formed)
+        inner = ground.inner_files
+        work = TensorMerge(tensors, recipe, workspace, request.shard_bytes, formed, inner)
         work.run(run.resources, ground.metadata or {"format": "pt"})
         run.publish(FOLDER)
         return run.record(content | {"tensors": work.figures})
@@ -86,7 +88,9 @@ class MergeRun(Run):
     checks_dry_runs = True
 
 
-def _content(inputs: Inputs, request: MergeRequest, recipe: Recipe) -> Record:
+def _content(
+    inputs: Inputs, sources: Sequence[Source], request: MergeRequest, recipe: Recipe
+) -> Record:
     """What is known before any work."""
     return {
         "record_version": RECORD_VERSION,
@@ -99,6 +103,9 @@ def _content(inputs: Inputs, request: MergeRequest, recipe: Recipe) -> Record:
         "models": [source.label for source in inputs.models],
         "vocabulary": {"choice": inputs.settled.choice, "rows": inputs.settled.rows},
         "notes": inputs.notes,
+        "left_out": [
+            {**each, "of": source.label} for source in sources for each in source.left_out
+        ],
         "tensors": [],
     }
 
@@ -113,6 +120,7 @@ class TensorMerge:
         workspace: Workspace,
         shard_bytes: int,
         formed: Formed | None,
+        inner: Mapping[str, str],
     ):
         self.tensors, self.recipe, self.formed = tensors, recipe, formed
         self.inputs, self.workspace = tensors.inputs, workspace
@@ -121,7 +129,9 @@ class TensorMerge:
         self.folder = workspace.folder / FOLDER
         guard_storage(self.folder, lambda: self.folder.mkdir(exist_ok=True))
         self.layout = plan_shards(
-            [(n, dtype, shape) for n, (dtype, shape) in self.inputs.layout.items()], shard_bytes
+            [(n, dtype, shape) for n, (dtype, shape) in self.inputs.layout.items()],
+            shard_bytes,
+            inner,
         )
 
     def run(self, resources: Resources, metadata: dict[str, str]) -> None:
@@ -144,8 +154,8 @@ class TensorMerge:
             writer.close()
         self.figures = self.rows()
         for name, data in sorted(self.inputs.files.items()):
-            path = self.folder / name
-            guard_storage(path, partial(path.write_bytes, data))
+            if not is_own_index(name):
+                put_file(self.folder, name, data)
 
     def rows(self) -> list[dict[str, Any]]:
         """What was measured of each tensor, in the base's order."""

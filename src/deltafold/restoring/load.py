@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.archive import Archive, Tensor
+from deltafold.calibration.models import config_of, load_weights
 from deltafold.checkpoint import open_checkpoint
+from deltafold.checkpoint.writer import put_file
 from deltafold.errors import MismatchError
 from deltafold.lazy import torch
 from deltafold.restoring.decode import (
@@ -73,20 +75,22 @@ def side_files(archive: str | Path, base: str | Path, folder: Path) -> None:
     """Write config, tokenizer and the like of the fine-tune into `folder`."""
     with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
         for entry in opened.manifest.files:
-            (folder / entry.name).write_bytes(opened.side_file(entry, checkpoint))
+            put_file(folder, entry.name, opened.side_file(entry, checkpoint))
 
 
 def load_archive(
     archive: str | Path,
     base: str | Path,
     *,
+    causal: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
     **from_pretrained: Any,
 ) -> Any:
-    """A ready `transformers` model: the fine-tune of `archive` on `base`.
+    """A ready `transformers` model: the fine-tune of `archive` on `base`, of its own class.
 
-    Raises ArchiveError, MismatchError.
+    With `causal` it must be a causal language model. Raises ArchiveError, CheckpointError,
+    MismatchError.
     """
     state = load_state(archive, base, workers=workers, progress=progress)
     with tempfile.TemporaryDirectory() as name:
@@ -96,29 +100,26 @@ def load_archive(
             raise MismatchError(
                 f"{archive} carries no config.json, so no model can be built; use restore."
             )
-        return model_of(folder, state, **from_pretrained)
+        return model_of(folder, state, str(archive), causal, **from_pretrained)
 
 
-def model_of(folder: Path, state: dict[str, torch.Tensor], **from_pretrained: Any) -> Any:
-    """A ready `transformers` model of a folder's config and of tensors in memory."""
-    from transformers import AutoConfig, GenerationConfig
+def model_of(
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    label: str | None = None,
+    causal: bool = True,
+    **from_pretrained: Any,
+) -> Any:
+    """A ready `transformers` model of a folder's config and of tensors in memory.
 
-    config = AutoConfig.from_pretrained(folder)
-    model = _model_class(config).from_pretrained(
-        None, config=config, state_dict=state, **({"dtype": "auto"} | from_pretrained)
-    )
+    Raises CheckpointError, MismatchError.
+    """
+    from transformers import GenerationConfig
+
+    label = label or str(folder)
+    options = {"dtype": "auto"} | from_pretrained
+    model = load_weights(config_of(folder, label), state, label, causal=causal, **options)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     return model
-
-
-def _model_class(config: Any) -> Any:
-    """The causal language model class of a configuration (the auto class wants a folder)."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise MismatchError(
-            f"transformers has no causal language model for {config.model_type!r}; use restore."
-        )
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from deltafold.archive import Archive, Tensor
 from deltafold.archive.manifest import Manifest
 from deltafold.checkpoint import DTYPES, CheckpointWriter, open_checkpoint, plan_shards
-from deltafold.checkpoint.writer import TensorSpec, guard_storage
+from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
 from deltafold.errors import UsageError, nearest
 from deltafold.restoring.decode import check_base_headers, check_codecs, checked_rows
 from deltafold.restoring.request import RestoreRequest
@@ -69,9 +69,7 @@ def run_restore(request: RestoreRequest) -> Record:
         finally:
             writer.close()
         for entry in opened.manifest.files if request.tensors is None else ():
-            data = opened.side_file(entry, base)
-            path = folder / entry.name
-            guard_storage(path, partial(path.write_bytes, data))
+            put_file(folder, entry.name, opened.side_file(entry, base))
         run.publish(FOLDER)
         return run.record(content)
 
@@ -101,10 +99,11 @@ def _spec(tensor: Tensor) -> TensorSpec:
 def _layout(manifest: Manifest, wanted: list[Tensor], request: RestoreRequest) -> Layout:
     if request.tensors is not None:
         return {"model.safetensors": [_spec(tensor) for tensor in wanted]}
-    if request.shard_bytes is not None:
-        return plan_shards([_spec(tensor) for tensor in wanted], request.shard_bytes)
     layout: Layout = {file: [] for file in manifest.finetuned.files}
     files = list(layout)
+    if request.shard_bytes is not None:
+        inner = {t.name: files[t.file] for t in wanted if "/" in files[t.file]}
+        return plan_shards([_spec(tensor) for tensor in wanted], request.shard_bytes, inner)
     for tensor in wanted:
         layout[files[tensor.file]].append(_spec(tensor))
     return layout

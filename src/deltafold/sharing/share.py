@@ -65,6 +65,7 @@ def _run(request: ShareRequest) -> Record:
         content = plan_record(share_run.plan) | {"kind": "share", "output": str(run.output)}
         content |= {"settings": request.settings(), **result}
         content |= {"base_weight_bytes": checkpoint.weight_bytes, "processes": processes.world}
+        content |= {"left_out": checkpoint.left_out}
         if processes.is_main:
             content["weight_bytes"] = weight_bytes(run.output)
         return run.record(content)
