@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from deltafold.checkpoint.contents import is_index
@@ -33,7 +34,7 @@ def copy_beside(folder: Path, target: Path, replace: bool = False) -> None:
         for file in [*checkpoint.side_files, *inner]:
             name = checkpoint.relative(file)
             if not is_own_index(name) and (replace or not (target / name).exists()):
-                guard_storage(target / name, lambda f=file, n=name: _copy(f, target / n))  # type: ignore[misc]
+                guard_storage(target / name, partial(_copy, file, target / name))
 
 
 def is_own_index(name: str) -> bool:

@@ -14,6 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,7 +121,7 @@ class CheckpointWriter:
         self._descriptors: list[int] = []
         self._lock = threading.Lock()
         for file, tensors in layout.items():
-            guard_storage(folder / file, lambda f=file, t=tensors: self._open(f, t, metadata))  # type: ignore[misc]
+            guard_storage(folder / file, partial(self._open, file, tensors, metadata))
 
     def _open(self, file: str, tensors: list[TensorSpec], metadata: dict[str, str] | None) -> None:
         place = folder_of(file)
@@ -138,7 +139,7 @@ class CheckpointWriter:
 
     def __getstate__(self) -> dict[str, Any]:
         for descriptor in self._descriptors:  # the headers
-            guard_storage(self.folder, lambda d=descriptor: os.fsync(d))  # type: ignore[misc]
+            guard_storage(self.folder, partial(os.fsync, descriptor))
         files = dict(zip(self._descriptors, self.layout, strict=True))
         starts = {name: (files[each], start) for name, (each, start) in self._starts.items()}
         return {"folder": self.folder.absolute(), "layout": self.layout, "starts": starts}
@@ -169,7 +170,7 @@ class CheckpointWriter:
     def finish(self, indexed: bool = True) -> None:
         """Flush everything to disk and, with `indexed`, write the index of a sharded checkpoint."""
         for descriptor in self._descriptors:
-            guard_storage(self.folder, lambda d=descriptor: os.fsync(d))  # type: ignore[misc]
+            guard_storage(self.folder, partial(os.fsync, descriptor))
         self.close()
         own = {file: specs for file, specs in self.layout.items() if "/" not in file}
         if indexed and list(own) not in ([], [SINGLE_FILE]):

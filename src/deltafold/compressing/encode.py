@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from deltafold.codecs.base import DeltaCodec, Parts, Settings
 from deltafold.compressing.job import CompressJob
@@ -46,7 +47,7 @@ def encode_lossy(job: CompressJob, plan: Plan, workspace: Workspace, resources: 
         tasks.append(
             Task(
                 tensor.pairing.name,
-                lambda t=tensor, p=piece: encode(t, p),  # type: ignore[misc]
+                partial(encode, tensor, piece),
                 memory_bytes=task_memory_bytes(tensor, piece),
                 work=float(elements),
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from deltafold.compressing.job import CompressJob
 from deltafold.compressing.methods.budget import Budget, allot, refuse, share_within
 from deltafold.compressing.pair import Pairing
@@ -41,7 +43,7 @@ def _survey_all(job: CompressJob, workspace: Workspace, resources: Resources) ->
     tasks = [
         Task(
             pairing.name,
-            lambda i=index, p=pairing: survey(i, p),  # type: ignore[misc]
+            partial(survey, index, pairing),
             memory_bytes=8 * min(CHUNK_BYTES, pairing.tuned.n_bytes) + (1 << 20),
             work=pairing.tuned.n_bytes,
         )

@@ -8,6 +8,7 @@ corrected by what they were wrong by, and the pieces are encoded again.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def _pilot_all(
     tasks = [
         Task(
             tensor.pairing.name,
-            lambda t=tensor, p=piece: pilot(t, p),  # type: ignore[misc]
+            partial(pilot, tensor, piece),
             task_memory_bytes(tensor, piece),
             float(piece.stop - piece.start),
         )

@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def load_state(
                 state[tensor.name] = whole
 
         tasks = [
-            Task(t.name, lambda t=t: one(t), 200 << 20, float(torch.Size(t.shape).numel()))  # type: ignore[misc]
+            Task(t.name, partial(one, t), 200 << 20, float(torch.Size(t.shape).numel()))
             for t in opened.manifest.tensors
         ]
         run_tasks("load", tasks, workers, None, progress)
