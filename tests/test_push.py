@@ -69,7 +69,7 @@ def test_an_archive_goes_there_and_back(hub: Hub, archive: Path, pair: Any, tmp_
 def test_merge_takes_archives_of_the_hub(
     hub: Hub, archive: Path, pair: Any, tmp_path: Path
 ) -> None:
-    from deltafold.merging.merge import merge
+    from deltafold.merging.choosing import merge
     from deltafold.merging.recipe import Model, Recipe
 
     deltafold.push_to_hub(archive, "me/math-delta")
