@@ -196,9 +196,7 @@ def pickling(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(name: str, *_: object) -> Iterator[Pickling | None]:
         yield Pickling() if name == "ray" else None
 
-    for name in ("running.run", "restoring.restore", "merging.merge"):
-        module = importlib.import_module(f"deltafold.{name}")
-        monkeypatch.setattr(module, "open_engine", opened)
+    monkeypatch.setattr("deltafold.running.run.open_engine", opened)
 
 
 @pytest.mark.usefixtures("pickling")

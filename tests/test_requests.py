@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from checkpoints import tree_hashes
 
 import deltafold
 from deltafold.errors import UsageError
+from deltafold.factoring.request import FactorRequest
 from deltafold.running.front import front, options_table
 from deltafold.running.request import (
     SIZE,
@@ -76,6 +78,20 @@ def test_what_cannot_be_is_said(given: dict[str, Any], words: str) -> None:
 def test_a_former_name_works_and_says_so() -> None:
     with pytest.warns(FutureWarning, match="parts is called pieces now"):
         assert request_of("bread", parts=3).pieces == 3
+
+
+def test_one_value_under_two_names_is_refused() -> None:
+    with (
+        pytest.warns(FutureWarning),
+        pytest.raises(UsageError, match="pieces is given twice, once by its former name"),
+    ):
+        request_of("bread", pieces=2, parts=3)
+
+
+def test_a_request_goes_elsewhere_without_its_progress() -> None:
+    asked = FactorRequest("model", "output", group=3, progress=lambda step: None)
+    sent = pickle.loads(pickle.dumps(asked))
+    assert sent == asked.but(progress=None) and asked.progress is not None
 
 
 def test_what_is_missing_is_a_type_error_of_the_verb() -> None:

@@ -236,7 +236,19 @@ def test_former_names_go_on_working_and_say_so(tmp_path: Path, deltafold: Run) -
         base, tmp_path / "b", calibration=text, steps=2, row_scale=True, text=[text] * 2, **TINY
     )
     assert former["quality"] == today["quality"] and former["settings"] == today["settings"]
-    line = ["share", base, "-o", tmp_path / "c", "--shared", 1, "--rank", 4, "--dry-run"]
+    line = [
+        "share",
+        base,
+        "-o",
+        tmp_path / "c",
+        "--shared",
+        1,
+        "--rank",
+        4,
+        "--protect",
+        "0",
+        "--dry-run",
+    ]
     made = deltafold(
         *line, "--no-scale", "--search", 2, "--search-steps", 3, "--steps", 9, "--json"
     )

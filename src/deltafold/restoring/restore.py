@@ -45,7 +45,8 @@ def run_restore(request: RestoreRequest) -> Record:
             "layout": {file: [spec[0] for spec in specs] for file, specs in layout.items()},
         }
         run.begin(identity, sum(map(_tensor_size, wanted)))
-        folder = run.workspace.folder / FOLDER
+        workspace = run.workspace  # what tasks take along; the run itself stays here
+        folder = workspace.folder / FOLDER
         guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
         writer = CheckpointWriter(
             folder, layout, opened.manifest.finetuned.metadata or {"format": "pt"}
@@ -56,12 +57,12 @@ def run_restore(request: RestoreRequest) -> Record:
             columns = tensor.matrix_shape[1]
             for start, rows in checked_rows(opened, tensor, base):
                 writer.write(tensor.name, rows, start * columns)
-            run.workspace.save_json(done[tensor.name], True)
+            workspace.save_json(done[tensor.name], True)
 
         tasks = [
             Task(t.name, partial(one, t), TASK_MEMORY_BYTES, float(_tensor_size(t)))
             for t in wanted
-            if not run.workspace.has(done[t.name])
+            if not workspace.has(done[t.name])
         ]
         try:
             run.resources.run("restore", tasks)

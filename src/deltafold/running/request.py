@@ -203,9 +203,13 @@ def plain(value: Any) -> Any:
 
 
 def joined(name: str, today: Any, former: Any) -> list[Any]:
-    """What was given under an option's name and under a former one. Raises UsageError for single values."""
-    if all(isinstance(each, list | tuple) for each in (today, former)):
-        return [*former, *today]
+    """What was given under an option's name and under a former one, where it may be several values.
+
+    Raises UsageError where it is one.
+    """
+    if any(isinstance(each, list | tuple) for each in (today, former)):
+        both = (each if isinstance(each, list | tuple) else [each] for each in (former, today))
+        return [value for each in both for value in each]
     raise UsageError(f"{name} is given twice, once by its former name; give it once.")
 
 
