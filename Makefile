@@ -48,16 +48,14 @@ bench: $(VENV)/.model
 
 tables: $(VENV)/.bench
 	$(BIN)/deltafold report benchmarks/records/smollm2-arithmetic.json \
-		--into README.md --marker smollm2 --figures docs/figures
+		--into docs/codecs.md --marker smollm2 --figures docs/figures
 	$(BIN)/python benchmarks/codecs.py --summary README.md
 	$(BIN)/deltafold report benchmarks/records/frontier-smollm2.json \
 		benchmarks/records/frontier-demo.json --figures docs/figures
-	$(BIN)/python benchmarks/frontier.py smollm2 --into README.md --parts gain kl
 	$(BIN)/python benchmarks/frontier.py smollm2 --into docs/frontier.md
 	$(BIN)/python benchmarks/frontier.py demo --into docs/frontier.md
-	$(BIN)/python benchmarks/merging.py smollm2 --into README.md
+	$(BIN)/python benchmarks/merging.py smollm2 --into docs/commands/merge.md
 	$(BIN)/python benchmarks/merging.py demo --into docs/commands/merge.md
-	$(BIN)/python benchmarks/folding.py --blocks 6 --into README.md
 	$(BIN)/python benchmarks/folding.py --into docs/commands/fold.md
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
@@ -67,7 +65,7 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/sharing.py smollm2 --into docs/commands/share.md
 	$(BIN)/python benchmarks/sharing.py smollm2-long --into docs/commands/share.md
 	$(BIN)/python benchmarks/anchors.py --into docs/commands/share.md
-	$(BIN)/python benchmarks/memory.py --into README.md
+	$(BIN)/python benchmarks/memory.py --into docs/commands/compress.md
 	$(BIN)/python benchmarks/together.py --into docs/commands/export.md
 	$(BIN)/python benchmarks/llama_cpp.py --into docs/commands/export.md
 	$(BIN)/python benchmarks/serving.py --into docs/commands/serve.md

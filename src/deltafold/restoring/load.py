@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from deltafold.restoring.decode import (
     check_codecs,
     checked_rows,
     decoded_rows,
+    named_tensors,
 )
 from deltafold.running.engine import Progress, Task, run_tasks
 
@@ -51,6 +52,29 @@ def load_state(
         ]
         run_tasks("load", tasks, workers, None, progress)
         return {tensor.name: state[tensor.name] for tensor in opened.manifest.tensors}
+
+
+def tensors(
+    archive: str | Path, base: str | Path, *, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of each restored tensor, in the checkpoint's order, one in memory at a time.
+
+    In the shapes and dtypes that `restore` writes, and checked as `restore` checks: the base by its
+    hashes, each part by its checksum, and what is stored exactly by the fine-tune's digest.
+
+    Args:
+        names: only these tensors; default: all.
+
+    Raises ArchiveError, MismatchError, and UsageError for a name that the archive does not have.
+
+    >>> for name, tensor in tensors("math.delta", base="base/"):                # doctest: +SKIP
+    ...     print(name, tuple(tensor.shape))
+    """
+    with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
+        check_codecs(opened)
+        check_base_headers(opened, checkpoint)
+        for tensor in named_tensors(opened.manifest, names):
+            yield tensor.name, assembled(tensor, checked_rows(opened, tensor, checkpoint))
 
 
 @contextlib.contextmanager

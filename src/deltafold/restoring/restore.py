@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from deltafold.archive import Archive, Tensor
 from deltafold.archive.manifest import Manifest
 from deltafold.checkpoint import DTYPES, CheckpointWriter, open_checkpoint, plan_shards
 from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
-from deltafold.errors import UsageError, nearest
-from deltafold.restoring.decode import check_base_headers, check_codecs, checked_rows
+from deltafold.restoring.decode import check_base_headers, check_codecs, checked_rows, named_tensors
 from deltafold.restoring.request import RestoreRequest
 from deltafold.restoring.totals import archive_totals
 from deltafold.running.engine import Task
@@ -33,7 +31,7 @@ def run_restore(request: RestoreRequest) -> Record:
         base = run.opened(open_checkpoint(request.base))
         check_codecs(opened)
         check_base_headers(opened, base)
-        wanted = _wanted(opened.manifest, request.tensors)
+        wanted = named_tensors(opened.manifest, request.tensors)
         layout = _layout(opened.manifest, wanted, request)
         content = _content(opened, base.label, wanted) | {"output": str(run.output)}
         if request.dry_run:
@@ -76,17 +74,6 @@ def run_restore(request: RestoreRequest) -> Record:
 
 
 restore = front("restore", RestoreRequest, run_restore)
-
-
-def _wanted(manifest: Manifest, names: Sequence[str] | None) -> list[Tensor]:
-    if names is None:
-        return list(manifest.tensors)
-    known = {tensor.name: tensor for tensor in manifest.tensors}
-    for name in names:
-        if name not in known:
-            close = nearest(name, sorted(known)).partition("Known:")[0]
-            raise UsageError(f"The archive has no tensor {name!r}; {close}see deltafold inspect.")
-    return [known[name] for name in dict.fromkeys(names)]
 
 
 def _tensor_size(tensor: Tensor) -> int:
