@@ -12,15 +12,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from deltafold.calibration.building import build
+from deltafold.calibration.opens import check_opens
 from deltafold.calibration.wiring import wire
 from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
 from deltafold.checkpoint.beside import write_beside
 from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
 from deltafold.composed.form import OWN, Form, Linear
+from deltafold.composed.modeling import composed_class
 from deltafold.composed.standalone import MODULE, modelling_file, shared_config
 from deltafold.errors import MismatchError, NonFiniteError, UsageError
 from deltafold.running.engine import Resources, Task
@@ -99,12 +102,13 @@ def write_shared(
     dense: bool = False,
     shard_bytes: int = SHARD_BYTES,
     resources: Resources | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Write a composed model into `folder`, or with `dense` the ordinary model it amounts to.
 
     `tensors` gives what composed layers own: factors, and own weights and biases that are not the
     checkpoint's (see `Form.owned`). `changed` are other parameters that are not the checkpoint's
-    either. Values are rounded once, to the stored dtype. Raises NonFiniteError, StorageError.
+    either. Values are rounded once, to the stored dtype. Returns the record's row of how it opens.
+    Raises NonFiniteError, StorageError, CheckpointError where it does not open.
     """
     guard_storage(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     replaced = {source.tensor_of(name): value for name, value in (changed or {}).items()}
@@ -143,6 +147,8 @@ def write_shared(
     finally:
         writer.close()
     _side_files(source, form, folder, dense)
+    kind = None if dense else composed_class(source.kind)
+    return check_opens(folder, checkpoint.label, checkpoint.path, kind)
 
 
 def _side_files(source: Source, form: Form, folder: Path, dense: bool) -> None:

@@ -52,7 +52,7 @@ def _run(request: FactorRequest) -> Record:
         job, found, notes = factoring.ranks()
         store = factoring.factored(found)
         content = summary(job, found) | outcome(job, found, store)
-        stored = _write(run, job, found, store)
+        stored, content["checked"] = _write(run, job, found, store)
         if not request.dense:
             content["parameters"]["bytes"] = stored
         content |= {"quality": factoring.quality(found, store), "samples": factoring.sizes}
@@ -70,13 +70,13 @@ def _identity(request: FactorRequest, fingerprint: str) -> dict[str, object]:
     }
 
 
-def _write(run: Run, job: FactorJob, ranks: Ranks, store: FactorStore) -> int:
-    """The model in the workspace; bytes of its tensors as factors."""
+def _write(run: Run, job: FactorJob, ranks: Ranks, store: FactorStore) -> tuple[int, Record]:
+    """The model in the workspace: bytes of its tensors as factors, and how it opens."""
     request = job.request
     form = factored_form(job, ranks, request.parameters)
-    write_shared(
+    checked = write_shared(
         job.source, form, store.tensor, run.workspace.folder / FINISHED,
         changed=store.changed(ranks), dense=request.dense, shard_bytes=request.shard_bytes,
         resources=run.resources,
     )  # fmt: skip
-    return stored_bytes(shared_specs(job.source, form))
+    return stored_bytes(shared_specs(job.source, form)), checked

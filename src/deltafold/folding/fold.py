@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deltafold.calibration.opens import check_opens
 from deltafold.checkpoint import open_checkpoint
 from deltafold.evaluation.before_after import scored
 from deltafold.folding.explain import check_explain, write_explanation
+from deltafold.folding.finish import write_checked
 from deltafold.folding.job import FoldJob, make_job
 from deltafold.folding.methods.presets import Method
 from deltafold.folding.quantize import check_quantize, perplexity_of, quantize_folder
@@ -20,7 +22,6 @@ from deltafold.folding.request import FoldRequest
 from deltafold.folding.run import FoldRun
 from deltafold.folding.train import heal_folder
 from deltafold.folding.work import Folded
-from deltafold.folding.write import write_draft
 from deltafold.running.front import front
 from deltafold.running.record import Record
 from deltafold.running.run import Run
@@ -76,14 +77,18 @@ def _identity(request: FoldRequest, job: FoldJob, fingerprint: str) -> dict[str,
 def _written(run: Run, text: FoldRun, folded: Folded) -> tuple[Path, dict[str, dict[str, float]]]:
     """The folder in the workspace that is the result, and its quality: drafted, healed, quantised."""
     request, workspace, checkpoint = text.request, run.workspace, text.checkpoint
-    done, healed = workspace.folder / "folded", None
-    write_draft(folded.draft, checkpoint, done, request.shard_bytes, run.resources)
+    done = workspace.folder / "folded"
+    folded.notes["checked"] = write_checked(
+        folded.draft, checkpoint, done, workspace.folder, request.shard_bytes, run.resources
+    )
+    written = {"folded": run.opened(open_checkpoint(done))}
     if request.steps:
         text.release()
         made = workspace.folder / "healed"
         folded.notes["healing"] = heal_folder(text, done, made, workspace)
-        done, healed = made, run.opened(open_checkpoint(made))
-    quality = text.quality(folded, healed)
+        check_opens(made, checkpoint.label, checkpoint.path)
+        done, written["healed"] = made, run.opened(open_checkpoint(made))
+    quality = text.quality(folded, written)
     if request.quantize is not None:
         made = workspace.folder / "quantised"
         quantize_folder(done, made, request.quantize)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deltafold.blocks.layout import Read
 from deltafold.calibration import Sample, StreamedModel, gather_samples
 from deltafold.calibration.probe import Probe, few
 from deltafold.checkpoint import Checkpoint
 from deltafold.errors import UsageError
 from deltafold.folding.job import FoldJob
-from deltafold.folding.methods.draft import Block, Draft
+from deltafold.folding.methods.draft import Draft
 from deltafold.folding.methods.mka import embeddings
 from deltafold.folding.patch import Patcher
 from deltafold.folding.request import FoldRequest
@@ -94,20 +94,24 @@ class FoldRun:
         )
 
     def quality(
-        self, folded: Folded, healed: Checkpoint | None = None
+        self, folded: Folded, written: Mapping[str, Checkpoint]
     ) -> dict[str, dict[str, float]]:
-        """Perplexity, KL to the model, and agreement with it, stage by stage; none without a text."""
+        """Perplexity, KL to the model, and agreement with it, stage by stage; none without a text.
+
+        `written` are the folders in which the last stages lie: these are what is measured.
+        """
         if not self.measured:
             return {}
-        stages = {"model": self.whole, "unhealed": folded.unhealed, "folded": folded.draft}
-        if healed is not None:
-            stages["healed"] = draft_of(folded.draft, healed)
+        stages = {"model": self.whole, "unhealed": folded.unhealed}
+        memory, scratch = self.model.memory_bytes, self.scratch
         with contextlib.closing(Probe(self.model.exact(), self.whole, self.measured)) as probe:
-            return {
-                name: probe.measure(draft) | {"tokens": probe.tokens}
-                for name, draft in stages.items()
-                if draft is not None
+            found = {
+                name: probe.measure(draft) for name, draft in stages.items() if draft is not None
             }
+            for name, each in written.items():
+                made = StreamedModel(each, memory_bytes=memory, scratch=scratch)
+                found[name] = probe.measure_model(made)
+            return {name: row | {"tokens": probe.tokens} for name, row in found.items()}
 
     def probe(self) -> Probe:
         """Few samples, for what is measured many times."""
@@ -140,17 +144,3 @@ class FoldRun:
                 folded.draft, rows = patcher.patched(folded.draft, kind, reach)
                 folded.patches += rows
         return folded
-
-
-def draft_of(folded: Draft, checkpoint: Checkpoint) -> Draft:
-    """The draft `folded` with the tensors of what was written of it, to be measured like others."""
-    layout = folded.layout
-
-    def reader(place: int) -> Read:
-        return lambda local: checkpoint.tensor(layout.name(place, local))
-
-    blocks = tuple(
-        Block(block.number, reader(place), block.parts, changed=True)
-        for place, block in enumerate(folded.blocks)
-    )
-    return Draft(layout, checkpoint.tensor, blocks)

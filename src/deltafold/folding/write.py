@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from pathlib import Path
 
-from deltafold.blocks.configs import shortened
 from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
 from deltafold.checkpoint.beside import write_beside
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import NonFiniteError
+from deltafold.folding.config import CONFIG, Shortened, config_bytes
 from deltafold.folding.methods.draft import Draft
 from deltafold.running.engine import Resources, Task
-
-CONFIG = "config.json"
 
 
 def new_names(draft: Draft, checkpoint: Checkpoint) -> dict[str, str]:
@@ -37,20 +34,20 @@ def new_names(draft: Draft, checkpoint: Checkpoint) -> dict[str, str]:
 def write_draft(
     draft: Draft,
     checkpoint: Checkpoint,
+    found: Shortened,
     folder: Path,
     shard_bytes: int,
     resources: Resources,
 ) -> None:
-    """Weights in the model's dtypes, config of the new depth, and every side file as it was.
+    """Weights in the model's dtypes, the config of what is left, and every side file as it was.
 
     Raises NonFiniteError, StorageError.
     """
     guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
     names = new_names(draft, checkpoint)
-    specs = [
-        (name, checkpoint.tensors[old].dtype, tuple(checkpoint.tensors[old].shape))
-        for name, old in names.items()
-    ]
+    shapes = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
+    shapes |= {name: part.shape(shapes[name]) for name, part in found.grown.items()}
+    specs = [(name, checkpoint.tensors[old].dtype, shapes[old]) for name, old in names.items()]
     writer = CheckpointWriter(
         folder,
         plan_shards(specs, shard_bytes, checkpoint.inner_files),
@@ -59,6 +56,8 @@ def write_draft(
 
     def write(name: str, old: str) -> None:
         tensor = draft.tensor(old)
+        if old in found.grown:
+            tensor = found.grown[old].cut(tensor)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NonFiniteError(f"{old} of {checkpoint.label}, folded, holds NaN or infinity.")
         writer.write(name, tensor.to(DTYPES[checkpoint.tensors[old].dtype]).contiguous())
@@ -77,5 +76,4 @@ def write_draft(
         writer.finish()
     finally:
         writer.close()
-    config = shortened(checkpoint.config(), draft.numbers)
-    write_beside(checkpoint, folder, {CONFIG: (json.dumps(config, indent=2) + "\n").encode()})
+    write_beside(checkpoint, folder, {CONFIG: config_bytes(found.config)})

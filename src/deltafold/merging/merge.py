@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from deltafold.calibration.opens import check_opens
 from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
 from deltafold.checkpoint.beside import is_own_index
 from deltafold.checkpoint.writer import guard_storage, put_file
@@ -78,8 +79,9 @@ def merge_models(request: MergeRequest, wish: Wish) -> Record:
         inner = ground.inner_files
         work = TensorMerge(tensors, recipe, workspace, request.shard_bytes, formed, inner)
         work.run(run.resources, ground.metadata or {"format": "pt"})
+        checked = check_opens(work.folder, ground.label, ground.path)
         run.publish(FOLDER)
-        return run.record(content | {"tensors": work.figures})
+        return run.record(content | {"tensors": work.figures, "checked": checked})
 
 
 class MergeRun(Run):

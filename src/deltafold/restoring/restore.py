@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deltafold.archive import Archive, Tensor
 from deltafold.archive.manifest import Manifest
+from deltafold.calibration.opens import open_bare
 from deltafold.checkpoint import DTYPES, CheckpointWriter, open_checkpoint, plan_shards
 from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
 from deltafold.restoring.decode import check_base_headers, check_codecs, checked_rows, named_tensors
@@ -69,6 +70,8 @@ def run_restore(request: RestoreRequest) -> Record:
             writer.close()
         for entry in opened.manifest.files if request.tensors is None else ():
             put_file(folder, entry.name, opened.side_file(entry, base))
+        if request.tensors is None:  # the fine-tune as it was: what does not open is said, no more
+            content["checked"] = open_bare(folder).to_record()
         run.publish(FOLDER)
         return run.record(content)
 

@@ -60,7 +60,7 @@ def _run(request: ShareRequest) -> Record:
         share_run = ShareRun(request, structure, source, processes, run.resources, workspace)
         result = share_run.do()
         if processes.is_main:
-            _write(share_run, run)
+            result["checked"] = _write(share_run, run)
         processes.end()
         content = plan_record(share_run.plan) | {"kind": "share", "output": str(run.output)}
         content |= {"settings": request.settings(), **result}
@@ -81,12 +81,16 @@ def _identity(request: ShareRequest, fingerprint: str, world: int) -> dict[str, 
     }
 
 
-def _write(share_run: ShareRun, run: Run) -> None:
-    """By this process alone: what was trained is in its memory, and is not sent about."""
+def _write(share_run: ShareRun, run: Run) -> Record:
+    """By this process alone: what was trained is in its memory, and is not sent about.
+
+    Returns the record's row of how it opens.
+    """
     request, resources = share_run.request, replace(run.resources, engine=None)
-    write_shared(
+    checked = write_shared(
         share_run.source, share_run.plan.form(), share_run.values.__getitem__,
         run.workspace.folder / "shared", changed=share_run.changed, dense=request.dense,
         shard_bytes=request.shard_bytes, resources=resources,
     )  # fmt: skip
     run.publish("shared")
+    return checked
