@@ -22,7 +22,7 @@ from deltafold.dtypes import ITEM_BYTES
 from deltafold.errors import ArchiveError
 
 FORMAT = "deltafold-archive"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "delta.json"
 MAX_MANIFEST_BYTES = 1 << 30
 _SEAL = re.compile(r',"checksum":"([0-9a-f]{32})"\}\n\Z')
@@ -57,6 +57,13 @@ class Piece(_Strict):
     error: float | None = None  # ||D - D^|| / ||D||; None: exact
 
 
+class BaseRows(_Strict):
+    """Rows of one of the base's tensors, seen as a matrix."""
+
+    name: str
+    rows: tuple[Size, Size]
+
+
 class Tensor(_Strict):
     """One tensor of the fine-tune."""
 
@@ -65,6 +72,7 @@ class Tensor(_Strict):
     shape: tuple[Size, ...]
     file: Size  # which of the fine-tune's weight files held it
     base: Digest | None = None
+    counterpart: tuple[BaseRows, ...] = ()  # what `base` is of; (): the base's of the same name
     tuned: Digest
     same_as: str | None = None  # stored once, under that name
     pieces: tuple[Piece, ...] = ()
@@ -91,6 +99,8 @@ class Tensor(_Strict):
             raise ValueError(f"tensor {self.name} has the unknown dtype {self.dtype!r}")
         if self.name == "__metadata__":
             raise ValueError("no tensor can be called __metadata__")
+        if any(each.rows[0] > each.rows[1] for each in self.counterpart):
+            raise ValueError(f"the counterpart of tensor {self.name} ends before it starts")
         if self.same_as is not None:
             return self
         at = 0
@@ -136,7 +146,7 @@ class Source(_Strict):
 
 class Manifest(_Strict):
     format: Literal["deltafold-archive"] = "deltafold-archive"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1  # 2: some tensor has a counterpart of another name
     tool_version: str
     method: str
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -172,6 +182,8 @@ class Manifest(_Strict):
                 raise ValueError(f"tensor {tensor.name} lies in a file that is not listed")
             if not tensor.name.startswith(folder_of(self.finetuned.files[tensor.file])):
                 raise ValueError(f"tensor {tensor.name} is not named after the folder of its file")
+            if tensor.counterpart and (tensor.base is None or self.format_version < 2):
+                raise ValueError(f"tensor {tensor.name} cannot have a counterpart here")
             for piece in tensor.pieces:
                 if piece.codec not in self.codecs:
                     raise ValueError(f"codec {piece.codec} of tensor {tensor.name} is not listed")

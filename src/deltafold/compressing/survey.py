@@ -18,7 +18,6 @@ from deltafold.codecs.rows import changed_rows
 from deltafold.compressing.pair import Pair, Pairing
 from deltafold.errors import NonFiniteError
 from deltafold.lazy import torch
-from deltafold.names import is_vocabulary
 from deltafold.restoring.decode import reference_rows
 from deltafold.running.workspace import Workspace, checksum
 
@@ -85,6 +84,11 @@ def survey_tensor(
         _read_span(pair, pairing, span, tuned_digest, base_digest)
     if pairing.base is not None and base_digest is not None:
         _digest_rest(pair, pairing, spans[-1].stop, base_digest)
+    if pairing.found and _unrelated(spans):
+        base_digest = None
+        spans = [SpanSurvey(0, spans[-1].stop, False)]
+        spans[0].changed_values = pairing.tuned.elements
+        spans[0].changed_rows = spans[0].stop
     survey = TensorSurvey(
         pairing.name,
         tuned_digest.identity(),
@@ -132,6 +136,12 @@ def _read_span(
             span.delta_squared += _squared(tuned.float() - base.float())
 
 
+def _unrelated(spans: list[SpanSurvey]) -> bool:
+    """Whether what a name seemed to point at is farther from the tensor than zeros are."""
+    known = [span for span in spans if span.in_base]
+    return sum(s.delta_squared for s in known) > sum(s.base_squared for s in known)
+
+
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(signed[tensor.element_size()])
@@ -168,7 +178,7 @@ def _exact_candidates(pairing: Pairing, span: SpanSurvey, exact_method: str | No
     sparse = span.in_base and span.changed_values <= SPARSE_SHARE * values
     few_rows = (
         span.in_base
-        and is_vocabulary(pairing.name)
+        and pairing.vocabulary
         and span.changed_rows <= ROWS_SHARE * (span.stop - span.start)
     )
     if exact_method is None and span.lossy_allowed and not sparse and not few_rows:
