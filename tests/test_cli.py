@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from refusals import nothing_left, refused
 
 from deltafold.cli import main
-from deltafold.cli.options import method_options, parse_bytes
+from deltafold.cli.method_settings import with_method_settings
 from deltafold.cli.show import duration, size
 from deltafold.errors import UsageError
+from deltafold.running.request import parse_bytes
 
 Result = tuple[int, str, str]
 Cli = Callable[..., Result]
@@ -353,8 +354,15 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
 
 
 def test_settings_keep_their_types() -> None:
-    found = method_options("auto", "0.5", None, ["rank=3", "share=0.25", "value-dtype=bf16"])
-    assert found == {"beta": "auto", "c": 0.5, "rank": 3, "share": 0.25, "value_dtype": "bf16"}
+    given = ["rank=3", "share=0.25", "value-dtype=bf16"]
+    found = with_method_settings({"beta": "auto", "c": "0.5", "setting": given})
+    assert found["method_settings"] == {
+        "beta": "auto",
+        "c": 0.5,
+        "rank": 3,
+        "share": 0.25,
+        "value_dtype": "bf16",
+    }
 
 
 def test_numbers_for_people() -> None:
