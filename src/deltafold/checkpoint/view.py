@@ -77,7 +77,9 @@ class Checkpoint:
 
     def relative(self, file: Path) -> str:
         """The name of one of its files inside the folder, with slashes."""
-        return file.relative_to(self.path).as_posix() if file != self.path else file.name
+        if file == self.path:
+            return file.name
+        return Path(os.path.relpath(file, self.path)).as_posix()
 
     @property
     def inner_files(self) -> dict[str, str]:
