@@ -138,7 +138,7 @@ def test_what_is_no_checkpoint_is_told_by_name(tmp_path: Path) -> None:
     folder.mkdir()
     shutil.copy(gguf, folder)
     pickle = tmp_path / "pytorch_model.bin"
-    pickle.write_bytes(b"PK" + bytes(64))
+    pickle.write_bytes(b"PK\x03\x04" + bytes(64))
     adapter = plain_adapter(tmp_path / "adapter", FACTORS)
     for given, words in (
         (archive, "is an archive.*restore"),
