@@ -160,3 +160,27 @@ def test_merge_as_one_would_guess_and_as_before(archive: Path, pair: Any, tmp_pa
     with pytest.warns(FutureWarning, match="is written merge"):
         deltafold.merge(pair.base, recipe, tmp_path / "two")
     assert tree_hashes(tmp_path / "one") == tree_hashes(tmp_path / "two")
+
+
+@pytest.mark.parametrize("name", ["compress", "restore", "merge", "export"])
+def test_an_output_is_a_place_and_never_a_hub_id(
+    name: str, pair: Any, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`out/x` is written like `owner/name`: it is written to all the same, and nothing is asked for."""
+    from deltafold.checkpoint import hub
+    from deltafold.errors import CheckpointError
+
+    def asked(place: Any, *_: Any, **__: Any) -> Any:
+        raise CheckpointError(f"{place} was looked for on the hub.")
+
+    monkeypatch.setattr(hub, "_downloaded", asked)
+    monkeypatch.chdir(tmp_path)
+    base = pair.base
+    calls: dict[str, Any] = {
+        "compress": lambda: deltafold.compress(base, pair.finetuned, "out/x", "lossless"),
+        "restore": lambda: deltafold.restore(archive, base, "out/x"),
+        "merge": lambda: deltafold.merge([archive], "out/x", method="average", base=base),
+        "export": lambda: deltafold.export(archive, "out/x", base=base),
+    }
+    calls[name]()
+    assert (tmp_path / "out" / "x").is_dir()

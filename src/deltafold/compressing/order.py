@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from deltafold.archive import is_archive
+from deltafold.archive import MANIFEST_FILE
 from deltafold.archive.manifest import read_manifest
 from deltafold.checkpoint import Checkpoint, local_folder, open_checkpoint
 from deltafold.checkpoint.kinds import ADAPTER_FILE, adapter_folder
@@ -55,9 +55,12 @@ def _name(checkpoint: Checkpoint) -> str:
 
 
 def _made_the_other_way(output: Path, base: Checkpoint, tuned: Checkpoint) -> bool:
-    """Whether the archive that is to be overwritten has the two in the other order."""
+    """Whether the archive that is to be overwritten has the two in the other order.
+
+    An output is a place, never a hub id: `out/x.delta` is written like one.
+    """
     try:
-        manifest = read_manifest(output) if is_archive(output) else None
+        manifest = read_manifest(output) if (output / MANIFEST_FILE).is_file() else None
     except ArchiveError:
         return False
     labels = (manifest.base.label, manifest.finetuned.label) if manifest else ("", "")
