@@ -22,6 +22,7 @@ from deltafold.codecs import delta_codec, exact_codec, get, names
 from deltafold.codecs.base import DeltaCodec
 from deltafold.coding.counter import derive_key
 from deltafold.errors import ArchiveError, MismatchError, UsageError
+from deltafold.running.neutral import undisturbed
 
 CHUNK_BYTES = 8 << 20
 MAX_EXACT_BYTES = 1 << 28  # an exact piece of a sound archive is far smaller
@@ -104,6 +105,7 @@ def check_base_headers(archive: Archive, base: Checkpoint) -> None:
             )
 
 
+@undisturbed
 def check_base_tensor(archive: Archive, tensor: Tensor, base: Checkpoint) -> None:
     """Read the base's tensor once and compare its digest. Raises MismatchError by name."""
     if tensor.base is None:
@@ -119,6 +121,7 @@ def check_base_tensor(archive: Archive, tensor: Tensor, base: Checkpoint) -> Non
         )
 
 
+@undisturbed
 def decoded_rows(
     archive: Archive, tensor: Tensor, base: Checkpoint
 ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -134,6 +137,7 @@ def decoded_rows(
             raise _damaged(archive, target, error) from error
 
 
+@undisturbed
 def checked_rows(
     archive: Archive, tensor: Tensor, base: Checkpoint
 ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -158,6 +162,7 @@ def checked_rows(
         raise not_as_it_was(archive, tensor)
 
 
+@undisturbed
 def decoded_delta(archive: Archive, tensor: Tensor, base: Checkpoint) -> torch.Tensor:
     """Fine-tune minus base as the archive says it, fp32, before it is rounded to a stored dtype.
 
@@ -197,6 +202,7 @@ def _put_difference(
         whole[start:stop] = rows[: stop - start].float() - base.rows(name, start, stop).float()
 
 
+@undisturbed
 def stored_factors(
     archive: Archive, tensor: Tensor, base: Checkpoint
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -218,6 +224,7 @@ def stored_factors(
         raise _damaged(archive, source, error) from error
 
 
+@undisturbed
 def assembled(tensor: Tensor, rows: Iterator[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """The whole tensor, of its `decoded_rows` or `checked_rows`."""
     whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype])

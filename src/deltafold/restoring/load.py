@@ -22,8 +22,10 @@ from deltafold.restoring.decode import (
     decoded_rows,
 )
 from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.running.neutral import as_at_start
 
 
+@as_at_start
 def load_state(
     archive: str | Path,
     base: str | Path,

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from deltafold.errors import DeviceError, UsageError
+from deltafold.running.neutral import neutral
 
 if TYPE_CHECKING:
     import torch
@@ -129,12 +130,15 @@ def computing(asked: str | None) -> Iterator[Place]:
 
 
 def computes(verb: Callable[P, T]) -> Callable[P, T]:
-    """For a verb with an argument `device`: its heavy steps compute there."""
+    """For a verb with an argument `device`: its heavy steps compute there.
+
+    And torch is as at its start, whatever the caller has set.
+    """
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         device: Any = kwargs.get("device")
-        with computing(device):
+        with neutral(grad=True), computing(device):
             return verb(*args, **kwargs)
 
     return run
@@ -157,11 +161,14 @@ def _load_solvers() -> None:
 
 
 def handed_on(run: Callable[[], T]) -> Callable[[], T]:
-    """`run` for another thread, computing where this one does, on a stream of that thread's own."""
+    """`run` for another thread, computing where this one does, on a stream of that thread's own.
+
+    A thread does not take over gradients switched off: torch is as at its start there.
+    """
     context, chosen = copy_context(), place()
 
     def inside() -> T:
-        with _on(chosen), _stream(chosen):
+        with neutral(grad=True), _on(chosen), _stream(chosen):
             return run()
 
     return lambda: context.run(inside)
