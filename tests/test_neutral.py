@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import read_checkpoint, same_bits
-from test_codecs import EXACT, LOSSY, decoded, delta
+from checkpoints import PairFiles, read_checkpoint, same_bits
+from test_codecs import EXACT, LOSSY, delta
 
+import deltafold
 from deltafold import compress, restore, verify
 from deltafold.archive import Archive
 from deltafold.codecs import delta_codec, exact_codec
@@ -141,24 +143,65 @@ def test_an_exact_codec_gives_every_bit(name: str, dtype: torch.dtype, state) ->
     assert same_bits({"": back}, {"": tuned})
 
 
+@pytest.fixture(scope="module")
+def plain(_template: PairFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Archives and restored folders made while nothing was set."""
+    folder = tmp_path_factory.mktemp("plain")
+    for method in ("auto", "svd-quant"):
+        written(_template, folder, method)
+        restore(folder / f"{method}.delta", _template.base, folder / method)
+    return folder
+
+
+def written(pair: PairFiles, folder: Path, method: str) -> Path:
+    out = folder / f"{method}.delta"
+    compress(pair.base, pair.finetuned, out, method, file_ratio=8, calibration="none")
+    return out
 
 
 @STATE
-@pytest.mark.parametrize("method", ["auto", "svd-quant", "impart"])
-def test_verbs_give_the_same_bits(method: str, state, pair, tmp_path: Path) -> None:
-    ratio, more = {"file_ratio": 8}, {"calibration": "none"}
-    compress(pair.base, pair.finetuned, tmp_path / "plain.delta", method, **ratio, **more)
-    restore(tmp_path / "plain.delta", pair.base, tmp_path / "plain")
+def test_restore_load_and_verify_are_undisturbed(state, plain: Path, _template, tmp_path: Path):
+    archive, base = plain / "svd-quant.delta", _template.base
     with state():
-        compress(pair.base, pair.finetuned, tmp_path / "other.delta", method, **ratio, **more)
-        restore(tmp_path / "plain.delta", pair.base, tmp_path / "other")
-        loaded = load_state(tmp_path / "plain.delta", pair.base)
-        verify(tmp_path / "plain.delta", pair.base)
-    with Archive(tmp_path / "plain.delta") as a, Archive(tmp_path / "other.delta") as b:
-        assert a.identity == b.identity
-    plain = read_checkpoint(tmp_path / "plain")
-    assert same_bits(read_checkpoint(tmp_path / "other"), plain)
-    assert same_bits(loaded, plain)
+        restore(archive, base, tmp_path / "other")
+        loaded = load_state(archive, base)
+        verify(archive, base)
+    expected = read_checkpoint(plain / "svd-quant")
+    assert same_bits(read_checkpoint(tmp_path / "other"), expected)
+    assert same_bits(loaded, expected)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("state", ["bf16", "fp64", "meta"])
+@pytest.mark.parametrize("method", ["auto", "svd-quant"])
+def test_compress_is_undisturbed(method: str, state, plain: Path, _template, tmp_path: Path):
+    with STATES[state]():
+        found = written(_template, tmp_path, method)
+    with Archive(found) as a, Archive(plain / f"{method}.delta") as b:
+        assert a.identity == b.identity  # of the manifest, which has every part's checksum
+
+
+ROOMS = ("codecs", "coding", "linalg", "restoring", "checkpoint", "archive", "compressing")
+FACTORIES = {
+    "zeros", "ones", "empty", "full", "eye", "tensor", "as_tensor", "scalar_tensor", "arange",
+    "linspace", "logspace", "rand", "randn", "randint", "randperm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_factories_name_dtype_and_device(room: str) -> None:
+    """The guard would do; that bits hold without it, too, is two words a call."""
+    folder = Path(deltafold.__file__).parent / room
+    calls = [
+        (f"{file.name}:{node.lineno}", {keyword.arg for keyword in node.keywords})
+        for file in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "torch"
+        and node.func.attr in FACTORIES
+    ]
+    assert [where for where, named in calls if not {"dtype", "device"} <= named] == []
 
 
 @STATE

@@ -100,7 +100,7 @@ class Checkpoint:
         buffer = bytearray(length)
         _read_into(self._descriptor(info.file), memoryview(buffer), offset, info)
         if not length:
-            return torch.empty((stop - start, columns), dtype=DTYPES[info.dtype])
+            return torch.empty((stop - start, columns), dtype=DTYPES[info.dtype], device="cpu")
         return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(stop - start, columns)
 
     def row_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:

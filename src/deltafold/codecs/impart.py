@@ -203,7 +203,7 @@ class Impart(DeltaCodec):
 def _draw(columns: torch.Tensor, kept: NDArray[np.int64], key: int) -> torch.Tensor:
     """Kept entries of each column (size x a), column after column; not yet rescaled."""
     size = columns.shape[0]
-    drawn = [torch.zeros(0)]
+    drawn = [torch.zeros(0, dtype=torch.float32, device="cpu")]
     for j, keep in enumerate(kept.tolist()):
         drawn.append(columns[torch.from_numpy(subset(key, j, size, keep)), j])
     return torch.cat(drawn)
@@ -213,7 +213,7 @@ def _scatter(values: torch.Tensor, kept: NDArray[np.int64], size: int, key: int)
     """Rows a x size: entries at their positions, times size / kept; zero elsewhere."""
     if (kept < 0).any() or (kept > size).any() or int(kept.sum()) != len(values):
         raise ValueError("the counts of kept entries do not fit the matrix")
-    out = torch.zeros(len(kept), size)
+    out = torch.zeros(len(kept), size, dtype=torch.float32, device="cpu")
     start = 0
     for j, keep in enumerate(kept.tolist()):
         at = torch.from_numpy(subset(key, j, size, keep))

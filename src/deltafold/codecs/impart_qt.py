@@ -219,7 +219,10 @@ class ImpartQt(DeltaCodec):
         s = parts["s"]
         kept_u, kept_v = self._kept(shape, _stored(s), float(settings["gamma"]))
         mask_u, mask_v = _mask(kept_u, o, key ^ _U_STREAM), _mask(kept_v, i, key ^ _V_STREAM)
-        u, v = torch.zeros(mask_u.shape), torch.zeros(mask_v.shape)
+        u, v = (
+            torch.zeros(mask_u.shape, dtype=torch.float32, device="cpu"),
+            torch.zeros(mask_v.shape, dtype=torch.float32, device="cpu"),
+        )
         reader = RunReader(parts["codes"], parts["scales"])
         for a, b, width in _cut(len(s)):
             for vectors, mask, kept in ((v, mask_v, kept_v), (u, mask_u, kept_u)):
@@ -269,7 +272,7 @@ def _gain(kept: Counts, size: int) -> torch.Tensor:
 
 def _mask(kept: Counts, size: int, key: int) -> torch.Tensor:
     """Which entries of each column are kept, a x size."""
-    mask = torch.zeros(len(kept), size, dtype=torch.bool)
+    mask = torch.zeros(len(kept), size, dtype=torch.bool, device="cpu")
     for j, keep in enumerate(kept.tolist()):
         mask[j, torch.from_numpy(subset(key, j, size, keep))] = True
     return mask

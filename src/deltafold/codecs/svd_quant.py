@@ -113,7 +113,7 @@ class CodedFactors(DeltaCodec):
         dtype = self.config.torch_dtype
         v = factors.v[:, :rank].T
         left = factors.u[:, :rank].T * factors.s[:rank, None]  # what diag(s) U^T is to be
-        s = torch.zeros(rank, dtype=torch.bfloat16)
+        s = torch.zeros(rank, dtype=torch.bfloat16, device="cpu")
         runs = []
         for band in self.cut(settings):
             here, later = slice(band.first, band.last), slice(band.last, rank)
@@ -152,7 +152,10 @@ class CodedFactors(DeltaCodec):
         """U^T (r x o) and V^T (r x i) as stored."""
         o, i = shape
         cut = self.cut(settings)
-        u, v = torch.zeros(_rank(cut), o), torch.zeros(_rank(cut), i)
+        u, v = (
+            torch.zeros(_rank(cut), o, dtype=torch.float32, device="cpu"),
+            torch.zeros(_rank(cut), i, dtype=torch.float32, device="cpu"),
+        )
         reader = RunReader(parts["codes"], parts["scales"])
         for first, last, width in cut:
             v[first:last] = reader.take((last - first) * i, width).reshape(-1, i)

@@ -56,7 +56,10 @@ def blank(shape: tuple[int, int], rank: int, size: float, key: int) -> Correctio
     right = gaussian(derive_key(key, "correction"), rank, i)
     scales, levels = rounded(torch.from_numpy(right).float())
     return Correction(
-        torch.full((rank, 1), size), scales, torch.zeros(rank, o, dtype=torch.int8), levels
+        torch.full((rank, 1), size, dtype=torch.float32, device="cpu"),
+        scales,
+        torch.zeros(rank, o, dtype=torch.int8, device="cpu"),
+        levels,
     )
 
 
@@ -77,7 +80,11 @@ def read(part: torch.Tensor, shape: tuple[int, int], rank: int) -> Correction:
 def rounded(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(scales (r, 1), levels (r, n) int8) of vectors (r, n): each row by its largest entry."""
     scales = vectors.abs().amax(dim=1, keepdim=True) / LEVELS
-    levels = torch.where(scales > 0, vectors / scales.clamp_min(1e-38), torch.zeros(()))
+    levels = torch.where(
+        scales > 0,
+        vectors / scales.clamp_min(1e-38),
+        torch.zeros((), dtype=torch.float32, device="cpu"),
+    )
     return scales, levels.round().to(torch.int8)
 
 

@@ -171,7 +171,9 @@ def decoded_delta(archive: Archive, tensor: Tensor, base: Checkpoint) -> torch.T
     """
     source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
     n_rows, columns = base.tensors[tensor.name].matrix_shape
-    whole = torch.zeros(min(n_rows, tensor.matrix_shape[0]), columns)
+    whole = torch.zeros(
+        min(n_rows, tensor.matrix_shape[0]), columns, dtype=torch.float32, device="cpu"
+    )
     if source.base != tensor.base:  # twins now, not so in the base
         for start, rows in decoded_rows(archive, tensor, base):
             _put_difference(whole, start, rows, tensor.name, base)
@@ -227,7 +229,7 @@ def stored_factors(
 @undisturbed
 def assembled(tensor: Tensor, rows: Iterator[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """The whole tensor, of its `decoded_rows` or `checked_rows`."""
-    whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype])
+    whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype], device="cpu")
     for start, part in rows:
         whole[start : start + len(part)] = part
     return whole.reshape(tensor.shape)
@@ -255,7 +257,7 @@ def _decoded_piece(
         reference = (
             reference_rows(base, tensor.name, start, stop, dtype)
             if piece.reference == "base"
-            else torch.zeros(stop - start, columns, dtype=dtype)
+            else torch.zeros(stop - start, columns, dtype=dtype, device="cpu")
         )
         yield start, exact_codec(piece.codec).decode(parts, piece.settings, reference)
         return
