@@ -47,8 +47,8 @@ from deltafold.codecs.base import (
     Spectrum,
     check_parts,
 )
-from deltafold.codecs.lowrank import product_rows
 from deltafold.coding.counter import subset
+from deltafold.coding.sums import product_rows
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
@@ -197,7 +197,7 @@ class Impart(DeltaCodec):
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
+        yield from product_rows(*self.factors(parts, settings, shape, key))
 
 
 def _draw(columns: torch.Tensor, kept: NDArray[np.int64], key: int) -> torch.Tensor:

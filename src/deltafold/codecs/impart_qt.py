@@ -46,7 +46,6 @@ from deltafold.codecs.base import (
     check_parts,
 )
 from deltafold.codecs.impart import ImpartConfig, Sparsity, kept_counts, sparsity
-from deltafold.codecs.lowrank import product_rows
 from deltafold.coding.coded_vectors import (
     Band,
     RunReader,
@@ -59,6 +58,7 @@ from deltafold.coding.coded_vectors import (
     run_size,
 )
 from deltafold.coding.counter import subset
+from deltafold.coding.sums import product_rows
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
@@ -233,7 +233,7 @@ class ImpartQt(DeltaCodec):
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
+        yield from product_rows(*self.factors(parts, settings, shape, key))
 
 
 def power(x: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:

@@ -35,7 +35,6 @@ from deltafold.codecs.base import (
     Spectrum,
     check_parts,
 )
-from deltafold.codecs.lowrank import product_rows
 from deltafold.coding.coded_vectors import (
     Band,
     RunReader,
@@ -46,6 +45,7 @@ from deltafold.coding.coded_vectors import (
     join,
     run_size,
 )
+from deltafold.coding.sums import product_rows
 from deltafold.coding.trainable import Trainable, Values, straight_through
 from deltafold.errors import UsageError
 from deltafold.linalg.decomposition import truncated_svd
@@ -137,7 +137,7 @@ class CodedFactors(DeltaCodec):
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
+        yield from product_rows(*self.factors(parts, settings, shape, key))
 
     def trainable(
         self, parts: Parts, settings: Settings, shape: Shape, key: int

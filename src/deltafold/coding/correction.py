@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from deltafold.coding.counter import derive_key, gaussian
+from deltafold.coding.sums import product_rows
 from deltafold.coding.trainable import straight_through
 
 LEVELS = 127
@@ -33,10 +34,10 @@ class Correction:
     right: torch.Tensor
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of C, fp32; summed in fp64, as `codecs.lowrank.product_rows` does."""
+        """Rows [start, stop) of C, fp32; summed as `sums.product_rows` does."""
         left = self.left[:, start:stop].double() * self.left_scales.double()
         right = self.right.double() * self.right_scales.double()
-        return (left.T @ right).float()
+        return torch.cat([rows for _, rows in product_rows(left, right)])
 
     def to_part(self) -> torch.Tensor:
         """The bytes, uint8."""
