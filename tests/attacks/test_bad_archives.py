@@ -43,7 +43,7 @@ def copy_tensor(raw: dict[str, Any]) -> None:
 
 # what is edited -> words that the one sentence must hold
 EDITS: dict[str, tuple[Change, tuple[str, ...]]] = {
-    "newer format": (lambda raw: raw.update(format_version=2), ("version 2", "upgrade")),
+    "newer format": (lambda raw: raw.update(format_version=99), ("version 99", "upgrade")),
     "format is text": (lambda raw: raw.update(format_version="x"), ("format_version",)),
     "another format": (lambda raw: raw.update(format="zip"), ("not a deltafold manifest",)),
     "newer codec": (
@@ -132,6 +132,16 @@ EDITS: dict[str, tuple[Change, tuple[str, ...]]] = {
         lambda raw: tensor_entry(raw, QUERY)["pieces"][0]["parts"].update(u="0" * 16),
         (f"{QUERY}::u", "damaged"),
     ),
+    "restored to something else": (
+        change_tensor(QUERY, restored="0" * 16),
+        (QUERY, "other values", "verify"),
+    ),
+    "restored left out": (lambda raw: tensor_entry(raw, QUERY).pop("restored"), (QUERY, "digest")),
+    "restored of what is exact": (
+        change_tensor("model.norm.weight", restored="0" * 16),
+        ("model.norm.weight", "exact"),
+    ),
+    "restored in an older format": (lambda raw: raw.update(format_version=1), ("restored",)),
     "unknown field": (lambda raw: raw.update(pickle="cos"), ("pickle",)),
     "seed negative": (lambda raw: raw.update(seed=-1), ("seed",)),
     "tensors are text": (lambda raw: raw.update(tensors="all"), ("tensors",)),
@@ -271,7 +281,7 @@ def test_not_an_archive(pair: PairFiles, tmp_path: Path) -> None:
 def test_payload_that_no_tensor_names(archive: Path) -> None:
     edit_manifest(
         archive,
-        lambda raw: tensor_entry(raw, QUERY).update(pieces=[{"codec": "skip"}]),
+        lambda raw: tensor_entry(raw, QUERY).update(pieces=[{"codec": "skip"}], restored=None),
     )
     refused(ArchiveError, lambda: inspect(archive), QUERY, "no tensor names")
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ from deltafold.checkpoint.view import INDEX_FILE, PLAIN_NAME
 from deltafold.errors import ArchiveError
 
 FORMAT = "deltafold-archive"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "delta.json"
 MAX_MANIFEST_BYTES = 1 << 30
 _SEAL = re.compile(r',"checksum":"([0-9a-f]{32})"\}\n\Z')
@@ -58,8 +59,14 @@ class Tensor(_Strict):
     file: Size  # which of the fine-tune's weight files held it
     base: Digest | None = None
     tuned: Digest
+    restored: Checksum | None = None  # what it decodes to, where that is not `tuned`
     same_as: str | None = None  # stored once, under that name
     pieces: tuple[Piece, ...] = ()
+
+    @property
+    def lossy(self) -> bool:
+        """True if some of it is approximated."""
+        return any(piece.error is not None for piece in self.pieces)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -128,7 +135,7 @@ class Source(_Strict):
 
 class Manifest(_Strict):
     format: Literal["deltafold-archive"] = "deltafold-archive"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     tool_version: str
     method: str
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -151,6 +158,8 @@ class Manifest(_Strict):
         if len(set(files)) != len(files):
             raise ValueError("a file of the fine-tune is listed twice")
         known = {tensor.name: tensor for tensor in self.tensors}
+        if self.format_version < version_of(self.tensors):
+            raise ValueError(f"format version {self.format_version} has no field restored")
         for tensor in self.tensors:
             target = known.get(tensor.same_as) if tensor.same_as else None
             if tensor.same_as and (
@@ -162,6 +171,10 @@ class Manifest(_Strict):
                 raise ValueError(
                     f"tensor {tensor.name} refers to {tensor.same_as}, which is no twin"
                 )
+            if self.format_version > 1 and tensor.lossy and tensor.restored is None:
+                raise ValueError(f"tensor {tensor.name} has no digest of what it restores to")
+            if tensor.restored is not None and not tensor.lossy:
+                raise ValueError(f"tensor {tensor.name} is exact and restores to itself")
             if tensor.file >= len(self.finetuned.files):
                 raise ValueError(f"tensor {tensor.name} lies in a file that is not listed")
             for piece in tensor.pieces:
@@ -184,6 +197,11 @@ class Manifest(_Strict):
             for tensor in self.tensors
         ]
         return sealed(head[:-1] + ',"tensors":[\n' + ",\n".join(lines) + "\n]")
+
+
+def version_of(tensors: Iterable[Tensor]) -> int:
+    """The oldest version of the format that can say this: readers of that version then can read it."""
+    return 2 if any(tensor.restored is not None for tensor in tensors) else 1
 
 
 def sealed(text: str) -> str:

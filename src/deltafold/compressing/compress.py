@@ -107,7 +107,7 @@ def compress(
             else:
                 encode_lossy(job, plan, workspace, resources)
             distilled = distill_pieces(job, plan, workspace, resources) if distill else None
-            assemble(job, plan, workspace)
+            assemble(job, plan, workspace, resources)
             workspace.publish("archive", overwrite)
     with Archive(out) as archive:
         result = compress_record(job, plan, archive, out, meter)

@@ -40,6 +40,12 @@ class PlannedTensor:
     survey: TensorSurvey
     pieces: list[PlannedPiece]
     same_as: str | None = None
+    restored: str | None = None  # checksum of what it decodes to, once that is known
+
+    @property
+    def lossy(self) -> bool:
+        """True if some of it is approximated."""
+        return any(piece.lossy for piece in self.pieces)
 
     def shape(self, piece: PlannedPiece) -> Shape:
         """Rows and columns of one of its pieces."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deltafold.archive import CodecEntry, Manifest, Piece, Source, Tensor, TensorDigest
-from deltafold.archive.manifest import PayloadFile
+from deltafold.archive.manifest import PayloadFile, version_of
 from deltafold.archive.writer import payload_bytes
 from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, tensor_bytes
 from deltafold.checkpoint.writer import TensorSpec
@@ -86,7 +87,9 @@ def draft_manifest(job: Job, plan: Plan) -> Manifest:
     }
     files = {file: number for number, file in enumerate(pair.finetuned.shards)}
     removed = {name: _removed_digest(job, name) for name in pair.removed}
+    tensors = tuple(_manifest_tensor(job, tensor, files) for tensor in plan.tensors)
     return Manifest(
+        format_version=version_of(tensors),  # type: ignore[arg-type]
         tool_version=__version__,
         method=job.method,
         seed=job.seed,
@@ -97,20 +100,22 @@ def draft_manifest(job: Job, plan: Plan) -> Manifest:
         removed=removed,
         payload=(PayloadFile(name="payload-00001-of-00001.safetensors", n_bytes=10**9),),
         files=job.side_files[0],
-        tensors=tuple(
-            Tensor(
-                name=tensor.pairing.name,
-                dtype=tensor.pairing.tuned.dtype,
-                shape=tensor.pairing.tuned.shape,
-                file=files[tensor.pairing.tuned.file],
-                base=tensor.survey.base_digest,
-                tuned=tensor.survey.tuned_digest,
-                same_as=tensor.same_as,
-                pieces=tuple(_manifest_piece(job, tensor, piece) for piece in tensor.pieces),
-            )
-            for tensor in plan.tensors
-        ),
+        tensors=tensors,
         totals={"checkpoint_bytes": pair.finetuned.total_bytes},
+    )
+
+
+def _manifest_tensor(job: Job, tensor: PlannedTensor, files: dict[Path, int]) -> Tensor:
+    return Tensor(
+        name=tensor.pairing.name,
+        dtype=tensor.pairing.tuned.dtype,
+        shape=tensor.pairing.tuned.shape,
+        file=files[tensor.pairing.tuned.file],
+        base=tensor.survey.base_digest,
+        tuned=tensor.survey.tuned_digest,
+        restored=(tensor.restored or _DRAFT_CHECKSUM) if tensor.lossy else None,
+        same_as=tensor.same_as,
+        pieces=tuple(_manifest_piece(job, tensor, piece) for piece in tensor.pieces),
     )
 
 
