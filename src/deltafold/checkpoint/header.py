@@ -110,7 +110,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _refuse(path, f"its header cannot be read: {error}") from None
     _check_layout(path, tensors, 8 + length_bytes, size_bytes)
-    ordered = sorted(tensors.values(), key=lambda info: (info.start_bytes, info.name))
+    # Empty tensors begin where the next one does; those of one place stay as the header has them.
+    ordered = sorted(tensors.values(), key=lambda info: (info.start_bytes, info.n_bytes))
     return {info.name: info for info in ordered}, metadata
 
 

@@ -10,6 +10,7 @@ added again, one term at a time. So a sum costs what a fast one does, and is cer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,34 @@ from deltafold.running.devices import put
 _VALUES = 1 << 19  # of a chunk: what it takes stays near the core
 _TERMS = 1 << 22  # of entries added again, at a time
 _SMALLEST = 2.0**-149  # of fp32: what a product of magnitudes may lose
+
+
+def rounded_sum(base: torch.Tensor, change: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """base + change in `dtype`: added in fp32, rounded once. `change` (fp32) is used up.
+
+    Beyond the largest number of `dtype` it is that number: an approximated change must not turn a
+    large weight into infinity. What is infinite in the base stays so.
+    """
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    total = change.add_(base).clamp_(-most, most)
+    if base.numel() and not all(bool(end.isfinite()) for end in base.aminmax()):
+        total = torch.where(base.isfinite(), total, base)
+    return total.to(dtype)
+
+
+def squared(x: torch.Tensor) -> float:
+    """Sum of squares of what is finite, in fp64, where even that would overflow 1e300."""
+    found = float(x.float().square().sum(dtype=torch.float64))
+    if math.isfinite(found):
+        return found
+    wide = x.double().nan_to_num(0.0, 0.0, 0.0)
+    return min(float(wide.square().sum()), 1e300)
+
+
+def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Sum of squared differences, fp32; what is not finite counts nothing. See `squared`."""
+    found = float((a.float() - b.float()).square().sum(dtype=torch.float64))
+    return found if math.isfinite(found) else squared(a.double() - b.double())
 
 
 def bound(terms: int) -> float:

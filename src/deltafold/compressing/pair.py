@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from deltafold.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
+from deltafold.coding.sums import rounded_sum
 from deltafold.errors import MismatchError
 from deltafold.linalg.matrices import Fisher
 from deltafold.names import is_vocabulary, role_of
@@ -176,7 +177,7 @@ class DeltaRows:
         first = self._span.start + start
         rows = self._pair.base.rows(self._name, first, first + len(change))
         base = rows.to(change.device).float()
-        return (base + change).to(self._dtype).float().sub_(base)
+        return rounded_sum(base, change.clone(), self._dtype).float().sub_(base)
 
     def _read(self, start: int, stop: int) -> torch.Tensor:
         offset = self._span.start

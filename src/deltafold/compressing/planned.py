@@ -98,7 +98,7 @@ def _pieces(job: Job, span: SpanSurvey, stem: str) -> list[PlannedPiece]:
                 job.method, span.start, span.stop, stem=stem, delta_squared=span.delta_squared
             )
         ]
-    return exact_pieces(span, None if span.in_base else "only in the fine-tune")
+    return exact_pieces(span, span.why if span.in_base else "only in the fine-tune")
 
 
 def exact_pieces(span: SpanSurvey, why: str | None) -> list[PlannedPiece]:

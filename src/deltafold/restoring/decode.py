@@ -23,6 +23,7 @@ from deltafold.checkpoint import (
 from deltafold.codecs import delta_codec, exact_codec, get, names
 from deltafold.codecs.base import DeltaCodec
 from deltafold.coding.counter import derive_key
+from deltafold.coding.sums import rounded_sum
 from deltafold.errors import ArchiveError, MismatchError, UsageError
 from deltafold.running.neutral import undisturbed
 
@@ -278,8 +279,8 @@ def _decoded_piece(
     key = piece_key(archive.manifest.seed, tensor.name, start)
     for at, delta in codec.decode(parts, piece.settings, (stop - start, columns), key):
         first = start + at
-        reference32 = base.rows(tensor.name, first, first + len(delta)).float()
-        yield first, reference32.add_(delta).to(dtype)
+        reference = base.rows(tensor.name, first, first + len(delta)).float()
+        yield first, rounded_sum(reference, delta, dtype)
 
 
 def _codec_of(archive: Archive, piece: Piece) -> DeltaCodec:

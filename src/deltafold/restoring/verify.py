@@ -7,10 +7,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltafold.archive import Archive, Tensor, TensorDigest
 from deltafold.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from deltafold.coding.sums import squared_distance
 from deltafold.errors import MismatchError
 from deltafold.restoring.decode import (
     check_base_headers,
@@ -108,14 +107,14 @@ def _compare(
     for start, rows in decoded_rows(archive, tensor, base):
         digest.update(tensor_bytes(rows))
         if tuned is not None and rows.dtype.is_floating_point:
-            true = tuned.rows(tensor.name, start, start + len(rows)).float()
-            wrong += float((true - rows.float()).square().sum(dtype=torch.float64))
+            true = tuned.rows(tensor.name, start, start + len(rows))
+            wrong += squared_distance(true, rows)
             if (
                 tensor.base is not None
                 and start + len(rows) <= base.tensors[tensor.name].matrix_shape[0]
             ):
-                before = base.rows(tensor.name, start, start + len(rows)).float()
-                total += float((true - before).square().sum(dtype=torch.float64))
+                before = base.rows(tensor.name, start, start + len(rows))
+                total += squared_distance(true, before)
     exact = digest.identity() == tensor.tuned
     check_digest(archive, tensor, digest)
     found: dict[str, Any] = {"exact": exact}
