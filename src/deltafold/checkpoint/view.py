@@ -177,7 +177,7 @@ class Checkpoint:
 def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor of these bytes, without a copy; `dtype` as in the header."""
     if not data:
-        return torch.empty(shape, dtype=DTYPES[dtype])
+        return torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
     return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,9 @@ def verify(
             with lock:
                 results[tensor.name] = found
 
+        decodes = base_checkpoint is not None
         tasks = [
-            Task(
-                t.name,
-                lambda t=t: one(t),  # type: ignore[misc]
-                TASK_MEMORY_BYTES,
-                float(math.prod(t.shape)),
-                tensors=base_checkpoint is not None,
-            )
+            Task(t.name, partial(one, t), TASK_MEMORY_BYTES, float(math.prod(t.shape)), decodes)
             for t in opened.manifest.tensors
         ]
         run_tasks("verify", tasks, workers, memory_bytes, progress)
