@@ -30,7 +30,7 @@ grids = st.builds(
     width=st.integers(1, 8),
     group=st.sampled_from([1, 3, 8, 128]),
     symmetric=st.booleans(),
-    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    dtype_name=st.sampled_from(["F16", "BF16"]),
 )
 numbers = st.floats(-1, 1, width=32, allow_subnormal=False)
 

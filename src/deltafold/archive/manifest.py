@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deltafold.checkpoint.header import DTYPES
 from deltafold.checkpoint.view import INDEX_FILE, PLAIN_NAME
+from deltafold.dtypes import ITEM_BYTES
 from deltafold.errors import ArchiveError
 
 FORMAT = "deltafold-archive"
@@ -86,7 +86,7 @@ class Tensor(_Strict):
 
     @model_validator(mode="after")
     def _sound(self) -> Tensor:
-        if self.dtype not in DTYPES:
+        if self.dtype not in ITEM_BYTES:
             raise ValueError(f"tensor {self.name} has the unknown dtype {self.dtype!r}")
         if self.name == "__metadata__":
             raise ValueError("no tensor can be called __metadata__")

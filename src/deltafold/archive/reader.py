@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
 
-import torch
 import zstandard
 
 from deltafold.archive.digest import TensorDigest, file_digest
@@ -24,9 +23,10 @@ from deltafold.checkpoint import (
     is_address,
     is_hub_id,
     local_folder,
-    tensor_bytes,
 )
+from deltafold.checkpoint.view import as_tensor
 from deltafold.errors import ArchiveError, CheckpointError, not_shared
+from deltafold.lazy import torch
 
 FILES_FOLDER = "files"
 MAX_SIDE_FILE_BYTES = 128_000_000
@@ -89,21 +89,28 @@ class Archive:
 
     def parts(self, tensor: Tensor, piece: Piece) -> dict[str, torch.Tensor]:
         """All parts of a piece, checked. Raises ArchiveError on a flipped bit."""
-        loaded = {}
+        layout = self.part_layout(tensor, piece)
+        return {part: as_tensor(data, *layout[part]) for part, data in self._checked(tensor, piece)}
+
+    def check_parts(self, tensor: Tensor, piece: Piece) -> None:
+        """Compare the checksums of all parts of a piece. Raises ArchiveError on a flipped bit."""
+        for _ in self._checked(tensor, piece):
+            pass
+
+    def _checked(self, tensor: Tensor, piece: Piece) -> Iterator[tuple[str, bytearray]]:
+        """Each part of a piece and its bytes, one at a time."""
         for part, checksum in piece.parts.items():
             name = tensor.part_name(piece, part)
             shard = self._payload[name]
-            info = shard.tensors[name]
-            value = shard.tensor(name)
+            info, data = shard.tensors[name], shard.data(name)
             digest = TensorDigest(info.dtype, info.shape)
-            digest.update(tensor_bytes(value))
+            digest.update(memoryview(data))
             if digest.checksum() != checksum:
                 raise ArchiveError(
                     f"Part {name} in {info.file} is damaged (its checksum differs); "
                     "fetch the archive again."
                 )
-            loaded[part] = value
-        return loaded
+            yield part, data
 
     def part_layout(self, tensor: Tensor, piece: Piece) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of each part of a piece, from the payload's header."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import zstandard
 
 from deltafold.archive.digest import file_digest
 from deltafold.archive.manifest import MANIFEST_FILE, Manifest, PayloadFile, SideFile
 from deltafold.archive.reader import FILES_FOLDER, raw_dictionary
-from deltafold.checkpoint import DTYPES, Checkpoint
+from deltafold.checkpoint import Checkpoint
 from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.writer import TensorSpec, guard_storage, plan_shards, tensor_bytes
+from deltafold.dtypes import ITEM_BYTES
+from deltafold.lazy import torch
 
 PAYLOAD_SHARD_BYTES = 1 << 30
 
@@ -36,7 +37,7 @@ def payload_bytes(parts: list[TensorSpec]) -> int:
     for _, group in payload_layout(parts):
         header, starts = build_header(group, None)
         last = group[-1]
-        size = DTYPES[last[1]].itemsize
+        size = ITEM_BYTES[last[1]]
         for length in last[2]:
             size *= length
         total += starts[last[0]] + size if starts else len(header)

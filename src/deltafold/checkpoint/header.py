@@ -15,30 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from deltafold.dtypes import ITEM_BYTES
 from deltafold.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -57,7 +37,7 @@ class TensorInfo:
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
+        return ITEM_BYTES[self.dtype]
 
     @property
     def n_bytes(self) -> int:
@@ -126,7 +106,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor_info(name: str, entry: dict[str, Any], path: Path, origin_bytes: int) -> TensorInfo:
     start, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in ITEM_BYTES:
         raise ValueError(f"dtype {entry['dtype']} of tensor {name} is unknown")
     # `type`, not `isinstance`: True is no length.
     if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
@@ -160,7 +140,7 @@ def build_header(
     position = 0
     starts: dict[str, int] = {}
     for name, dtype, shape in tensors:
-        n_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+        n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
         offsets = [position, position + n_bytes]
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         starts[name] = position

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-import torch
-
-from deltafold.checkpoint.header import DTYPES, TensorInfo, read_header
+from deltafold.checkpoint.header import TensorInfo, read_header
+from deltafold.dtypes import DTYPES
 from deltafold.errors import CheckpointError, not_shared
+from deltafold.lazy import torch
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -95,13 +95,20 @@ class Checkpoint:
         n_rows, columns = info.matrix_shape
         if not 0 <= start <= stop <= n_rows:
             raise ValueError(f"tensor {name} has {n_rows} rows, not {start} to {stop}")
-        length = (stop - start) * columns * info.itemsize
-        offset = info.start_bytes + start * columns * info.itemsize
-        buffer = bytearray(length)
-        _read_into(self._descriptor(info.file), memoryview(buffer), offset, info)
-        if not length:
-            return torch.empty((stop - start, columns), dtype=DTYPES[info.dtype], device="cpu")
-        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(stop - start, columns)
+        row_bytes = columns * info.itemsize
+        data = self._data(info, start * row_bytes, stop * row_bytes)
+        return as_tensor(data, info.dtype, (stop - start, columns))
+
+    def data(self, name: str) -> bytearray:
+        """The bytes of one whole tensor, as they are stored."""
+        info = self.tensors[name]
+        return self._data(info, 0, info.n_bytes)
+
+    def _data(self, info: TensorInfo, start: int, stop: int) -> bytearray:
+        buffer = bytearray(stop - start)
+        view, offset = memoryview(buffer), info.start_bytes + start
+        _read_into(self._descriptor(info.file), view, offset, info)
+        return buffer
 
     def row_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
         """The tensor as (first row, rows) pieces of at most `chunk_bytes` (at least one row)."""
@@ -165,6 +172,13 @@ class Checkpoint:
                     f"{self.path / 'config.json'} is not valid JSON ({error}); copy it again."
                 ) from None
         return {}
+
+
+def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of these bytes, without a copy; `dtype` as in the header."""
+    if not data:
+        return torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
+    return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import threading
 import weakref
@@ -16,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-from deltafold.checkpoint.header import DTYPES, build_header
+from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.view import INDEX_FILE, SINGLE_FILE
+from deltafold.dtypes import ITEM_BYTES
 from deltafold.errors import StorageError, not_shared
+from deltafold.lazy import torch
 
 Result = TypeVar("Result")
 TensorSpec = tuple[str, str, tuple[int, ...]]
@@ -55,7 +56,7 @@ def plan_shards(tensors: list[TensorSpec], shard_bytes: int) -> dict[str, list[T
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in tensors:
-        size = DTYPES[spec[1]].itemsize
+        size = ITEM_BYTES[spec[1]]
         for length in spec[2]:
             size *= length
         if groups[-1] and filled + size > shard_bytes:
@@ -101,7 +102,7 @@ class CheckpointWriter:
         end = len(header)
         for name, dtype, shape in tensors:
             self._starts[name] = (descriptor, starts[name])
-            end = max(end, starts[name] + DTYPES[dtype].itemsize * torch.Size(shape).numel())
+            end = max(end, starts[name] + ITEM_BYTES[dtype] * math.prod(shape))
         os.ftruncate(descriptor, end)
         _write_all(descriptor, memoryview(header), 0)
 
@@ -143,7 +144,7 @@ class CheckpointWriter:
         if indexed and list(self.layout) != [SINGLE_FILE]:
             weight_map = {spec[0]: file for file, specs in self.layout.items() for spec in specs}
             total = sum(
-                DTYPES[dtype].itemsize * torch.Size(shape).numel()
+                ITEM_BYTES[dtype] * math.prod(shape)
                 for specs in self.layout.values()
                 for _, dtype, shape in specs
             )

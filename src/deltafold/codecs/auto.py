@@ -45,9 +45,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.codecs.base import (
@@ -76,6 +76,7 @@ from deltafold.coding.levels import (
 from deltafold.coding.trainable import Trainable
 from deltafold.coding.trainable_levels import TrainableLevels
 from deltafold.errors import UsageError
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix, feed_forward, feeding_factor
 from deltafold.running.devices import put
 
@@ -84,7 +85,7 @@ FEED_DAMPING = 0.5  # of the step
 UNSETTLED = 0.05  # change of one unit by the stored dtype's rounding, above which nothing is fed on
 _HEADER_BYTES = 40  # of a matrix without vectors, about
 
-Settle = Callable[[torch.Tensor], torch.Tensor]
+Settle: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ class Auto(VariableCodec):
         return {"step": float(f"{step:.6g}"), "n_bytes": min(n_bytes, int(2 * share * values))}
 
     def layout(self, shape: Shape, settings: Settings) -> dict[str, PartSpec]:
-        parts = {"code": PartSpec(torch.uint8, (int(settings["n_bytes"]),))}
+        parts = {"code": PartSpec("U8", (int(settings["n_bytes"]),))}
         if rank := int(settings.get("rank", 0)):
-            parts["fix"] = PartSpec(torch.uint8, (correction.fix_bytes(shape, rank),))
+            parts["fix"] = PartSpec("U8", (correction.fix_bytes(shape, rank),))
         return parts
 
     def encode(

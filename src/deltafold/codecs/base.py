@@ -16,34 +16,49 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.coding.trainable import Trainable
+from deltafold.dtypes import DTYPE_NAMES, DTYPES, ITEM_BYTES
 from deltafold.errors import UsageError, nearest
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 from deltafold.running.neutral import undisturbed
 
 Shape = tuple[int, int]
 Settings = dict[str, Any]
-Parts = dict[str, torch.Tensor]
+Parts: TypeAlias = "dict[str, torch.Tensor]"
 Spectrum = NDArray[np.float64]
-VALUE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+VALUE_DTYPES = {"fp16": "F16", "bf16": "BF16"}
+"""Dtypes of stored values, as safetensors names them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class PartSpec:
-    """Dtype and shape of one stored part."""
+    """Dtype and shape of one stored part.
 
-    dtype: torch.dtype
+    A dtype may be given as safetensors names it, `F16`, or as torch does: the name counts bytes
+    without importing torch.
+    """
+
+    dtype_name: str
     shape: tuple[int, ...]
+
+    def __init__(self, dtype: str | torch.dtype, shape: tuple[int, ...]):
+        name = dtype if isinstance(dtype, str) else DTYPE_NAMES[dtype]
+        object.__setattr__(self, "dtype_name", name)
+        object.__setattr__(self, "shape", shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
 
     @property
     def n_bytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return ITEM_BYTES[self.dtype_name] * int(np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -57,8 +72,18 @@ class Config:
             raise UsageError(f"value_dtype must be fp16 or bf16, not {self.value_dtype!r}.")
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def dtype_name(self) -> str:
+        """Dtype of stored values, as safetensors names it."""
         return VALUE_DTYPES[self.value_dtype]
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one stored value."""
+        return ITEM_BYTES[self.dtype_name]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
 
     @classmethod
     def from_options(cls, method: str, options: Mapping[str, Any]) -> Config:
@@ -235,7 +260,7 @@ class DeltaCodec(Codec):
         A quarter above the share that the values alone would pay for, and one whole component.
         """
         o, i = shape
-        paid = target_bytes / (o * i * self.config.torch_dtype.itemsize)
+        paid = target_bytes / (o * i * self.config.item_bytes)
         return min(1.0, 1.25 * paid + (o + i) / (o * i))
 
 

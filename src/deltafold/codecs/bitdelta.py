@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import torch
 
 from deltafold.codecs.base import (
     DeltaCodec,
@@ -40,6 +39,7 @@ from deltafold.codecs.seeded import gathered, scattered
 from deltafold.coding.counter import draw
 from deltafold.coding.packing import packed_bytes
 from deltafold.coding.trainable import ScaledPattern, Trainable
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 
@@ -58,8 +58,8 @@ class BitDelta(DeltaCodec):
 
     def layout(self, shape: Shape, settings: Settings) -> dict[str, PartSpec]:
         return {
-            "signs": PartSpec(torch.uint8, (packed_bytes(int(settings["kept"]), 1),)),
-            "scale": PartSpec(torch.float32, (1,)),
+            "signs": PartSpec("U8", (packed_bytes(int(settings["kept"]), 1),)),
+            "scale": PartSpec("F32", (1,)),
         }
 
     def encode(

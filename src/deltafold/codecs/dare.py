@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
-
 from deltafold.codecs.base import (
     DeltaCodec,
     Parts,
@@ -30,6 +28,7 @@ from deltafold.codecs.base import (
 )
 from deltafold.codecs.seeded import entries_at, scattered
 from deltafold.coding.counter import draw
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 
@@ -47,10 +46,10 @@ class Dare(DeltaCodec):
         return {"kept": kept, "threshold": f"{0:09x}"}
 
     def layout(self, shape: Shape, settings: Settings) -> dict[str, PartSpec]:
-        dtype = self.config.torch_dtype
+        dtype = self.config.dtype_name
         return {
             "values": PartSpec(dtype, (int(settings["kept"]),)),
-            "scale": PartSpec(torch.float32, (1,)),
+            "scale": PartSpec("F32", (1,)),
         }
 
     def encode(

@@ -26,7 +26,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.codecs.base import (
@@ -53,6 +52,7 @@ from deltafold.coding.quantizer import (
     quantise,
 )
 from deltafold.errors import UsageError
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 GROUP = 128
@@ -83,7 +83,7 @@ class DareQt(DeltaCodec):
 
     @property
     def grid(self) -> Grid:
-        return Grid(self.config.bits, GROUP, dtype=self.config.torch_dtype)
+        return Grid(self.config.bits, GROUP, dtype_name=self.config.dtype_name)
 
     def settings_for(
         self, shape: Shape, share: float, spectrum: Spectrum | None = None
@@ -95,8 +95,8 @@ class DareQt(DeltaCodec):
     def layout(self, shape: Shape, settings: Settings) -> dict[str, PartSpec]:
         kept = int(settings["kept"])
         return {
-            "codes": PartSpec(torch.uint8, (packed_bytes(kept, self.config.bits),)),
-            "scales": PartSpec(self.config.torch_dtype, (self.grid.groups(kept),)),
+            "codes": PartSpec("U8", (packed_bytes(kept, self.config.bits),)),
+            "scales": PartSpec(self.config.dtype_name, (self.grid.groups(kept),)),
         }
 
     def encode(

@@ -34,7 +34,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.codecs.base import (
@@ -49,6 +48,7 @@ from deltafold.codecs.base import (
 )
 from deltafold.coding.counter import subset
 from deltafold.coding.sums import product_rows
+from deltafold.lazy import torch
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
@@ -153,12 +153,12 @@ class Impart(DeltaCodec):
 
     def layout(self, shape: Shape, settings: Settings) -> dict[str, PartSpec]:
         active = int(settings["active"])
-        dtype = self.config.torch_dtype
+        dtype = self.config.dtype_name
         return {
             "u": PartSpec(dtype, (int(settings["kept_u"]),)),
             "v": PartSpec(dtype, (int(settings["kept_v"]),)),
-            "s": PartSpec(torch.float32, (active,)),
-            "kept": PartSpec(torch.int32, (2, active)),
+            "s": PartSpec("F32", (active,)),
+            "kept": PartSpec("I32", (2, active)),
         }
 
     def encode(

@@ -33,7 +33,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.codecs.base import (
@@ -59,6 +58,7 @@ from deltafold.coding.coded_vectors import (
 )
 from deltafold.coding.counter import subset
 from deltafold.coding.sums import product_rows
+from deltafold.lazy import torch
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
@@ -114,7 +114,7 @@ class ImpartQt(DeltaCodec):
         self, shape: Shape, spectrum: Spectrum | None, fits: Callable[[Settings], bool]
     ) -> Settings:
         """Settings of the smallest alpha, to `_STEPS` bits, that `fits`; of alpha 1 if none does."""
-        stored = None if spectrum is None else _stored(torch.from_numpy(np.asarray(spectrum)))
+        stored = None if spectrum is None else _stored(np.asarray(spectrum))
         low, high = 0.0, 1.0
         best = self._settings(shape, 0.0, spectrum, stored)
         if fits(best):
@@ -175,9 +175,9 @@ class ImpartQt(DeltaCodec):
 
     def layout(self, shape: Shape, settings: Settings) -> dict[str, PartSpec]:
         return {
-            "codes": PartSpec(torch.uint8, (int(settings["code_bytes"]),)),
-            "scales": PartSpec(self.config.torch_dtype, (int(settings["groups"]),)),
-            "s": PartSpec(torch.bfloat16, (int(settings["active"]),)),
+            "codes": PartSpec("U8", (int(settings["code_bytes"]),)),
+            "scales": PartSpec(self.config.dtype_name, (int(settings["groups"]),)),
+            "s": PartSpec("BF16", (int(settings["active"]),)),
         }
 
     def encode(
@@ -195,7 +195,7 @@ class ImpartQt(DeltaCodec):
             settings, _ = self.fit(shape, self.value_bytes(shape, settings), spectrum, True)
         active, dtype = int(settings["active"]), self.config.torch_dtype
         s = factors.s[:active].bfloat16()
-        kept_u, kept_v = self._kept(shape, _stored(s), float(settings["gamma"]))
+        kept_u, kept_v = self._kept(shape, _stored(s.double().numpy()), float(settings["gamma"]))
         mask_u = _mask(kept_u, shape[0], key ^ _U_STREAM)
         mask_v = _mask(kept_v, shape[1], key ^ _V_STREAM)
         u = factors.u[:, :active].T * (factors.s[:active] / s.float())[:, None]
@@ -217,7 +217,7 @@ class ImpartQt(DeltaCodec):
         check_parts(parts, self.layout(shape, settings))
         o, i = shape
         s = parts["s"]
-        kept_u, kept_v = self._kept(shape, _stored(s), float(settings["gamma"]))
+        kept_u, kept_v = self._kept(shape, _stored(s.double().numpy()), float(settings["gamma"]))
         mask_u, mask_v = _mask(kept_u, o, key ^ _U_STREAM), _mask(kept_v, i, key ^ _V_STREAM)
         u, v = (
             torch.zeros(mask_u.shape, dtype=torch.float32, device="cpu"),
@@ -260,9 +260,11 @@ def _cut(active: int) -> list[Band]:
     return bands([(at_8, 8), (at_3, 3), (active - at_8 - at_3, 2)])
 
 
-def _stored(s: torch.Tensor) -> NDArray[np.float64]:
-    """Singular values as they are stored, in fp64."""
-    return s.float().bfloat16().double().numpy()
+def _stored(s: Spectrum) -> Spectrum:
+    """Singular values as they are stored, rounded to bf16 (half to even), in fp64."""
+    bits = s.astype(np.float32).view(np.uint32)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return ((bits + half) & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
 
 
 def _gain(kept: Counts, size: int) -> torch.Tensor:

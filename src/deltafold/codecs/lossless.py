@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from deltafold.codecs.base import ExactCodec, Parts, Settings
 from deltafold.coding.planes import (
     compress_planes,
@@ -24,6 +22,7 @@ from deltafold.coding.planes import (
     difference,
     undo_difference,
 )
+from deltafold.lazy import torch
 
 
 class Lossless(ExactCodec):

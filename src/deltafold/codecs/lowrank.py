@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
-
 from deltafold.codecs.base import (
     DeltaCodec,
     Parts,
@@ -29,6 +27,7 @@ from deltafold.codecs.base import (
 )
 from deltafold.coding.sums import product_rows
 from deltafold.coding.trainable import Trainable, Values, straight_through
+from deltafold.lazy import torch
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
@@ -57,10 +56,10 @@ class LowRank(DeltaCodec):
     def layout(self, shape: Shape, settings: Settings) -> dict[str, PartSpec]:
         o, i = shape
         r = int(settings["rank"])
-        dtype = self.config.torch_dtype
+        dtype = self.config.dtype_name
         return {
             "u": PartSpec(dtype, (r, o)),
-            "s": PartSpec(torch.float32, (r,)),
+            "s": PartSpec("F32", (r,)),
             "v": PartSpec(dtype, (r, i)),
         }
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.codecs.base import (
@@ -33,6 +32,7 @@ from deltafold.codecs.base import (
 from deltafold.codecs.seeded import entries_at, inside
 from deltafold.coding.counter import select_threshold
 from deltafold.coding.packing import EliasFano
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix, chunks
 
 
@@ -56,12 +56,12 @@ class Magnitude(DeltaCodec):
     def layout(self, shape: Shape, settings: Settings) -> dict[str, PartSpec]:
         kept = int(settings["kept"])
         coder = EliasFano(kept, shape[0] * shape[1])
-        dtype = self.config.torch_dtype
+        dtype = self.config.dtype_name
         return {
-            "low": PartSpec(torch.uint8, (coder.low_bytes,)),
-            "high": PartSpec(torch.uint8, (coder.high_bytes,)),
+            "low": PartSpec("U8", (coder.low_bytes,)),
+            "high": PartSpec("U8", (coder.high_bytes,)),
             "values": PartSpec(dtype, (kept,)),
-            "scale": PartSpec(torch.float32, (1,)),
+            "scale": PartSpec("F32", (1,)),
         }
 
     def encode(

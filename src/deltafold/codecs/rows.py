@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from deltafold.codecs.base import ExactCodec, Parts, Settings
 from deltafold.coding.planes import (
@@ -25,6 +24,7 @@ from deltafold.coding.planes import (
     inflate,
     undo_difference,
 )
+from deltafold.lazy import torch
 
 
 def changed_rows(reference: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.codecs.base import Shape
 from deltafold.coding.counter import kept_positions
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import RowMatrix, chunks
 
 _DECODE_VALUES = 2 << 20  # values decoded at once

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from deltafold.codecs.base import ExactCodec, Parts, Settings
+from deltafold.lazy import torch
 
 
 class Skip(ExactCodec):

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.codecs.base import ExactCodec, Parts, Settings
@@ -30,6 +29,7 @@ from deltafold.coding.planes import (
     inflate,
     undo_difference,
 )
+from deltafold.lazy import torch
 
 
 def _uint8(data: NDArray[np.uint8]) -> torch.Tensor:

@@ -5,15 +5,16 @@ The formula and its reasons: `codecs/auto.py`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.coding.dither import MAX_LEVEL
 from deltafold.coding.grid import Exponents, Grid
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import RowMatrix, chunks
 
 UNEVEN = 0.35  # standard deviation of log2(row's root mean square) from which rows have sizes
@@ -21,6 +22,8 @@ SMALLEST, LARGEST = -28, 8  # half octaves of a row's size, from the matrix's
 ROW_FLOOR, COLUMN_FLOOR = 0.1, 0.3  # of the mean: entries may matter on text not seen
 TRUST = 0.5  # between the same relative step in all matrices (0) and the same loss per byte (1)
 LEAST_WEIGHT, MOST_WEIGHT = 1 / 8, 8.0
+_NO_TAIL = 39.0  # standard deviations from which a tail of the normal distribution is 0 in fp64
+_erfc = np.frompyfunc(math.erfc, 1, 1)  # numpy has none, and torch takes longer to import
 
 
 RowSizes = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -117,7 +120,9 @@ def normal_rates() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     for step in steps:
         # |x| >= k - 1 + t gives level k: tails of the normal distribution.
         edges = (np.arange(MAX_LEVEL)[:, None] + t) * step
-        tail = torch.special.erfc(torch.from_numpy(edges / 2**0.5)).numpy()
+        near = int(np.searchsorted(edges[:, 0], _NO_TAIL))
+        tail = np.zeros(edges.shape)
+        tail[:near] = _erfc(edges[:near] / 2**0.5)
         p = np.concatenate([1 - tail[:1], tail[:-1] - tail[1:], tail[-1:]])
         bits = np.where(p > 0, -p * np.log2(np.maximum(p, 1e-300)), 0).sum(axis=0) + tail[0]
         rates.append(bits.mean())

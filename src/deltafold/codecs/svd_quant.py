@@ -23,8 +23,6 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from deltafold.codecs.base import (
     Config,
     DeltaCodec,
@@ -48,6 +46,7 @@ from deltafold.coding.coded_vectors import (
 from deltafold.coding.sums import product_rows
 from deltafold.coding.trainable import Trainable, Values, straight_through
 from deltafold.errors import UsageError
+from deltafold.lazy import torch
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
@@ -91,9 +90,9 @@ class CodedFactors(DeltaCodec):
             run_size((band.last - band.first) * size, band.width) for band in cut for size in shape
         ]
         return {
-            "codes": PartSpec(torch.uint8, (sum(n_bytes for n_bytes, _ in sizes),)),
-            "scales": PartSpec(self.config.torch_dtype, (sum(scales for _, scales in sizes),)),
-            "s": PartSpec(torch.bfloat16, (_rank(cut),)),
+            "codes": PartSpec("U8", (sum(n_bytes for n_bytes, _ in sizes),)),
+            "scales": PartSpec(self.config.dtype_name, (sum(scales for _, scales in sizes),)),
+            "s": PartSpec("BF16", (_rank(cut),)),
         }
 
     def encode(

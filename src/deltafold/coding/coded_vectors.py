@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from deltafold.coding.gptq import gptq
 from deltafold.coding.packing import pack, packed_bytes, unpack_u8
 from deltafold.coding.quantizer import (
@@ -33,6 +31,8 @@ from deltafold.coding.quantizer import (
     fit_groups,
     quantise,
 )
+from deltafold.dtypes import DTYPE_NAMES
+from deltafold.lazy import torch
 
 GROUP = 128
 UNIT = 2.0**-10  # scales of unit vectors, and of some times those, then fit 16 bits of either kind
@@ -88,7 +88,7 @@ def code_run(
     if mask is None:
         mask = torch.ones(vectors.shape, dtype=torch.bool, device="cpu")
     entries = vectors[mask].float()
-    grid = Grid(width, GROUP, dtype=dtype)
+    grid = Grid(width, GROUP, dtype_name=DTYPE_NAMES[dtype])
     fitted = fit_groups(entries, grid)
     scales = (fitted.scales.float() * (fitted.unit / UNIT)).clamp_max(_LARGEST_SCALE)
     groups = Groups(scales.to(dtype), None, UNIT)
@@ -190,7 +190,9 @@ class RunReader:
         codes, self.codes = self.codes[:n_bytes], self.codes[n_bytes:]
         scales, self.scales = self.scales[:n_scales], self.scales[n_scales:]
         unpacked = torch.from_numpy(unpack_u8(codes.numpy(), width, count))
-        return dequantise(unpacked, Grid(width, GROUP, dtype=scales.dtype), scales, None, UNIT)
+        return dequantise(
+            unpacked, Grid(width, GROUP, dtype_name=DTYPE_NAMES[scales.dtype]), scales, None, UNIT
+        )
 
     def finish(self) -> None:
         """Raises ValueError if anything is left."""

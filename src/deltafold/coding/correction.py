@@ -15,11 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from deltafold.coding.counter import derive_key, gaussian
 from deltafold.coding.sums import product_rows
 from deltafold.coding.trainable import straight_through
+from deltafold.lazy import torch
 
 LEVELS = 127
 

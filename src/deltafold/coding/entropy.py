@@ -26,11 +26,11 @@ from dataclasses import dataclass
 
 import constriction
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.coding.packing import pack, packed_bytes, unpack_u8
 from deltafold.coding.planes import deflate, inflate
+from deltafold.lazy import torch
 
 Symbols = NDArray[np.uint8]
 Words = NDArray[np.uint32]

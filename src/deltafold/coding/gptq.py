@@ -30,9 +30,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from deltafold.coding.quantizer import nearest_code
+from deltafold.lazy import torch
 
 BLOCK = 128  # columns whose effect on all others is added in one product
 _ROWS_BYTES = 64 << 20  # of one fp64 copy of the rows worked on at once

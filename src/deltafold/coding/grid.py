@@ -27,10 +27,10 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.coding.dither import CLASSES, THRESHOLDS, Thresholds
+from deltafold.lazy import torch
 
 Exponents = NDArray[np.int8]
 GROUPS = 11

@@ -9,7 +9,6 @@ import struct
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deltafold.coding import dither
@@ -18,6 +17,7 @@ from deltafold.coding.entropy import decode as decode_words
 from deltafold.coding.entropy import encode as encode_words
 from deltafold.coding.grid import CONTEXTS, GROUPS, Grid
 from deltafold.coding.planes import deflate, inflate_any
+from deltafold.lazy import torch
 
 BLOCK_VALUES = 1 << 20
 Shape = tuple[int, int]

@@ -12,12 +12,13 @@ makes it unsigned, and one zstd frame a byte plane stores the nearly empty high 
 from __future__ import annotations
 
 import numpy as np
-import torch
 import zstandard
 from numpy.typing import NDArray
 
+from deltafold.dtypes import DTYPES
+from deltafold.lazy import torch
+
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_TORCH_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 LOW_LEVEL = 1  # low planes hold no repeats: higher levels are slower and come out larger
 HIGH_LEVEL = 9  # the highest plane is nearly empty
 
@@ -25,7 +26,7 @@ HIGH_LEVEL = 9  # the highest plane is nearly empty
 def bit_pattern(tensor: torch.Tensor) -> NDArray[np.unsignedinteger]:
     """The tensor's bits as unsigned integers of the same width, flat; no copy."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(_TORCH_UNSIGNED[flat.element_size()]).numpy()
+    return flat.view(DTYPES[f"U{8 * flat.element_size()}"]).numpy()
 
 
 def from_bit_pattern(

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from deltafold.coding.packing import pack, packed_bytes, unpack_u8
+from deltafold.dtypes import DTYPES
+from deltafold.lazy import torch
 
 COARSE = (1.0, 0.88, 0.76, 0.64, 0.52, 0.4, 0.3, 0.2)  # of the full range
 FINE = (0.91, 0.94, 0.97, 1.03, 1.06, 1.09)  # of the best coarse one
@@ -38,13 +38,18 @@ class Grid:
     width: int
     group: int = 128
     symmetric: bool = True
-    dtype: torch.dtype = torch.float16
+    dtype_name: str = "F16"
 
     def __post_init__(self) -> None:
         if not 1 <= self.width <= 8:
             raise ValueError(f"a code has 1 to 8 bits, not {self.width}")
         if self.group < 1:
             raise ValueError(f"a group has at least one value, not {self.group}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the scales."""
+        return DTYPES[self.dtype_name]
 
     @property
     def top(self) -> int:

@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
+from deltafold.lazy import torch
 from deltafold.running.devices import put
 
 _VALUES = 1 << 19  # of a chunk: what it takes stays near the core

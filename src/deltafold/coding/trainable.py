@@ -10,10 +10,11 @@ what is stored.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TypeAlias
 
-import torch
+from deltafold.lazy import torch
 
-Values = dict[str, torch.Tensor]
+Values: TypeAlias = "dict[str, torch.Tensor]"
 
 
 class Trainable(ABC):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from deltafold.coding import correction
 from deltafold.coding.correction import Correction
 from deltafold.coding.counter import gaussian
 from deltafold.coding.trainable import Trainable, Values
+from deltafold.lazy import torch
 
 SPARE, POWER_STEPS = 6, 6  # of the search for a gradient's leading directions
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from deltafold.codecs import get, names
 from deltafold.codecs.base import DeltaCodec
 from deltafold.compressing.encode import relative_error
@@ -18,6 +16,7 @@ from deltafold.compressing.job import Job
 from deltafold.compressing.planned import Plan
 from deltafold.compressing.student import PlanStudent
 from deltafold.errors import UsageError
+from deltafold.lazy import torch
 from deltafold.running.engine import Resources, Step
 from deltafold.running.workspace import Workspace, checksum
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from deltafold.codecs.base import DeltaCodec, Parts, Settings
 from deltafold.compressing.job import Job
 from deltafold.compressing.pair import DeltaRows
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.compressing.triplets import load_factors
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import RowMatrix
 from deltafold.running.engine import Resources, Task
 from deltafold.running.workspace import Workspace, checksum

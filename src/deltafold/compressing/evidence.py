@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from deltafold.checkpoint import Checkpoint
 from deltafold.codecs import get
 from deltafold.errors import DeltafoldError, StorageError, UsageError
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import Fisher
 from deltafold.running.engine import Progress
 

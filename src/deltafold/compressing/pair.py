@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from deltafold.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from deltafold.coding.sums import rounded_sum
+from deltafold.dtypes import FLOATING, ITEM_BYTES
 from deltafold.errors import MismatchError
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import Fisher
 from deltafold.names import is_vocabulary, role_of
 
@@ -53,11 +53,11 @@ class Pairing:
     def lossy_allowed(self, span: Span) -> bool:
         """True if a delta codec may approximate these rows (big float matrices, no norms)."""
         columns = self.tuned.matrix_shape[1]
-        dtype = DTYPES[self.tuned.dtype]
+        dtype = self.tuned.dtype
         return (
             span.in_base
-            and dtype.is_floating_point
-            and dtype.itemsize >= 2
+            and dtype in FLOATING
+            and ITEM_BYTES[dtype] >= 2
             and role_of(self.name) not in _EXACT_ROLES
             and len(self.tuned.shape) >= 2
             and min(span.rows, columns) >= MIN_SIDE
@@ -120,7 +120,7 @@ def _pairing(pair: Pair, info: TensorInfo) -> Pairing:
     n_rows = info.matrix_shape[0]
     if base is None:
         return Pairing(info, None, (Span(0, n_rows, False),))
-    if DTYPES[base.dtype].is_floating_point != DTYPES[info.dtype].is_floating_point:
+    if (base.dtype in FLOATING) != (info.dtype in FLOATING):
         raise MismatchError(
             f"Tensor {info.name} is {base.dtype} in {pair.base.label} and {info.dtype} in "
             f"{pair.finetuned.label}; give both unquantised."

@@ -10,7 +10,7 @@ import numpy as np
 from deltafold.archive import CodecEntry, Manifest, Piece, Source, Tensor, TensorDigest
 from deltafold.archive.manifest import PayloadFile, version_of
 from deltafold.archive.writer import payload_bytes
-from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, tensor_bytes
+from deltafold.checkpoint import Checkpoint, tensor_bytes
 from deltafold.checkpoint.writer import TensorSpec
 from deltafold.codecs import get
 from deltafold.compressing.job import Job
@@ -52,7 +52,7 @@ def _piece_specs(job: Job, tensor: PlannedTensor, piece: PlannedPiece) -> list[T
     if not piece.lossy:
         return []
     layout = job.codec(piece.codec).layout(tensor.shape(piece), piece.settings)
-    return [(n, DTYPE_NAMES[spec.dtype], spec.shape) for n, spec in sorted(layout.items())]
+    return [(n, spec.dtype_name, spec.shape) for n, spec in sorted(layout.items())]
 
 
 def archive_bytes(job: Job, plan: Plan) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from deltafold.checkpoint import DTYPES
 from deltafold.coding.sums import rounded_sum
 from deltafold.coding.trainable import Trainable, Values
 from deltafold.compressing.job import Job
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
+from deltafold.lazy import torch
 from deltafold.running.workspace import Workspace
 
 

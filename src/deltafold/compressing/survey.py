@@ -14,8 +14,6 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from deltafold.archive import TensorDigest
 from deltafold.checkpoint import DTYPES, tensor_bytes
 from deltafold.codecs import exact_codec
@@ -24,6 +22,7 @@ from deltafold.codecs.rows import changed_rows
 from deltafold.coding.sums import squared, squared_distance
 from deltafold.compressing.pair import Pair, Pairing
 from deltafold.errors import NonFiniteError
+from deltafold.lazy import torch
 from deltafold.names import is_vocabulary
 from deltafold.restoring.decode import reference_rows
 from deltafold.running.workspace import Workspace, checksum

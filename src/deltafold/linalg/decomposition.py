@@ -14,11 +14,12 @@ worked on, and matrices of one shape go together (`truncated_svds`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
-import torch
 
 from deltafold.coding.counter import gaussian
+from deltafold.lazy import torch
 from deltafold.linalg.matrices import (
     CHUNK_BYTES,
     DenseMatrix,
@@ -102,7 +103,7 @@ def truncated_svds(matrices: Sequence[RowMatrix], rank: int, keys: Sequence[int]
     return found
 
 
-Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Triplets: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"
 
 
 def _near(matrix: RowMatrix) -> RowMatrix:

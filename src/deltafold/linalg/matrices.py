@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
+from deltafold.lazy import torch
 from deltafold.running.devices import put
 
 CHUNK_BYTES = 16 << 20

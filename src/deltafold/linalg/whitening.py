@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from deltafold.lazy import torch
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import DenseMatrix
 from deltafold.running.devices import put

@@ -11,11 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-import torch
-
 from deltafold.archive import Archive, Piece, Tensor, TensorDigest
 from deltafold.checkpoint import (
-    DTYPE_NAMES,
     DTYPES,
     Checkpoint,
     tensor_bytes,
@@ -24,7 +21,9 @@ from deltafold.codecs import delta_codec, exact_codec, get, names
 from deltafold.codecs.base import DeltaCodec
 from deltafold.coding.counter import derive_key
 from deltafold.coding.sums import rounded_sum
+from deltafold.dtypes import ITEM_BYTES
 from deltafold.errors import ArchiveError, MismatchError, UsageError
+from deltafold.lazy import torch
 from deltafold.running.neutral import undisturbed
 
 CHUNK_BYTES = 8 << 20
@@ -71,10 +70,10 @@ def _check_piece(archive: Archive, tensor: Tensor, piece: Piece) -> None:
         layout = _codec_of(archive, piece).layout((stop - start, columns), piece.settings)
         stored = archive.part_layout(tensor, piece)
         for part, spec in layout.items():
-            if stored.get(part) != (DTYPE_NAMES[spec.dtype], spec.shape):
+            if stored.get(part) != (spec.dtype_name, spec.shape):
                 raise ValueError(f"part {part!r} is not as its settings say")
         return
-    exact_bytes = (stop - start) * columns * DTYPES[tensor.dtype].itemsize
+    exact_bytes = (stop - start) * columns * ITEM_BYTES[tensor.dtype]
     if piece.codec != "skip" and exact_bytes > MAX_EXACT_BYTES:
         raise ValueError("an exact piece is absurdly large")
 

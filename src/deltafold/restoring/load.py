@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltafold.archive import Archive, Tensor
 from deltafold.checkpoint import open_checkpoint
 from deltafold.errors import MismatchError
+from deltafold.lazy import torch
 from deltafold.restoring.decode import (
     assembled,
     check_base_headers,

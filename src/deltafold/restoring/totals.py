@@ -41,7 +41,7 @@ def nominal_ratio(archive: Archive) -> float | None:
             start, stop = tensor.piece_rows(piece)
             shape = (stop - start, tensor.matrix_shape[1])
             codec = delta_codec(piece.codec, archive.manifest.codecs[piece.codec].config)
-            raw += shape[0] * shape[1] * codec.config.torch_dtype.itemsize
+            raw += shape[0] * shape[1] * codec.config.item_bytes
             stored += codec.value_bytes(shape, piece.settings)
     return raw / stored if stored else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def verify(
         def one(tensor: Tensor) -> None:
             if base_checkpoint is None:
                 for piece in tensor.pieces:
-                    opened.parts(tensor, piece)
+                    opened.check_parts(tensor, piece)
                 found: dict[str, Any] = {}
             else:
                 check_base_tensor(opened, tensor, base_checkpoint)
@@ -63,8 +64,9 @@ def verify(
             with lock:
                 results[tensor.name] = found
 
+        decodes = base_checkpoint is not None
         tasks = [
-            Task(t.name, lambda t=t: one(t), TASK_MEMORY_BYTES, float(math.prod(t.shape)))  # type: ignore[misc]
+            Task(t.name, partial(one, t), TASK_MEMORY_BYTES, float(math.prod(t.shape)), decodes)
             for t in opened.manifest.tensors
         ]
         run_tasks("verify", tasks, workers, memory_bytes, progress)

@@ -13,11 +13,12 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from deltafold.lazy import torch
 from deltafold.running.devices import handed_on, task_bytes
 from deltafold.running.record import total_memory_bytes
 
@@ -27,13 +28,15 @@ class Task:
     """One unit of work. `work` weighs it in the progress bar; `memory_bytes` is its peak.
 
     What `run` returns, if a number, is the bytes it produced; results go to files. `run` may be called
-    in another process, even on another machine, and again if that one is lost.
+    in another process, even on another machine, and again if that one is lost. A task whose work has
+    no `tensors` in it does not want torch, so that it is not imported.
     """
 
     name: str
     run: Callable[[], object]
     memory_bytes: int = 0
     work: float = 1.0
+    tensors: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def run_tasks(
     tally = Tally(stage, tasks, progress)
     running: dict[Future[object], int] = {}
     errors: dict[int, BaseException] = {}
-    with one_core_each(), _pool(threads) as pool:
+    tensors = any(task.tensors for task in tasks)
+    with one_core_each(tensors), _pool(threads, tensors) as pool:
         try:
             while (waiting and not errors) or running:
                 held = sum(tasks[index].memory_bytes for index in running.values())
@@ -156,8 +160,6 @@ def spread(run: Callable[[int], None], count: int) -> None:
 
     As many at a time as torch may use threads. The first error, by n, is raised.
     """
-    import torch
-
     workers = min(default_workers(), torch.get_num_threads(), count)
     with one_core_each():
         if workers <= 1:
@@ -175,10 +177,11 @@ def spread(run: Callable[[int], None], count: int) -> None:
 
 
 @contextlib.contextmanager
-def one_core_each():  # type: ignore[no-untyped-def]
-    """BLAS and torch compute with one thread inside; restored afterwards."""
-    import torch
-
+def one_core_each(tensors: bool = True) -> Iterator[None]:
+    """BLAS and torch compute with one thread inside, where there are tensors; restored afterwards."""
+    if not tensors:
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -187,12 +190,10 @@ def one_core_each():  # type: ignore[no-untyped-def]
         torch.set_num_threads(before)
 
 
-def _pool(workers: int) -> ThreadPoolExecutor:
-    import torch
-
+def _pool(workers: int, tensors: bool = True) -> ThreadPoolExecutor:
     def start() -> None:
-        # A new thread has OpenMP settings of its own.
-        torch.set_num_threads(1)
+        if tensors:  # a new thread has OpenMP settings of its own
+            torch.set_num_threads(1)
         threading.current_thread().name = "deltafold"
 
     return ThreadPoolExecutor(max_workers=workers, initializer=start)

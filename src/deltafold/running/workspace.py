@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltafold.archive import MANIFEST_FILE, TensorDigest
 from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, tensor_bytes
 from deltafold.checkpoint.header import build_header
@@ -31,6 +29,7 @@ from deltafold.errors import (
     UsageError,
     not_shared,
 )
+from deltafold.lazy import torch
 from deltafold.running import devices
 
 JOURNAL = "journal.json"

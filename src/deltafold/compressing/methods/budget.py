@@ -66,7 +66,7 @@ class Unit:
 
     @property
     def raw_bytes(self) -> int:
-        return self.shape[0] * self.shape[1] * self.codec.config.torch_dtype.itemsize
+        return self.shape[0] * self.shape[1] * self.codec.config.item_bytes
 
 
 def share_within(units: Sequence[Unit], available_bytes: float) -> float:
@@ -86,7 +86,7 @@ def allot(units: Sequence[Unit], share: float, nominal: bool) -> tuple[list[Sett
     settings: list[Settings] = []
     for unit in units:
         own = share * unit.raw_bytes
-        component = sum(unit.shape) * unit.codec.config.torch_dtype.itemsize
+        component = sum(unit.shape) * unit.codec.config.item_bytes
         target = own + min(carry, 0.25 * own + component)
         chosen, used = unit.codec.fit(unit.shape, target, unit.spectrum, nominal)
         carry += own - used
