@@ -20,13 +20,11 @@ from deltafold.restoring.decode import (
     decoded_rows,
 )
 from deltafold.running.engine import Progress, Task, run_tasks
-from deltafold.running.neutral import as_at_start
 from deltafold.running.record import RECORD_VERSION, Meter, Record, machine
 
 TASK_MEMORY_BYTES = 250 << 20
 
 
-@as_at_start
 def verify(
     archive: str | Path,
     base: str | Path | None = None,

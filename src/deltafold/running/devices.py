@@ -160,15 +160,15 @@ def _load_solvers() -> None:
     torch.linalg.cholesky(torch.eye(2, device=here()))
 
 
-def handed_on(run: Callable[[], T]) -> Callable[[], T]:
+def handed_on(run: Callable[[], T], tensors: bool = True) -> Callable[[], T]:
     """`run` for another thread, computing where this one does, on a stream of that thread's own.
 
-    A thread does not take over gradients switched off: torch is as at its start there.
+    Where there are `tensors`, torch is as at its start there; gradients switched off are not taken over.
     """
     context, chosen = copy_context(), place()
 
     def inside() -> T:
-        with neutral(grad=True), _on(chosen), _stream(chosen):
+        with neutral(grad=True) if tensors else nullcontext(), _on(chosen), _stream(chosen):
             return run()
 
     return lambda: context.run(inside)

@@ -136,7 +136,7 @@ def run_tasks(
                     index, task = waiting[0]
                     if running and held + task.memory_bytes > allowance:
                         break
-                    running[pool.submit(handed_on(task.run))] = index
+                    running[pool.submit(handed_on(task.run, task.tensors))] = index
                     held += task.memory_bytes
                     waiting.pop(0)
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
