@@ -29,7 +29,10 @@ BITS |= {
     "U8": "u1",
     "BOOL": "u1",
 }
-BITS |= {"F8_E4M3": "u1", "F8_E5M2": "u1"}
+BITS |= {"F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1", "F8_E4M3FNUZ": "u1"}
+BITS |= {"F8_E5M2FNUZ": "u1", "C64": "<u8", "F4": "u1", "F6_E2M3": "u1", "F6_E3M2": "u1"}
+SMALL = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits of a value, where a byte holds several
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 LARGEST = {"F16": 65504.0, "BF16": (2 - 2**-7) * 2.0**127}
 LARGEST |= {"F32": (2 - 2**-23) * 2.0**127, "F64": (2 - 2**-23) * 2.0**127}
 
@@ -47,13 +50,20 @@ class Stored:
         return np.frombuffer(self.data, dtype=BITS[self.dtype])
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        bits, shape = SMALL.get(self.dtype, 8), self.shape
+        if bits < 8 and (not shape or shape[-1] * bits % 8):
+            return 1, math.prod(shape) * bits // 8
+        columns = (shape[-1] if shape else 1) * bits // 8
+        return math.prod(shape[:-1]), columns
+
+    @property
     def columns(self) -> int:
-        return self.shape[-1] if len(self.shape) > 1 else math.prod(self.shape)
+        return self.matrix_shape[1]
 
     def matrix(self) -> np.ndarray:
         """Bits as rows x columns."""
-        rows = math.prod(self.shape[:-1]) if len(self.shape) > 1 else 1
-        return self.bits.reshape(rows, self.columns)
+        return self.bits.reshape(self.matrix_shape)
 
 
 Parts = dict[str, Stored]
@@ -111,7 +121,7 @@ def order(bits: np.ndarray) -> np.ndarray:
 def undo_difference(z: np.ndarray, reference: np.ndarray, dtype: str) -> np.ndarray:
     one = z.dtype.type(1)
     d = np.where(z & one, ~(z >> one), z >> one)
-    if "F" not in dtype:
+    if dtype not in FLOATS:
         return reference + d
     return order(order(reference) + d)
 
@@ -479,7 +489,7 @@ def piece_bytes(manifest: dict, entry: dict, number: int, payload: Parts, base: 
     for part, checksum in piece.get("parts", {}).items():
         assert digest(parts[part], 16) == checksum, f"{prefix}{part} is damaged"
     whole = Stored(dtype, tuple(entry["shape"]), b"")
-    n_rows = math.prod(whole.shape[:-1]) if len(whole.shape) > 1 else 1
+    n_rows = whole.matrix_shape[0]
     start, stop = piece.get("rows", (0, n_rows))
     shape = (stop - start, whole.columns)
     settings = piece.get("settings", {})

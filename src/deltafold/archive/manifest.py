@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deltafold.checkpoint.view import INDEX_FILE, PLAIN_NAME
-from deltafold.dtypes import ITEM_BYTES
+from deltafold.dtypes import BITS, ITEM_BYTES, held_shape, matrix_shape
 from deltafold.errors import ArchiveError
 
 FORMAT = "deltafold-archive"
@@ -70,9 +69,7 @@ class Tensor(_Strict):
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        if len(self.shape) < 2:
-            return (1, math.prod(self.shape))
-        return (math.prod(self.shape[:-1]), self.shape[-1])
+        return matrix_shape(self.dtype, self.shape)
 
     def piece_rows(self, piece: Piece) -> tuple[int, int]:
         return piece.rows or (0, self.matrix_shape[0])
@@ -88,6 +85,7 @@ class Tensor(_Strict):
     def _sound(self) -> Tensor:
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"tensor {self.name} has the unknown dtype {self.dtype!r}")
+        held_shape(self.dtype, self.shape)
         if self.name == "__metadata__":
             raise ValueError("no tensor can be called __metadata__")
         if self.same_as is not None:
@@ -159,7 +157,9 @@ class Manifest(_Strict):
             raise ValueError("a file of the fine-tune is listed twice")
         known = {tensor.name: tensor for tensor in self.tensors}
         if self.format_version < version_of(self.tensors):
-            raise ValueError(f"format version {self.format_version} has no field restored")
+            raise ValueError(
+                f"format version {self.format_version} has no field restored, nor newer dtypes"
+            )
         for tensor in self.tensors:
             target = known.get(tensor.same_as) if tensor.same_as else None
             if tensor.same_as and (
@@ -201,7 +201,7 @@ class Manifest(_Strict):
 
 def version_of(tensors: Iterable[Tensor]) -> int:
     """The oldest version of the format that can say this: readers of that version then can read it."""
-    return 2 if any(tensor.restored is not None for tensor in tensors) else 1
+    return 2 if any(t.restored is not None or t.dtype in BITS for t in tensors) else 1
 
 
 def sealed(text: str) -> str:

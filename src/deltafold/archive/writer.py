@@ -13,7 +13,7 @@ from deltafold.archive.reader import FILES_FOLDER, raw_dictionary
 from deltafold.checkpoint import Checkpoint
 from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.writer import TensorSpec, guard_storage, plan_shards, tensor_bytes
-from deltafold.dtypes import ITEM_BYTES
+from deltafold.dtypes import stored_bytes
 from deltafold.lazy import torch
 
 PAYLOAD_SHARD_BYTES = 1 << 30
@@ -37,10 +37,7 @@ def payload_bytes(parts: list[TensorSpec]) -> int:
     for _, group in payload_layout(parts):
         header, starts = build_header(group, None)
         last = group[-1]
-        size = ITEM_BYTES[last[1]]
-        for length in last[2]:
-            size *= length
-        total += starts[last[0]] + size if starts else len(header)
+        total += starts[last[0]] + stored_bytes(last[1], last[2]) if starts else len(header)
     return total
 
 

@@ -21,6 +21,7 @@ from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shar
 from deltafold.checkpoint.writer import TensorSpec, guard_storage
 from deltafold.composed.form import OWN, Form, Linear
 from deltafold.composed.standalone import MODULE, modelling_file, shared_config
+from deltafold.dtypes import stored_bytes as bytes_of
 from deltafold.errors import MismatchError, NonFiniteError, UsageError
 from deltafold.running.engine import Progress, Task, run_tasks
 
@@ -90,7 +91,7 @@ def stored_parameters(specs: list[TensorSpec]) -> int:
 
 def stored_bytes(specs: list[TensorSpec]) -> int:
     """Bytes of these tensors, headers not counted."""
-    return sum(math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in specs)
+    return sum(bytes_of(dtype, shape) for _, dtype, shape in specs)
 
 
 def write_shared(

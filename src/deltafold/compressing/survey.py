@@ -82,7 +82,9 @@ def survey_tensor(
 ) -> TensorSurvey:
     """Survey one tensor. `exact_method` is the exact codec asked for the whole model, or None."""
     spans = [
-        SpanSurvey(s.start, s.stop, s.in_base, lossy_allowed=pairing.lossy_allowed(s))
+        SpanSurvey(
+            s.start, s.stop, s.in_base, lossy_allowed=pairing.lossy_allowed(s), why=pairing.exact
+        )
         for s in pairing.spans
     ]
     tuned_digest = TensorDigest(pairing.tuned.dtype, pairing.tuned.shape)

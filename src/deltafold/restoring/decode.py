@@ -21,7 +21,7 @@ from deltafold.codecs import delta_codec, exact_codec, get, names
 from deltafold.codecs.base import DeltaCodec
 from deltafold.coding.counter import derive_key
 from deltafold.coding.sums import rounded_sum
-from deltafold.dtypes import ITEM_BYTES
+from deltafold.dtypes import ITEM_BYTES, held_shape
 from deltafold.errors import ArchiveError, MismatchError, UsageError
 from deltafold.lazy import torch
 from deltafold.running.neutral import undisturbed
@@ -229,11 +229,11 @@ def stored_factors(
 
 @undisturbed
 def assembled(tensor: Tensor, rows: Iterator[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """The whole tensor, of its `decoded_rows` or `checked_rows`."""
+    """The whole tensor, of its `decoded_rows` or `checked_rows`, as it is held (`dtypes.BITS`)."""
     whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype], device="cpu")
     for start, part in rows:
         whole[start : start + len(part)] = part
-    return whole.reshape(tensor.shape)
+    return whole.reshape(held_shape(tensor.dtype, tensor.shape))
 
 
 def check_digest(archive: Archive, tensor: Tensor, digest: TensorDigest) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from deltafold.archive import Archive, Tensor
 from deltafold.checkpoint import open_checkpoint
+from deltafold.dtypes import native
 from deltafold.errors import MismatchError
 from deltafold.lazy import torch
 from deltafold.restoring.decode import (
@@ -42,7 +43,7 @@ def load_state(
         def one(tensor: Tensor) -> None:
             whole = assembled(tensor, checked_rows(opened, tensor, checkpoint))
             with lock:
-                state[tensor.name] = whole
+                state[tensor.name] = native(whole, tensor.dtype)
 
         tasks = [
             Task(t.name, lambda t=t: one(t), 200 << 20, float(torch.Size(t.shape).numel()))  # type: ignore[misc]

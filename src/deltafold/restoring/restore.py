@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 from deltafold.archive import Archive, Tensor
 from deltafold.archive.manifest import Manifest
-from deltafold.checkpoint import DTYPES, CheckpointWriter, open_checkpoint, plan_shards
+from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
 from deltafold.checkpoint.writer import TensorSpec, guard_storage
+from deltafold.dtypes import stored_bytes
 from deltafold.errors import UsageError, nearest
 from deltafold.restoring.decode import check_base_headers, check_codecs, checked_rows
 from deltafold.running.cluster import check_engine, open_engine
@@ -131,7 +131,7 @@ def _wanted(manifest: Manifest, names: list[str] | None) -> list[Tensor]:
 
 
 def _tensor_size(tensor: Tensor) -> int:
-    return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+    return stored_bytes(tensor.dtype, tensor.shape)
 
 
 def _spec(tensor: Tensor) -> TensorSpec:
