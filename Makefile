@@ -1,4 +1,5 @@
 # make demo    compress a fine-tune, show what was saved and what it cost
+#              (OPTIONS=--all: by every method)
 # make test    run the tests
 # make bench   measure every codec on a real model (hours; goes on where it stopped)
 # make tables  write tables and figures from the records of make bench
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test unit check bench tables clean
 
 demo: $(VENV)/.test
-	$(BIN)/python demo/run.py
+	$(BIN)/python demo/run.py $(OPTIONS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
@@ -47,16 +48,14 @@ bench: $(VENV)/.model
 
 tables: $(VENV)/.bench
 	$(BIN)/deltafold report benchmarks/records/smollm2-arithmetic.json \
-		--into README.md --marker smollm2 --figures docs/figures
+		--into docs/codecs.md --marker smollm2 --figures docs/figures
 	$(BIN)/python benchmarks/codecs.py --summary README.md
 	$(BIN)/deltafold report benchmarks/records/frontier-smollm2.json \
 		benchmarks/records/frontier-demo.json --figures docs/figures
-	$(BIN)/python benchmarks/frontier.py smollm2 --into README.md --parts gain kl
 	$(BIN)/python benchmarks/frontier.py smollm2 --into docs/frontier.md
 	$(BIN)/python benchmarks/frontier.py demo --into docs/frontier.md
-	$(BIN)/python benchmarks/merging.py smollm2 --into README.md
+	$(BIN)/python benchmarks/merging.py smollm2 --into docs/commands/merge.md
 	$(BIN)/python benchmarks/merging.py demo --into docs/commands/merge.md
-	$(BIN)/python benchmarks/folding.py --blocks 6 --into README.md
 	$(BIN)/python benchmarks/folding.py --into docs/commands/fold.md
 	$(BIN)/python benchmarks/ablation.py --into docs/auto.md
 	$(BIN)/python benchmarks/distilling.py --into docs/auto.md
@@ -66,7 +65,7 @@ tables: $(VENV)/.bench
 	$(BIN)/python benchmarks/sharing.py smollm2 --into docs/commands/share.md
 	$(BIN)/python benchmarks/sharing.py smollm2-long --into docs/commands/share.md
 	$(BIN)/python benchmarks/anchors.py --into docs/commands/share.md
-	$(BIN)/python benchmarks/memory.py --into README.md
+	$(BIN)/python benchmarks/memory.py --into docs/commands/compress.md
 	$(BIN)/python benchmarks/together.py --into docs/commands/export.md
 	$(BIN)/python benchmarks/llama_cpp.py --into docs/commands/export.md
 	$(BIN)/python benchmarks/serving.py --into docs/commands/serve.md

@@ -2,7 +2,7 @@
 
     python benchmarks/frontier.py smollm2                       # goes on where it stopped
     python benchmarks/frontier.py demo --methods dare --ratios 16 32
-    python benchmarks/frontier.py smollm2 --into README.md      # the tables, from the record
+    python benchmarks/frontier.py smollm2 --into docs/frontier.md  # the tables, from the record
     python benchmarks/frontier.py smollm2 --join a.json b.json  # records of parts become one
 
 The first seed of a cell is compressed, and once for each method and ratio restored, by the command

@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--gigabytes 4] [--methods lossless dare magnitude impart]
     python benchmarks/memory.py --methods --merges ties task-arithmetic       # merging alone
-    python benchmarks/memory.py --into README.md        # the table, from the record
+    python benchmarks/memory.py --into docs/commands/compress.md  # the table, from the record
 
 Writes a base and fine-tunes (Llama-like names and shapes, bf16, shards of 1 GB) a tensor at a time,
 runs each command in a process of its own, and reads the process's peak resident memory from the

@@ -148,9 +148,9 @@ def merged(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "merged"
         searched = deltafold.merge(
-            these.base,
             recipe,
             folder,
+            base=these.base,
             search={"scale": SCALES},
             search_on=list(these.searches.values()),
             batch_size=BATCH_ROWS,
@@ -160,7 +160,7 @@ def merged(
         scale = searched["recipe"]["scale"]
         start = time.perf_counter()
         again = Recipe(recipe.models, method, sparsifier, scale=scale)
-        deltafold.merge(these.base, again, Path(name) / "again")
+        deltafold.merge(again, Path(name) / "again", base=these.base)
         seconds = time.perf_counter() - start
     tried = [
         {"scale": row["settings"]["scale"], "share_right": row.get("share_right")}

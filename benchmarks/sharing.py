@@ -147,9 +147,9 @@ class Bench:
         with tempfile.TemporaryDirectory() as name:
             made = deltafold.share(
                 subject.folder, Path(name) / "shared", method, parameters=share,
-                protect=subject.protect, train=subject.text, steps=self.steps,
+                protect=subject.protect, calibration=subject.text, steps=self.steps,
                 samples=subject.samples, max_tokens=subject.row_tokens, batch=subject.batch,
-                tune=tune, measure=self.text, kl_share=1.0, temperature=1.0, bf16=subject.bf16,
+                tune=tune, text=self.text, kl_share=1.0, temperature=1.0, bf16=subject.bf16,
                 check_steps=max(1, self.steps // 2),
                 **({"rate": subject.rate_of(tune)} | HOW | settings),
             )  # fmt: skip

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import gc
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from checkpoints import PairFiles
 from checkpoints import make_pair as write_pair
+from processes import Processes
 
 FILE_RATIO = 8  # small files: half of a tighter archive would be its manifest
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -34,6 +34,21 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries() -> Iterator[None]:
+    """What was imported stays: garbage is looked for among what tests make, not in a million objects.
+
+    And less often: most of what tests make goes by itself.
+    """
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    yield
+    gc.set_threshold(*before)
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -78,18 +93,19 @@ def lossless_archive(_archives: Path, tmp_path: Path) -> Path:
     return shutil.copytree(_archives / "lossless.delta", tmp_path / "lossless.delta")
 
 
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Programs in processes of their own, without a start of torch each: see `processes.py`."""
+    found = Processes()
+    yield found
+    found.close()
+
+
 @pytest.fixture
-def deltafold() -> Run:
+def deltafold(processes: Processes) -> Run:
     """Run the command line in a process of its own: `deltafold("inspect", path)`."""
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "deltafold", *map(str, arguments)]
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
-        )
+        return processes.run("-m", "deltafold", *arguments, **environment)
 
     return run

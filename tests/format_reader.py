@@ -88,11 +88,12 @@ def read_safetensors(file: Path) -> Parts:
 
 
 def read_folder(folder: Path) -> Parts:
-    return {
-        k: v
-        for file in sorted(folder.glob("*.safetensors"))
-        for k, v in read_safetensors(file).items()
-    }
+    """All tensors; before the names of those in a folder inside stand its name and a slash."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        place = file.relative_to(folder).as_posix().removesuffix(file.name)
+        found |= {place + name: tensor for name, tensor in read_safetensors(file).items()}
+    return found
 
 
 # Numbers

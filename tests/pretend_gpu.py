@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -68,7 +67,7 @@ class Pretend(TorchDispatchMode):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
-    given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    given = list(_tensors((args, kwargs)))
     on_gpu = any(isinstance(t, OnGpu) for t in given)
     elsewhere = [t for t in given if not isinstance(t, OnGpu) and t.dim()]
     if on_gpu and elsewhere and name not in MOVES | BY_INDEX:
@@ -78,22 +77,46 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "_fused_sdp_choice":
         return 0  # the plain formula: fused kernels are of a device
     if name == "_local_scalar_dense" or (not given and "device" not in kwargs):
-        return func(*pytree.tree_map(_inner, args), **kwargs)
+        return func(*_inner(args), **kwargs)
     asked = kwargs.get("device")
     if asked is not None and torch.device(asked).type == torch.device(NAME).type:
         kwargs, on_gpu = kwargs | {"device": torch.device("cpu")}, True
     elif asked is not None:
         on_gpu = False
-    made = func(*pytree.tree_map(_inner, args), **pytree.tree_map(_inner, kwargs))
+    made = func(*_inner(args), **_inner(kwargs))
     if name.endswith("_") and not name.endswith("__"):  # in place
         return args[0]
     if "out" in kwargs:
         return kwargs["out"]
-    return pytree.tree_map_only(torch.Tensor, OnGpu, made) if on_gpu else made
+    return _outer(made) if on_gpu else made
+
+
+# Arguments of torch's operations are tensors, numbers, and lists of them: torch's own walk through any
+# structure takes longer than the operations do.
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 def _inner(value: Any) -> Any:
-    return value.inner if isinstance(value, OnGpu) else value
+    if isinstance(value, OnGpu):
+        return value.inner
+    if type(value) in (list, tuple):
+        return type(value)(map(_inner, value))
+    return {key: _inner(each) for key, each in value.items()} if type(value) is dict else value
+
+
+def _outer(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return OnGpu(value)
+    if isinstance(value, (list, tuple)):  # of torch's own kinds, too: those are read by position
+        return tuple(map(_outer, value)) if isinstance(value, tuple) else list(map(_outer, value))
+    return value
 
 
 @contextmanager

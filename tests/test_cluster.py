@@ -22,10 +22,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import WIDTH, PairFiles, make_pair, tree_hashes, write_checkpoint
+from folding_models import write_deep, write_text
 from refusals import nothing_left, refused
 from tiny_models import write_family
 
-from deltafold import compress, merge, restore
+from deltafold import compress, factor, merge, restore, share
 from deltafold.archive import Archive, reader
 from deltafold.checkpoint import Checkpoint, CheckpointWriter
 from deltafold.errors import ClusterError, NonFiniteError, UsageError
@@ -195,9 +196,7 @@ def pickling(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(name: str, *_: object) -> Iterator[Pickling | None]:
         yield Pickling() if name == "ray" else None
 
-    for verb in ("compressing.compress", "restoring.restore", "merging.merge"):
-        module = importlib.import_module(f"deltafold.{verb}")
-        monkeypatch.setattr(module, "open_engine", opened)
+    monkeypatch.setattr("deltafold.running.run.open_engine", opened)
 
 
 @pytest.mark.usefixtures("pickling")
@@ -235,20 +234,60 @@ def test_tasks_of_merge_can_run_elsewhere(
     pair: PairFiles, lossless_archive: Path, tmp_path: Path
 ) -> None:
     recipe = Recipe((Model(str(pair.finetuned)), Model(str(lossless_archive))), "dare-ties")
-    merge(pair.base, recipe, tmp_path / "a", shard_bytes=200_000)
-    merge(pair.base, recipe, tmp_path / "b", shard_bytes=200_000, engine="ray")
+    merge(recipe, tmp_path / "a", base=pair.base, shard_bytes=200_000)
+    merge(recipe, tmp_path / "b", base=pair.base, shard_bytes=200_000, engine="ray")
     assert tree_hashes(tmp_path / "a") == tree_hashes(tmp_path / "b")
     recipes = [Recipe(recipe.models, "ties", scale=scale) for scale in (0.5, 1.0)]
     for name, engine in (("c", "threads"), ("d", "ray")):
         merge(
-            pair.base,
             recipe,
             tmp_path / name,
+            base=pair.base,
             candidates=recipes,
             choose=lambda formed: (1, {}),
             engine=engine,
         )
     assert tree_hashes(tmp_path / "c") == tree_hashes(tmp_path / "d")
+
+
+@pytest.mark.usefixtures("pickling")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lord", {"centre": True}),
+        ("basis-sharing", {"grouping": "alike"}),
+        ("bolaco", {"trials": 2}),
+        ("welore", {}),
+        ("svd", {"dense": True}),
+    ],
+)
+def test_tasks_of_factor_can_run_elsewhere(
+    tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    model, text = write_deep(tmp_path / "model", "llama"), write_text(tmp_path / "text.txt")
+    asked: dict[str, Any] = {"parameters": 0.75, "calibration": text, "max_tokens": 40, **options}
+    factor(model, tmp_path / "a", method, **asked)
+    record = factor(
+        model, tmp_path / "b", method, engine="ray", progress=lambda step: None, **asked
+    )
+    assert tree_hashes(tmp_path / "a") == tree_hashes(tmp_path / "b")
+    stages = record["engine"]["stages"]
+    assert "factor" in stages and stages[-1] == "write"
+    assert ("spectra" in stages, "reach" in stages) == (method == "welore", method == "bolaco")
+
+
+@pytest.mark.usefixtures("pickling")
+@pytest.mark.parametrize(
+    "options",
+    [{"start": "activation", "align": True}, {"start": "svd", "row_scale": True, "dense": True}],
+)
+def test_tasks_of_share_can_run_elsewhere(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = write_deep(tmp_path / "model", "gpt2")
+    asked: dict[str, Any] = {"shared": 1, "rank": 4, "protect": (0, -1), "max_tokens": 16} | options
+    share(model, tmp_path / "a", samples=4, **asked)
+    record = share(model, tmp_path / "b", samples=4, engine="ray", **asked)
+    assert tree_hashes(tmp_path / "a") == tree_hashes(tmp_path / "b")
+    assert record["engine"]["stages"] == ["start"]
 
 
 # --- refusals ---------------------------------------------------------------------------------
@@ -474,7 +513,7 @@ def test_a_worker_is_lost(
     recipe = Recipe((Model(str(pair.finetuned)), Model(str(tmp_path / "one.delta"))), "ties")
     for name, engine in (("one", "threads"), ("two", "ray")):
         restore(tmp_path / "one.delta", pair.base, tmp_path / f"restored-{name}", engine=engine)
-        merge(pair.base, recipe, tmp_path / f"merged-{name}", engine=engine)
+        merge(recipe, tmp_path / f"merged-{name}", base=pair.base, engine=engine)
     for kind in ("restored", "merged"):
         assert tree_hashes(tmp_path / f"{kind}-one") == tree_hashes(tmp_path / f"{kind}-two")
 

@@ -17,8 +17,9 @@ from checkpoints import read_checkpoint, tree_hashes
 from evaluation_models import make_tokenizer
 from folding_models import write_text
 from tiny_models import FAMILIES, write_family
+from transformers import AutoModelForCausalLM
 
-from deltafold import compress, export, factor, fold, restore, share
+from deltafold import compress, export, factor, fold, load, restore, share
 from deltafold.calibration import Sample
 from deltafold.calibration.fisher import measure_fisher
 from deltafold.errors import DeviceError
@@ -101,14 +102,39 @@ def test_every_command(tmp_path: Path) -> None:
         make_tokenizer().save_pretrained(folder)
     text = write_text(tmp_path / "text.txt", 96)
     shared: dict[str, Any] = {"calibration": text, "max_tokens": 40, "device": "cuda"}
-    compress(base, finetuned, tmp_path / "a.delta", "auto", file_ratio=6, distill=2, **shared)
-    compress(base, finetuned, tmp_path / "b.delta", "lowrank", kl_at_most=0.01, **shared)
-    factor(finetuned, tmp_path / "factored", "lord", parameters=0.9, measure=text, **shared)
-    fold(finetuned, tmp_path / "folded", "auto", blocks=1, measure=text, heal=2, **shared)
-    share(
-        finetuned, tmp_path / "shared", shared=1, rank=4, protect=(), steps=2, train=text,
+    trained = compress(
+        base, finetuned, tmp_path / "a.delta", "auto", file_ratio=6, steps=2, **shared
+    )
+    near = compress(base, finetuned, tmp_path / "b.delta", "lowrank", kl_at_most=0.01, **shared)
+    factored = factor(finetuned, tmp_path / "factored", "lord", parameters=0.9, text=text, **shared)
+    folded = fold(finetuned, tmp_path / "folded", "auto", blocks=1, text=text, steps=2, **shared)
+    halved = share(
+        finetuned, tmp_path / "shared", shared=1, rank=4, protect=(), steps=2, calibration=text,
         max_tokens=16, device="cuda",
     )  # fmt: skip
+    for record in (trained, near, factored, folded, halved):
+        assert record["device"]["name"].startswith("cuda:")
+    assert trained["totals"]["file_ratio"] >= 0.99 * 6
+    assert trained["distill"]["kl_after"] <= trained["distill"]["kl_before"]
+    (kept,) = [each for each in near["tried"] if each.get("kept")]
+    assert kept["value"] <= 0.01
+    assert factored["parameters"]["parameter_share"] <= 0.9
+    assert 0 < factored["quality"]["factored"]["kl"] < 0.01
+    assert folded["quality"]["healed"]["kl"] <= folded["quality"]["unhealed"]["kl"] < 0.1
+    assert [row["step"] for row in halved["curve"]] == [1, 2]
+    for name, record in (("a", trained), ("b", near)):
+        assert tree_bytes(tmp_path / f"{name}.delta") == record["totals"]["archive_bytes"]
+        restore(tmp_path / f"{name}.delta", base, tmp_path / f"restored {name}")
+    ids = torch.arange(3, 27)[None]
+    for name in ("restored a", "restored b", "folded"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert model(ids).logits.isfinite().all(), name
+    for name in ("factored", "shared"):
+        assert load(tmp_path / name)(ids).logits.isfinite().all(), name
+
+
+def tree_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def test_a_training_gives_the_same_bytes_again(tmp_path: Path) -> None:
@@ -118,7 +144,7 @@ def test_a_training_gives_the_same_bytes_again(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt", 96)
     for name in ("one", "two"):
         share(
-            finetuned, tmp_path / name, shared=1, rank=4, protect=(), steps=6, train=text,
+            finetuned, tmp_path / name, shared=1, rank=4, protect=(), steps=6, calibration=text,
             max_tokens=32, bf16=True, tune="all", device="cuda",
         )  # fmt: skip
     assert tree_hashes(tmp_path / "one") == tree_hashes(tmp_path / "two")

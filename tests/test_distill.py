@@ -186,7 +186,7 @@ def test_both_ways_to_the_gradients(folders: tuple[Path, Path, Path]) -> None:
 
 def run(folders: tuple[Path, Path, Path], out: Path, method: str = "auto", **more: Any) -> Any:
     base, tuned, text = folders
-    options = {"file_ratio": 4.5, "calibration": text, "distill": 24, "samples": 48} | more
+    options = {"file_ratio": 4.5, "calibration": text, "steps": 24, "samples": 48} | more
     return compress(base, tuned, out, method, **options)
 
 
@@ -215,17 +215,26 @@ def test_a_correction_takes_its_bytes_from_the_budget(
     from deltafold.compressing import search
 
     monkeypatch.setattr(search, "CORRECTION_SHARE", 0.5)
-    record = run(folders, tmp_path / "a.delta", file_ratio=3.0, distill=11)
+    record = run(folders, tmp_path / "a.delta", file_ratio=3.0, steps=11)
     assert record["distill"]["values"] > 1000  # corrections, not units alone
     assert 3.0 <= record["totals"]["file_ratio"] < 3.1
-    again = run(folders, tmp_path / "b.delta", file_ratio=3.0, distill=11)
+    again = run(folders, tmp_path / "b.delta", file_ratio=3.0, steps=11)
     assert tree_hashes(tmp_path / "a.delta") == tree_hashes(tmp_path / "b.delta")
     assert again["distill"]["kl_after"] == record["distill"]["kl_after"]
 
 
+@pytest.fixture(scope="module")
+def whole(
+    folders: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The archive of a run that nothing broke off, and its record."""
+    out = tmp_path_factory.mktemp("whole") / "b.delta"
+    return out, run(folders, out)
+
+
 @pytest.mark.parametrize("stop", [5, 10, 17, 24])
 def test_a_broken_run_ends_with_the_same_bytes(
-    folders: tuple[Path, Path, Path], tmp_path: Path, stop: int
+    folders: tuple[Path, Path, Path], whole: tuple[Path, dict[str, Any]], tmp_path: Path, stop: int
 ) -> None:
     def until(step: Any) -> None:
         if step.stage == "distill" and step.done == stop:
@@ -237,9 +246,8 @@ def test_a_broken_run_ends_with_the_same_bytes(
     broken = run(folders, tmp_path / "a.delta", progress=lambda s: seen.append((s.stage, s.done)))
     steps = [done for stage, done in seen if stage == "distill"]
     assert steps[:1] == ([stop // 10 * 10 + 1] if stop < 24 else [])
-    whole = run(folders, tmp_path / "b.delta")
-    assert tree_hashes(tmp_path / "a.delta") == tree_hashes(tmp_path / "b.delta")
-    assert broken["distill"]["kl_after"] == whole["distill"]["kl_after"]
+    assert tree_hashes(tmp_path / "a.delta") == tree_hashes(whole[0])
+    assert broken["distill"]["kl_after"] == whole[1]["distill"]["kl_after"]
 
 
 def test_a_state_comes_back() -> None:
@@ -257,7 +265,7 @@ def test_what_cannot_be_trained_is_refused(
     with pytest.raises(UsageError, match=r"dare stores nothing .* auto, bitdelta, delta-come"):
         run(folders, out, "dare")
     with pytest.raises(UsageError, match="number of steps"):
-        run(folders, out, distill=-1)
+        run(folders, out, steps=-1)
     few = write_rows(tmp_path / "few.jsonl", [{"prompt": "1+1=", "answer": "2."}] * 3)
     with pytest.raises(UsageError, match="at least 8 samples"):
         run(folders, out, calibration=few)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -295,9 +296,15 @@ def commands(page: Path) -> Iterator[str]:
                 yield line
 
 
+@functools.cache
+def commands_of_the_program() -> Any:
+    """Click's own form of the command line; typer reads every signature for it."""
+    return typer.main.get_command(app)
+
+
 def check_command(line: str) -> None:
     """Parse a command line without running it. Raises NotACommand."""
-    group: Any = typer.main.get_command(app)
+    group = commands_of_the_program()
     words = re.split(r" (?:[|>]|&&|2>)", line)[0]
     arguments = shlex.split(words, comments=True)[1:]
     if not arguments or arguments[0] in ("--help", "-h", "--version"):
@@ -319,7 +326,7 @@ def test_every_command_line_parses(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_command_named_in_a_sentence_exists(page: Path):
-    group: Any = typer.main.get_command(app)
+    group = commands_of_the_program()
     for line in re.findall(r"`deltafold ([^`]+)`", FENCE.sub("", page.read_text(encoding="utf-8"))):
         name, *words = line.split()
         if name.startswith("-"):
@@ -335,12 +342,25 @@ def test_a_wrong_command_line_is_noticed():
             check_command(line)
 
 
+@pytest.mark.parametrize(
+    "name", ["compress", "restore", "verify", "export", "merge", "fold", "share", "factor"]
+)
+def test_the_table_of_options_is_the_requests(name: str):
+    """After a change: python scripts/write_option_tables.py."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts/write_option_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = ROOT / "docs" / "commands" / f"{name}.md"
+    assert page.read_text(encoding="utf-8") == tables.page_with_table(name)
+
+
 def test_every_command_has_a_page():
-    group: Any = typer.main.get_command(app)
+    group = commands_of_the_program()
     for name, command in group.commands.items():
         page = ROOT / "docs" / "commands" / f"{name}.md"
         assert any(f"deltafold {name}" in line for line in commands(page)), f"{page} has no example"
-        options = {word for p in command.params for word in p.opts if word.startswith("--")}
+        shown = [p for p in command.params if not getattr(p, "hidden", False)]  # no former names
+        options = {word for p in shown for word in p.opts if word.startswith("--")}
         text = page.read_text(encoding="utf-8")
         assert sorted(option for option in options if option not in text) == []
 

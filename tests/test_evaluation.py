@@ -125,12 +125,12 @@ def test_an_archive_is_loaded_on_its_base(home: Path, monkeypatch: pytest.Monkey
         method = "impart"
         finetuned = type("Source", (), {"total_bytes": 2500})
 
-    def load(path: Path, base: Path, dtype: torch.dtype) -> Any:
-        assert (path, base, dtype) == (archive, home / "base", torch.float32)
+    def load(path: Path, base: Path, causal: bool, dtype: torch.dtype) -> Any:
+        assert (path, base, causal, dtype) == (archive, home / "base", True, torch.float32)
         return nudged(make_llama(0), 1, 0.1)
 
     verb = ModuleType("deltafold.restoring.load")
-    verb.load = load  # type: ignore[attr-defined]
+    verb.load_archive = load  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deltafold.restoring.load", verb)
     monkeypatch.setattr("deltafold.evaluation.read_manifest", lambda path: Manifest)
     entry = run(home, models=[archive], base=home / "base")["models"][-1]

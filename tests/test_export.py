@@ -115,7 +115,7 @@ def test_a_changed_base_takes_the_rest(family: Any, tmp_path: Path) -> None:
 
 def test_for_vllm(family: Any, tmp_path: Path) -> None:
     _, base, exact, _ = family
-    record = export(exact, tmp_path / "adapter", base=base, rank=4, engine="vllm")
+    record = export(exact, tmp_path / "adapter", base=base, rank=4, runtime="vllm")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert "modules_to_save" not in config and record["vllm_max_lora_rank"] == 8
     names = list(read_checkpoint(tmp_path / "adapter"))
@@ -153,12 +153,12 @@ def test_bad_wishes(llama: Any, tmp_path: Path) -> None:
     out = tmp_path / "x"
     wishes: list[tuple[Any, dict[str, Any], str]] = [
         (UsageError, {"to": "pefft"}, "did you mean 'peft'"),
-        (UsageError, {"engine": "vlllm"}, "did you mean 'vllm'"),
+        (UsageError, {"runtime": "vlllm"}, "did you mean 'vllm'"),
         (UsageError, {"rest": "folded"}, "did you mean 'fold'"),
         (UsageError, {"rank": 4, "energy": 0.9}, "--rank"),
-        (UsageError, {"rank": 600, "engine": "vllm"}, "512"),
+        (UsageError, {"rank": 600, "runtime": "vllm"}, "512"),
         (UsageError, {"to": "gguf-lora", "rest": "fold"}, "--rest"),
-        (UsageError, {"text": "self"}, "--text self"),
+        (UsageError, {"calibration": "self"}, "--calibration self"),
     ]
     for kind, wish, names in wishes:
         refused(kind, lambda w=wish: export(exact, out, **{"base": base, **w}), names)

@@ -21,7 +21,8 @@ from deltafold.checkpoint import open_checkpoint
 from deltafold.composed.modeling import ComposedLinear
 from deltafold.errors import BudgetError, CheckpointError, MismatchError, UsageError
 from deltafold.factoring.factor import factor
-from deltafold.factoring.store import Candidate, Store
+from deltafold.factoring.request import FactorRequest
+from deltafold.factoring.store import Candidate, FactorStore
 
 pytestmark = pytest.mark.integration
 IDS = torch.arange(3, 27)[None]
@@ -34,8 +35,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_deep(folder / "model", "llama"), write_text(folder / "text.txt")
 
 
-def settings(text: Path, **more: Any) -> dict[str, Any]:
-    return {"calibration": text, "max_tokens": 40, **more}
+def settings(words: Path, **more: Any) -> dict[str, Any]:
+    return {"calibration": words, "max_tokens": 40, **more}
 
 
 def stored(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -96,7 +97,7 @@ def test_every_method_holds_its_total(
 ) -> None:
     model, text = llama
     share = 0.96 if method == "lorc" else 0.7
-    record = factor(model, tmp_path / "out", method, parameters=share, trials=6, measure=text,
+    record = factor(model, tmp_path / "out", method, parameters=share, trials=6, text=text,
                     **settings(text))  # fmt: skip
     counted = record["parameters"]
     assert share - 0.02 < counted["parameter_share"] <= share
@@ -121,7 +122,7 @@ def test_whitened_beats_plain_and_the_written_folder_is_what_was_measured(
     model, text = llama
     found = {
         method: factor(
-            model, tmp_path / method, method, parameters=0.5, measure=text, **settings(text)
+            model, tmp_path / method, method, parameters=0.5, text=text, **settings(text)
         )
         for method in ("svd", "lord")
     }
@@ -157,15 +158,13 @@ def test_centring_keeps_the_mean_by_a_bias(tmp_path: Path, family: str) -> None:
     """New biases are counted and stored; old ones change their values only."""
     model, text = write_deep(tmp_path / "model", family), write_text(tmp_path / "text.txt")
     record = factor(
-        model, tmp_path / "out", "lord", parameters=0.7, centre=True, measure=text, **settings(text)
+        model, tmp_path / "out", "lord", parameters=0.7, centre=True, text=text, **settings(text)
     )
     before, after = stored(model), stored(tmp_path / "out")
     assert sum(math.prod(shape) for shape in after.values()) == record["parameters"]["kept"]
     biases = {name for name in after if name.endswith("_proj.bias")} - set(before)
     assert len(biases) == {"llama": 35, "qwen2": 20, "gpt2": 0}[family]
-    whole = factor(
-        model, tmp_path / "plain", "lord", parameters=0.7, measure=text, **settings(text)
-    )
+    whole = factor(model, tmp_path / "plain", "lord", parameters=0.7, text=text, **settings(text))
     error = {
         name: sum(row["relative_error"] for row in each["roles"])
         for name, each in (("centred", record), ("plain", whole))
@@ -183,19 +182,19 @@ def test_the_same_bytes_again_and_after_a_break(
 ) -> None:
     model, text = llama
     factor(model, tmp_path / "a", "basis-sharing", parameters=0.7, workers=1, **settings(text))
-    save, count = Store.save, [0]
+    save, count = FactorStore.save, [0]
 
-    def breaking(self: Store, *arguments: Any) -> int:
+    def breaking(self: FactorStore, *arguments: Any) -> int:
         count[0] += 1
         if count[0] == 9:
             raise KeyboardInterrupt
         return save(self, *arguments)
 
-    monkeypatch.setattr(Store, "save", breaking)
+    monkeypatch.setattr(FactorStore, "save", breaking)
     with pytest.raises(KeyboardInterrupt):
         factor(model, tmp_path / "b", "basis-sharing", parameters=0.7, workers=1, **settings(text))
     assert not (tmp_path / "b").exists() and (tmp_path / "b.partial").is_dir()
-    monkeypatch.setattr(Store, "save", save)
+    monkeypatch.setattr(FactorStore, "save", save)
     factor(model, tmp_path / "b", "basis-sharing", parameters=0.7, workers=2, **settings(text))
     first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in "ab")
     assert first == second
@@ -281,10 +280,20 @@ def test_a_candidate_without_factors_is_the_model(llama: tuple[Path, Path]) -> N
     from deltafold.factoring.methods.presets import Method
 
     with open_checkpoint(llama[0]) as checkpoint:
-        job = make_job(checkpoint, Method.of("lord"), 0.7, False, 2)
+        request = FactorRequest(llama[0], "output", parameters=0.7)
+        job = make_job(checkpoint, Method.of("lord"), request)
         candidate = Candidate(job, None, [5] * len(job.units))
         for name in checkpoint.tensors:
             assert torch.equal(candidate.tensor(name), checkpoint.tensor(name))
+
+
+def test_a_former_name_goes_on_working(
+    llama: tuple[Path, Path], tmp_path: Path, deltafold: Any
+) -> None:
+    line = ["factor", llama[0], "-o", tmp_path / "out", "--dry-run", "--json"]
+    made = deltafold(*line, "--measure", llama[1])
+    assert made.returncode == 0 and json.loads(made.stdout)["settings"]["text"] == str(llama[1])
+    assert "--measure is called --text now" in made.stderr
 
 
 def test_the_command(llama: tuple[Path, Path], tmp_path: Path, deltafold: Any) -> None:
@@ -297,7 +306,7 @@ def test_the_command(llama: tuple[Path, Path], tmp_path: Path, deltafold: Any) -
     assert "122,304 of 174,784 parameters stay (70.0%)" in planned.stdout and not out.exists()
     done = deltafold(
         "factor", model, "-o", out, "-m", "bolaco", "--parameters", "0.7", "--trials", "4",
-        "--calibration", text, "--max-tokens", "40", "--measure", text,
+        "--calibration", text, "--max-tokens", "40", "--text", text,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "best of 4 splits" in done.stdout and "factored: perplexity" in done.stdout

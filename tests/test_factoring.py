@@ -13,6 +13,8 @@ from deltafold.factoring.methods import bolaco, lorc, welore
 from deltafold.factoring.methods.basis import alike, likeness, neighbours, refit, shared_basis
 from deltafold.factoring.methods.factors import factored
 from deltafold.factoring.methods.units import Unit, rank_share, ranks_for, smallest, total
+from deltafold.factoring.request import FactorRequest
+from deltafold.linalg import whitening
 from deltafold.linalg.matrices import Moments
 from deltafold.linalg.whitening import apply_root, input_root, output_error, whitened_svd
 
@@ -261,3 +263,7 @@ def test_lorc_by_hand() -> None:
     found = lorc.schedule({0: [1.0], 1: [1.0, 1.0], 2: [3.0]}, least=0.4)
     assert found == pytest.approx({0: 1.0, 1: 1 - 1 / 3 * 0.6, 2: 0.4})
     assert lorc.schedule({3: [2.0]}) == {3: 1.0}
+
+
+def test_the_damping_that_is_asked_for_is_that_of_the_whitening() -> None:
+    assert FactorRequest("model", "output").damping == whitening.DAMPING

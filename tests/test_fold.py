@@ -34,9 +34,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_deep(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def run(model: Path, out: Path, method: str, text: Path, **options: Any) -> dict[str, Any]:
+def run(model: Path, out: Path, method: str, words: Path, **options: Any) -> dict[str, Any]:
     options = {"blocks": 1, "max_tokens": 40} | options
-    return fold(model, out, method, calibration=text, **options)
+    return fold(model, out, method, calibration=words, **options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -216,7 +216,7 @@ def test_training_what_is_left_brings_it_nearer(llama: Path, text: Path, tmp_pat
 
     out = tmp_path / "out"
     much = write_text(tmp_path / "much.txt", samples=200)
-    record = run(llama, out, "reverse", much, blocks=2, heal=40, measure=text)
+    record = run(llama, out, "reverse", much, blocks=2, steps=40, text=text)
     exams = record["healing"]["exams"]
     assert exams[0]["step"] == 0 and min(e["kl"] for e in exams) < exams[0]["kl"]
     assert record["quality"]["healed"]["kl"] < record["quality"]["folded"]["kl"]
@@ -238,7 +238,7 @@ def test_training_broken_off_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
 
     def healed(out: Path, **settings: Any) -> None:
-        run(llama, out, "reverse", text, blocks=2, heal=12, **settings)
+        run(llama, out, "reverse", text, blocks=2, steps=12, **settings)
 
     with pytest.raises(KeyboardInterrupt):
         healed(tmp_path / "broken", progress=stop)
@@ -394,9 +394,7 @@ def test_sleb_removes_what_costs_least_perplexity(
 def test_quality_is_that_of_the_folder_written(llama: Path, text: Path, tmp_path: Path) -> None:
     from deltafold.calibration import Judge, StreamedModel, gather_samples
 
-    record = run(
-        llama, tmp_path / "out", "angular", text, blocks=2, measure=text, closed_form="cut"
-    )
+    record = run(llama, tmp_path / "out", "angular", text, blocks=2, text=text, closed_form="cut")
     stages = record["quality"]
     assert list(stages) == ["model", "unhealed", "folded"]
     assert stages["model"]["kl"] == pytest.approx(0, abs=1e-9) and stages["model"]["agreement"] == 1
@@ -419,7 +417,7 @@ def test_quantised_after_folding(kind: str, llama: Path, text: Path, tmp_path: P
     pytest.importorskip("torchao")
     from transformers import AutoModelForCausalLM
 
-    record = run(llama, tmp_path / "out", "reverse", text, quantize=kind, measure=text)
+    record = run(llama, tmp_path / "out", "reverse", text, quantize=kind, text=text)
     run(llama, tmp_path / "plain", "reverse", text)
     ids = torch.arange(3, 35)[None]
     models = [

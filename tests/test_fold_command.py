@@ -10,14 +10,15 @@ import pytest
 from evaluation_models import make_llama, make_tokenizer, save, write_rows
 from folding_models import write_deep, write_text
 
-from deltafold.cli.fold import block_numbers
 from deltafold.errors import UsageError
+from deltafold.running.request import parse_numbers
 
 
 def test_numbers_of_blocks() -> None:
-    assert block_numbers(None) == [] and block_numbers("0, 1,-1") == [0, 1, -1]
+    assert parse_numbers("", "--protect") == []
+    assert parse_numbers("0, 1,-1", "--protect") == [0, 1, -1]
     with pytest.raises(UsageError, match="write their numbers"):
-        block_numbers("first")
+        parse_numbers("first", "--protect")
 
 
 @pytest.mark.integration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltafold.blocks.configs import depth_of, shortened
+from deltafold.blocks.configs import depth_of, readings, shortened
 from deltafold.blocks.layout import find_layout
 from deltafold.errors import MismatchError, UsageError
 from deltafold.folding.methods.presets import METHODS, Method
@@ -93,3 +93,31 @@ def test_methods_that_cannot_be() -> None:
         with pytest.raises(UsageError, match=words):
             Method.of(*arguments)
     assert Method.of("mka", "cka").preset.similarity == "cka"
+
+
+def test_numbers_of_all_blocks_are_numbers() -> None:
+    config = {"num_hidden_layers": 4, "moe_layers": [0, 1, 2, 3], "full_attn_idxs": [3, 0],
+              "no_rope_layers": [1, 1, 1, 0]}  # fmt: skip
+    made = shortened(config, [0, 2, 3])
+    assert made["moe_layers"] == [0, 1, 2] and made["full_attn_idxs"] == [2, 0]
+    assert made["no_rope_layers"] == [1, 1, 0]
+
+
+def test_derived_lists_are_written_out() -> None:
+    config = {"num_hidden_layers": 4, "layer_types": None}
+    derived = {"layer_types": ["s", "f", "s", "f"], "moe_layers": [1, 3], "sizes": [1, 2]}
+    made = shortened(config, [1, 2, 3], derived)
+    assert made == {"num_hidden_layers": 3, "layer_types": ["f", "s", "f"], "moe_layers": [0, 2]}
+
+
+def test_counts_of_the_last_blocks() -> None:
+    config = {"num_hidden_layers": 5, "num_kv_shared_layers": 2}
+    assert shortened(config, [0, 1, 4])["num_kv_shared_layers"] == 1
+
+
+def test_two_readings_of_a_list() -> None:
+    """With two blocks [0, 1] may be values or numbers; both are offered."""
+    config = {"num_hidden_layers": 2, "no_rope_layers": [0, 1]}
+    made = shortened(config, [1])
+    others = [each["no_rope_layers"] for each in readings(config, made, [1])]
+    assert made["no_rope_layers"] == [0] and [1] in others

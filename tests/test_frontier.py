@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Processes
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -356,7 +358,14 @@ def test_mistakes_get_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.integration
-def test_one_cell_that_is_met_and_one_that_is_not(tmp_path: Path) -> None:
+def test_one_cell_that_is_met_and_one_that_is_not(
+    tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forked(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[0] == sys.executable
+        return processes.run(*command[1:])
+
+    monkeypatch.setattr(subprocess, "run", forked)
     demo = families.family("demo", tmp_path)
     finetune = demo.finetunes["sort"]
     torch.manual_seed(0)

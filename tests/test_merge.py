@@ -73,7 +73,7 @@ def by_formula(method: str, folders: list[Path], scale: float) -> State:
 
 @pytest.mark.parametrize("method", ["task-arithmetic", "ties", "dare"])
 def test_it_is_the_formula(method: str, folders: list[Path], tmp_path: Path) -> None:
-    merge(folders[0], recipe(folders, method, scale=0.6), tmp_path / "out")
+    merge(recipe(folders, method, scale=0.6), tmp_path / "out", base=folders[0])
     wanted, found = by_formula(method, folders, 0.6), load_file(tmp_path / "out/model.safetensors")
     assert wanted.keys() == found.keys()
     for name in wanted:
@@ -82,7 +82,7 @@ def test_it_is_the_formula(method: str, folders: list[Path], tmp_path: Path) -> 
 
 
 def test_an_average_is_the_mean_of_the_models(folders: list[Path], tmp_path: Path) -> None:
-    merge(folders[0], recipe(folders, "average"), tmp_path / "out")
+    merge(recipe(folders, "average"), tmp_path / "out", base=folders[0])
     _, *tuned = states(folders)
     for name, found in load_file(tmp_path / "out/model.safetensors").items():
         mean = torch.stack([state[name].float() for state in tuned]).mean(0)
@@ -91,7 +91,7 @@ def test_an_average_is_the_mean_of_the_models(folders: list[Path], tmp_path: Pat
 
 def test_slerp_lies_between(folders: list[Path], tmp_path: Path) -> None:
     models = (Model(str(folders[1]), 1.0), Model(str(folders[2]), 0.0))
-    merge(folders[0], Recipe(models, "slerp"), tmp_path / "one")
+    merge(Recipe(models, "slerp"), tmp_path / "one", base=folders[0])
     one = load_file(tmp_path / "one/model.safetensors")
     for name, tensor in states(folders)[1].items():
         assert torch.allclose(one[name].float(), tensor.float(), rtol=2**-7, atol=1e-6)
@@ -100,7 +100,7 @@ def test_slerp_lies_between(folders: list[Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", PRESETS)
 def test_every_method_gives_a_model(method: str, folders: list[Path], tmp_path: Path) -> None:
     chosen = folders[:3] if method == "slerp" else folders
-    record = merge(chosen[0], recipe(chosen, method), tmp_path / "out")
+    record = merge(recipe(chosen, method), tmp_path / "out", base=chosen[0])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     logits = model(torch.tensor([[3, 4, 5]])).logits
     assert logits.shape[-1] == VOCABULARY and logits.isfinite().all()
@@ -109,7 +109,7 @@ def test_every_method_gives_a_model(method: str, folders: list[Path], tmp_path: 
 
 
 def test_one_model_alone_is_itself(folders: list[Path], tmp_path: Path) -> None:
-    merge(folders[0], recipe(folders[:2], "ties", sparsifier="none"), tmp_path / "out")
+    merge(recipe(folders[:2], "ties", sparsifier="none"), tmp_path / "out", base=folders[0])
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
         assert torch.allclose(tensor.float(), states(folders)[1][name].float(), rtol=2**-7)
 
@@ -120,7 +120,7 @@ def test_from_archives(folders: list[Path], tmp_path: Path) -> None:
     for n, folder in enumerate(folders[1:3]):
         compress(folders[0], folder, tmp_path / f"{n}.delta", **options)
     archives = [folders[0], tmp_path / "0.delta", tmp_path / "1.delta"]
-    merge(folders[0], recipe(archives, "task-arithmetic"), tmp_path / "out")
+    merge(recipe(archives, "task-arithmetic"), tmp_path / "out", base=folders[0])
     base, found = states(folders)[0], load_file(tmp_path / "out/model.safetensors")
     restored = [load_state(archive, folders[0]) for archive in archives[1:]]
     for name, ground in base.items():
@@ -133,7 +133,7 @@ def test_the_same_bytes_whatever_the_workers_and_shards_are_right(
 ) -> None:
     for name, workers in (("one", 1), ("four", 4)):
         made = recipe(folders, "dare-ties")
-        merge(folders[0], made, tmp_path / name, workers=workers, shard_bytes=20_000)
+        merge(made, tmp_path / name, base=folders[0], workers=workers, shard_bytes=20_000)
     assert tree_hashes(tmp_path / "one") == tree_hashes(tmp_path / "four")
     assert len(list((tmp_path / "one").glob("*.safetensors"))) > 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "one")
@@ -145,8 +145,8 @@ def test_a_broken_run_goes_on(
     from deltafold.merging import merge as module
 
     made = recipe(folders, "dare-ties")
-    merge(folders[0], made, tmp_path / "whole")
-    true, calls = module._Merge._one, []
+    merge(made, tmp_path / "whole", base=folders[0])
+    true, calls = module.TensorMerge._one, []
 
     def breaks(self: Any, name: str, *rest: Any) -> None:
         calls.append(name)
@@ -154,12 +154,12 @@ def test_a_broken_run_goes_on(
             raise KeyboardInterrupt
         true(self, name, *rest)
 
-    monkeypatch.setattr(module._Merge, "_one", breaks)
+    monkeypatch.setattr(module.TensorMerge, "_one", breaks)
     with pytest.raises(KeyboardInterrupt):
-        merge(folders[0], made, tmp_path / "out", workers=1)
+        merge(made, tmp_path / "out", base=folders[0], workers=1)
     assert not (tmp_path / "out").exists()
     done = len(calls) - 1
-    merge(folders[0], made, tmp_path / "out", workers=1)
+    merge(made, tmp_path / "out", base=folders[0], workers=1)
     assert len(calls) == 8 + len(states(folders)[0]) - done
     assert tree_hashes(tmp_path / "out") == tree_hashes(tmp_path / "whole")
 
@@ -190,7 +190,9 @@ def test_agreement_by_hand() -> None:
 def test_weights_reach_their_tensors(folders: list[Path], tmp_path: Path) -> None:
     weight = {"mlp": 0.0, "default": 1.0}
     merge(
-        folders[0], Recipe((Model(str(folders[1]), weight),), "task-arithmetic"), tmp_path / "out"
+        Recipe((Model(str(folders[1]), weight),), "task-arithmetic"),
+        tmp_path / "out",
+        base=folders[0],
     )
     base, tuned = states(folders)[:2]
     for name, found in load_file(tmp_path / "out/model.safetensors").items():
@@ -281,7 +283,7 @@ def test_models_that_do_not_fit(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(
         MismatchError, match=r"up_proj\.weight is \[65, 32\] in .* merge fine-tunes"
     ):
-        merge(folders[0], recipe([folders[0], wide]), tmp_path / "out")
+        merge(recipe([folders[0], wide]), tmp_path / "out", base=folders[0])
     state = states(folders)[1]
     del state["model.norm.weight"]
     from safetensors.torch import save_file
@@ -289,7 +291,7 @@ def test_models_that_do_not_fit(folders: list[Path], tmp_path: Path) -> None:
     (tmp_path / "less").mkdir()
     save_file(state, tmp_path / "less/model.safetensors", {"format": "pt"})
     with pytest.raises(MismatchError, match=r"lacks the tensor model\.norm\.weight"):
-        merge(folders[0], recipe([folders[0], tmp_path / "less"]), tmp_path / "out")
+        merge(recipe([folders[0], tmp_path / "less"]), tmp_path / "out", base=folders[0])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["less", "wide"]
 
 

@@ -48,7 +48,7 @@ def merged(folder: Path, tuned: list[State], method: str, **options: float) -> S
         save_file(state, folder / f"{name}.safetensors", {"format": "pt"})
     paths = [str(folder / f"tuned{n}.safetensors") for n in range(len(tuned))]
     recipe = Recipe(tuple(Model(path, **own) for path in paths), method, **options)
-    merge(folder / "base.safetensors", recipe, folder / "out", seed=SEED, workers=1)
+    merge(recipe, folder / "out", base=folder / "base.safetensors", seed=SEED, workers=1)
     return load_file(folder / "out" / "model.safetensors")
 
 

@@ -64,12 +64,12 @@ def test_the_best_is_kept_and_is_what_merge_writes(
 ) -> None:
     """On the first fine-tune's own answers scale 1 of it alone is best; the bytes are merge's."""
     one = recipe(folders[:2], "task-arithmetic")
-    record = merge(folders[0], one, tmp_path / "a", search={"scale": [0.2, 1.0]}, tasks=[task])
+    record = merge(one, tmp_path / "a", base=folders[0], search={"scale": [0.2, 1.0]}, tasks=[task])
     tried = record["search"]["tried"]
     assert [row["settings"] for row in tried] == [{"scale": 0.2}, {"scale": 1.0}]
     assert tried[1]["share_right"] == 1.0 > tried[0]["share_right"]
     assert tried[1]["kept"] and "kept" not in tried[0]
-    merge(folders[0], recipe(folders[:2], "task-arithmetic", scale=1.0), tmp_path / "b")
+    merge(recipe(folders[:2], "task-arithmetic", scale=1.0), tmp_path / "b", base=folders[0])
     assert tree_hashes(tmp_path / "a") == tree_hashes(tmp_path / "b")
     assert record["recipe"]["scale"] == 1.0
     plain = json.loads((tmp_path / "b.record.json").read_text())
@@ -80,14 +80,14 @@ def test_densities_and_scales(folders: list[Path], text: Path, tmp_path: Path) -
     """Each with each, on text; figures are those of `evaluate`."""
     searched = {"scale": [0.5, 1.5], "density": [0.3, 0.7]}
     made = recipe(folders, "dare-ties")
-    record = merge(folders[0], made, tmp_path / "a", search=searched, texts=[text])
+    record = merge(made, tmp_path / "a", base=folders[0], search=searched, texts=[text])
     tried = record["search"]["tried"]
     assert len(tried) == 4 and record["search"]["criterion"] == "loss"
     best = min(tried, key=lambda row: row["loss"])
     assert best["kept"]
     chosen = best["settings"]
     models = tuple(Model(str(f), density=chosen["density"]) for f in folders[1:])
-    merge(folders[0], Recipe(models, "dare-ties", scale=chosen["scale"]), tmp_path / "b")
+    merge(Recipe(models, "dare-ties", scale=chosen["scale"]), tmp_path / "b", base=folders[0])
     assert tree_hashes(tmp_path / "a") == tree_hashes(tmp_path / "b")
     found = evaluate(folders[0], [tmp_path / "a"], texts=[text])["models"][-1]["metrics"]
     assert found["perplexity"]["value"] == pytest.approx(best["metrics"]["perplexity"]["value"])
@@ -98,14 +98,14 @@ def test_densities_and_scales(folders: list[Path], text: Path, tmp_path: Path) -
 def test_chosen_by_other_rows(folders: list[Path], task: Path, text: Path, tmp_path: Path) -> None:
     """The search sees only what it is given; tasks are scored afterwards."""
     record = merge(
-        folders[0], recipe(folders), tmp_path / "a",
+        recipe(folders), tmp_path / "a", base=folders[0],
         search={"scale": [0.5, 1.0]}, search_on=[text], tasks=[task],
     )  # fmt: skip
     assert record["search"]["on"] == [str(text)]
     assert all("tasks" not in row["metrics"] for row in record["search"]["tried"])
     assert all("perplexity" not in row["metrics"] for row in record["scores"])
     with pytest.raises(UsageError, match="say what to try with --search"):
-        merge(folders[0], recipe(folders), tmp_path / "b", search_on=[text])
+        merge(recipe(folders), tmp_path / "b", base=folders[0], search_on=[text])
 
 
 def test_models_are_read_once(
@@ -120,7 +120,7 @@ def test_models_are_read_once(
 
     monkeypatch.setattr(CheckpointSource, "tensor", counted)
     searched = {"scale": [0.2, 0.6, 1.0], "density": [0.2, 0.6]}
-    merge(folders[0], recipe(folders, "ties"), tmp_path / "a", search=searched, texts=[text])
+    merge(recipe(folders, "ties"), tmp_path / "a", base=folders[0], search=searched, texts=[text])
     tuned = [read for read in reads if not read.startswith(str(folders[0]))]
     assert len(tuned) == len(set(tuned))
 
@@ -129,7 +129,7 @@ def test_a_broken_search_goes_on(
     folders: list[Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments: dict[str, Any] = {"search": {"scale": [0.2, 0.6, 1.0]}, "texts": [text]}
-    merge(folders[0], recipe(folders), tmp_path / "whole", **arguments)
+    merge(recipe(folders), tmp_path / "whole", base=folders[0], **arguments)
     true, kept = search_module.Formed.keep_score, []
 
     def breaks(self: Any, number: int, score: Any) -> None:
@@ -145,10 +145,10 @@ def test_a_broken_search_goes_on(
     )
     monkeypatch.setattr(search_module.Formed, "keep_score", breaks)
     with pytest.raises(KeyboardInterrupt):
-        merge(folders[0], recipe(folders), tmp_path / "a", **arguments)
+        merge(recipe(folders), tmp_path / "a", base=folders[0], **arguments)
     assert not (tmp_path / "a").exists()
     first = len(formed)
-    merge(folders[0], recipe(folders), tmp_path / "a", **arguments)
+    merge(recipe(folders), tmp_path / "a", base=folders[0], **arguments)
     assert len(formed) == first > 0
     assert tree_hashes(tmp_path / "a") == tree_hashes(tmp_path / "whole")
     assert not (tmp_path / "a.partial").exists()
@@ -159,12 +159,14 @@ def test_scores_of_all(folders: list[Path], task: Path, text: Path, tmp_path: Pa
     archive = tmp_path / "two.delta"
     compress(folders[0], folders[2], archive, "lossless")
     made = recipe([folders[0], folders[1], archive], "average")
-    record = merge(folders[0], made, tmp_path / "a", tasks=[task], texts=[text], limit=4)
+    record = merge(made, tmp_path / "a", base=folders[0], tasks=[task], texts=[text], limit=4)
     assert [row["role"] for row in record["scores"]] == ["base", "model", "model", "merged"]
     right = [row["metrics"]["tasks"]["own"]["accuracy"]["value"] for row in record["scores"]]
     assert right[1] == 1.0 and right[0] < 1.0
     assert record["scores"][1]["metrics"]["tasks"]["own"]["accuracy"]["n"] == 4
-    plain = merge(folders[0], recipe(folders, "average"), tmp_path / "b", texts=[text], limit=4)
+    plain = merge(
+        recipe(folders, "average"), tmp_path / "b", base=folders[0], texts=[text], limit=4
+    )
     assert (
         plain["scores"][2]["metrics"]["perplexity"] == record["scores"][2]["metrics"]["perplexity"]
     )
@@ -175,12 +177,12 @@ def test_as_archive(folders: list[Path], text: Path, tmp_path: Path) -> None:
     """The merged delta under a budget; restored, it is near the merged checkpoint."""
     options = {"file_ratio": 3.0, "calibration": "none"}
     record = merge(
-        folders[0], recipe(folders), tmp_path / "m.delta", as_archive=options, texts=[text]
+        recipe(folders), tmp_path / "m.delta", base=folders[0], as_archive=options, texts=[text]
     )
     assert record["archive"]["file_ratio"] >= 3.0 * 0.99
     assert [row["role"] for row in record["scores"]][-1] == "merged"
     restore(tmp_path / "m.delta", folders[0], tmp_path / "restored")
-    merge(folders[0], recipe(folders), tmp_path / "m")
+    merge(recipe(folders), tmp_path / "m", base=folders[0])
     base, found, wanted = (
         load_file(folder / "model.safetensors")
         for folder in (folders[0], tmp_path / "restored", tmp_path / "m")
@@ -198,7 +200,7 @@ def test_scores_of_an_archive_are_in_the_record_asked_for(
 ) -> None:
     options, where = {"file_ratio": 3.0, "calibration": "none"}, tmp_path / "mine.json"
     merge(
-        folders[0], recipe(folders), tmp_path / "m.delta",
+        recipe(folders), tmp_path / "m.delta", base=folders[0],
         as_archive=options, texts=[text], record=where,
     )  # fmt: skip
     assert len(json.loads(where.read_text())["scores"]) == 4
@@ -212,12 +214,19 @@ def test_as_archive_goes_on_after_the_merge(
     from deltafold.merging import as_archive as module
 
     merges: list[int] = []
-    true = module.merge_verb
-    monkeypatch.setattr(module, "merge_verb", lambda *a, **k: (merges.append(1), true(*a, **k))[1])
+    true = module.merge_models
+    monkeypatch.setattr(
+        module, "merge_models", lambda *a, **k: (merges.append(1), true(*a, **k))[1]
+    )
     options = {"file_ratio": 5000.0, "calibration": "none"}
     with pytest.raises(UsageError, match="cannot be met"):
-        merge(folders[0], recipe(folders), tmp_path / "m.delta", as_archive=options)
-    merge(folders[0], recipe(folders), tmp_path / "m.delta", as_archive=options | {"file_ratio": 3})
+        merge(recipe(folders), tmp_path / "m.delta", base=folders[0], as_archive=options)
+    merge(
+        recipe(folders),
+        tmp_path / "m.delta",
+        base=folders[0],
+        as_archive=options | {"file_ratio": 3},
+    )
     assert merges == [1]
     assert not (tmp_path / "m.delta.merged").exists()
 
@@ -245,9 +254,11 @@ def test_candidates() -> None:
 
 def test_what_cannot_be(folders: list[Path], text: Path, tmp_path: Path, deltafold: Any) -> None:
     with pytest.raises(UsageError, match="needs something to choose by"):
-        merge(folders[0], recipe(folders), tmp_path / "a", search={"scale": []})
+        merge(recipe(folders), tmp_path / "a", base=folders[0], search={"scale": []})
     with pytest.raises(NonFiniteError, match="No candidate can be measured"):
-        merge(folders[0], recipe(folders), tmp_path / "a", search={"scale": [1e39]}, texts=[text])
+        merge(
+            recipe(folders), tmp_path / "a", base=folders[0], search={"scale": [1e39]}, texts=[text]
+        )
     for arguments, words in (
         (["--file-ratio", 8], "add --as-archive"),
         (["--search", "scale=a"], "is not like scale=0.4,0.8,1"),
@@ -266,7 +277,7 @@ def test_a_model_without_a_tokenizer_is_told_of_first(
 ) -> None:
     bare = save(make_llama(4).bfloat16(), tmp_path / "bare")
     with pytest.raises(CheckpointError, match="bare holds no tokenizer"):
-        merge(folders[0], recipe([folders[0], bare]), tmp_path / "a", texts=[text])
+        merge(recipe([folders[0], bare]), tmp_path / "a", base=folders[0], texts=[text])
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
 
 

@@ -68,7 +68,7 @@ def recipe(*folders: Path, tokenizer: str | None = None, **options: Any) -> Reci
 
 def test_the_bases_by_default(base: Path, chat: Path, tmp_path: Path) -> None:
     """Tokens that the base lacks are left out, and the record says so by name."""
-    record = merge(base, recipe(chat), tmp_path / "out")
+    record = merge(recipe(chat), tmp_path / "out", base=base)
     found, theirs = state(tmp_path / "out"), state(chat)
     assert found[EMBEDDING].shape[0] == VOCABULARY == record["vocabulary"]["rows"]
     for name in found:
@@ -80,7 +80,7 @@ def test_the_bases_by_default(base: Path, chat: Path, tmp_path: Path) -> None:
 
 
 def test_a_models(base: Path, chat: Path, tools: Path, tmp_path: Path) -> None:
-    merge(base, recipe(chat, tools, tokenizer=str(chat)), tmp_path / "out")
+    merge(recipe(chat, tools, tokenizer=str(chat)), tmp_path / "out", base=base)
     found = state(tmp_path / "out")
     one, two = state(chat)[HEAD].float(), state(tools)[HEAD].float()
     assert len(found[HEAD]) == VOCABULARY + 2
@@ -93,7 +93,7 @@ def test_a_models(base: Path, chat: Path, tools: Path, tmp_path: Path) -> None:
 
 
 def test_a_union(base: Path, chat: Path, tools: Path, tmp_path: Path) -> None:
-    record = merge(base, recipe(chat, tools, tokenizer="union"), tmp_path / "out")
+    record = merge(recipe(chat, tools, tokenizer="union"), tmp_path / "out", base=base)
     found, one, two = (
         state(folder)[EMBEDDING].float() for folder in (tmp_path / "out", chat, tools)
     )
@@ -120,7 +120,7 @@ def test_a_union(base: Path, chat: Path, tools: Path, tmp_path: Path) -> None:
 def test_new_rows_by_every_way(
     method: str, base: Path, chat: Path, tools: Path, tmp_path: Path
 ) -> None:
-    merge(base, recipe(chat, tools, tokenizer="union", method=method), tmp_path / "out")
+    merge(recipe(chat, tools, tokenizer="union", method=method), tmp_path / "out", base=base)
     found = state(tmp_path / "out")[EMBEDDING]
     assert torch.equal(found[VOCABULARY], state(chat)[EMBEDDING][VOCABULARY])
     assert found.isfinite().all()
@@ -128,7 +128,7 @@ def test_new_rows_by_every_way(
 
 def test_weights_of_new_rows(base: Path, chat: Path, tools: Path, tmp_path: Path) -> None:
     models = (Model(str(chat), 3.0), Model(str(tools), 1.0))
-    merge(base, Recipe(models, "task-arithmetic", tokenizer="union"), tmp_path / "out")
+    merge(Recipe(models, "task-arithmetic", tokenizer="union"), tmp_path / "out", base=base)
     one, two = (state(folder)[EMBEDDING].float() for folder in (chat, tools))
     wanted = 0.75 * one[VOCABULARY + 1] + 0.25 * two[VOCABULARY]
     assert torch.allclose(
@@ -139,19 +139,19 @@ def test_weights_of_new_rows(base: Path, chat: Path, tools: Path, tmp_path: Path
 def test_padding_is_no_token(base: Path, tmp_path: Path) -> None:
     """Rows that no tokenizer names go by their number, and a union fills the first of them."""
     padded = tuned(tmp_path / "padded", 4, "<user>", rows=64)
-    record = merge(base, recipe(padded), tmp_path / "out")
+    record = merge(recipe(padded), tmp_path / "out", base=base)
     assert "1 token (<user>) of" in record["notes"][0]
-    merge(base, recipe(padded, tokenizer=str(padded)), tmp_path / "theirs")
+    merge(recipe(padded, tokenizer=str(padded)), tmp_path / "theirs", base=base)
     assert torch.equal(state(tmp_path / "theirs")[HEAD][-1], state(padded)[HEAD][-1])
-    merge(base, recipe(padded, tokenizer="union"), tmp_path / "union")
+    merge(recipe(padded, tokenizer="union"), tmp_path / "union", base=base)
     assert len(state(tmp_path / "union")[HEAD]) == VOCABULARY + 1
 
 
 def test_one_vocabulary_is_the_plain_way(base: Path, tmp_path: Path) -> None:
     """Naming the tokenizer of a model that has the base's changes no weight."""
     plain = tuned(tmp_path / "plain", 5)
-    merge(base, recipe(plain), tmp_path / "one")
-    record = merge(base, recipe(plain, tokenizer=str(plain)), tmp_path / "two")
+    merge(recipe(plain), tmp_path / "one", base=base)
+    record = merge(recipe(plain, tokenizer=str(plain)), tmp_path / "two", base=base)
     assert tree_hashes(tmp_path / "one") == tree_hashes(tmp_path / "two")
     assert record["notes"] == []
 
@@ -160,20 +160,20 @@ def test_tokenizers_that_cannot_be(base: Path, chat: Path, tmp_path: Path) -> No
     with pytest.raises(
         UsageError, match="There is no tokenizer 'onion' to take; did you mean 'union'"
     ):
-        merge(base, recipe(chat, tokenizer="onion"), tmp_path / "out")
+        merge(recipe(chat, tokenizer="onion"), tmp_path / "out", base=base)
     other = tuned(tmp_path / "other", 6)
     vocabulary = {f"w{n}": n for n in range(VOCABULARY)}
     (other / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
     with pytest.raises(MismatchError, match="share 0 of 46 tokens; they are not fine-tunes"):
-        merge(base, recipe(other), tmp_path / "out")
+        merge(recipe(other), tmp_path / "out", base=base)
     bare = save(make_llama(1, vocabulary=VOCABULARY + 3).bfloat16(), tmp_path / "bare")
     with pytest.raises(
         MismatchError, match=r"bare has no tokenizer\.json, so what the 3 rows mean"
     ):
-        merge(base, recipe(bare, tokenizer="union"), tmp_path / "out")
+        merge(recipe(bare, tokenizer="union"), tmp_path / "out", base=base)
     (other / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json of .* is not valid JSON"):
-        merge(base, recipe(other), tmp_path / "out")
+        merge(recipe(other), tmp_path / "out", base=base)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "other"]
 
 
@@ -215,7 +215,7 @@ def test_a_head_of_its_own(base: Path, tmp_path: Path) -> None:
     """Base untied, one model tied: its embedding is its head."""
     tied = tuned(tmp_path / "tied", 7, tied=True)
     assert HEAD not in state(tied)
-    record = merge(base, recipe(tied), tmp_path / "out")
+    record = merge(recipe(tied), tmp_path / "out", base=base)
     found, theirs = state(tmp_path / "out"), state(tied)
     assert torch.allclose(found[HEAD].float(), theirs[EMBEDDING].float(), rtol=2**-7, atol=1e-6)
     assert "lm_head.weight is a tensor of its own in" in record["notes"][0]
@@ -225,7 +225,7 @@ def test_a_tied_base_is_parted(base: Path, tmp_path: Path) -> None:
     """Base tied, one model untied: the merged one has two, and says so in its config."""
     tied = tuned(tmp_path / "tied", 7, tied=True)
     untied = tuned(tmp_path / "untied", 8)
-    merge(tied, recipe(untied), tmp_path / "out")
+    merge(recipe(untied), tmp_path / "out", base=tied)
     found, theirs = state(tmp_path / "out"), state(untied)
     for name in (HEAD, EMBEDDING):
         assert torch.allclose(found[name].float(), theirs[name].float(), rtol=2**-6, atol=1e-5)
@@ -241,7 +241,7 @@ def test_a_stored_head_that_is_not_used(base: Path, tmp_path: Path) -> None:
     save_file(
         tensors | {HEAD: tensors[EMBEDDING].clone()}, twice / "model.safetensors", {"format": "pt"}
     )
-    record = merge(tied, recipe(twice), tmp_path / "out")
+    record = merge(recipe(twice), tmp_path / "out", base=tied)
     assert HEAD not in state(tmp_path / "out") and record["notes"] == []
 
 
@@ -249,7 +249,7 @@ def test_other_dtypes(base: Path, tmp_path: Path) -> None:
     """The base's dtype is the result's, whatever the models are stored in."""
     model = nudged(make_llama(1), 9, 0.2)
     save(model.float(), tmp_path / "wide", make_tokenizer())
-    merge(base, recipe(tmp_path / "wide"), tmp_path / "out")
+    merge(recipe(tmp_path / "wide"), tmp_path / "out", base=base)
     found, theirs = state(tmp_path / "out"), state(tmp_path / "wide")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert torch.allclose(found[HEAD].float(), theirs[HEAD], rtol=2**-7, atol=1e-6)

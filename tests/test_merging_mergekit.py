@@ -184,4 +184,4 @@ def test_other_slices_are_refused(slices: str, tmp_path: Path) -> None:
 def test_slices_must_take_all_blocks(tmp_path: Path) -> None:
     base = save(make_llama(1).bfloat16(), tmp_path / "base")
     with pytest.raises(MismatchError, match="has 2 blocks, but the slices take 3"):
-        merge(base, Recipe((Model(str(base)),), "average", blocks=3), tmp_path / "out")
+        merge(Recipe((Model(str(base)),), "average", blocks=3), tmp_path / "out", base=base)

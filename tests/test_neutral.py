@@ -128,6 +128,19 @@ def test_a_lossy_codec_gives_the_same_bits(name: str, state) -> None:
 
 
 @STATE
+@pytest.mark.parametrize("name", ["svd-quant", "auto"])
+def test_codecs_on_tensors_give_the_same_bits(name: str, state) -> None:
+    d = delta(*SHAPE)
+    plain = deltafold.codec(name)
+    parts = plain.encode(d)
+    with state():
+        again = deltafold.codec(name).encode(d)
+        back = plain.decode(parts)
+    assert again.settings == parts.settings and same_bits(again.tensors, parts.tensors)
+    assert same_bits({"": back}, {"": plain.decode(parts)})
+
+
+@STATE
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int32])
 @pytest.mark.parametrize("name", [name for name in EXACT if name != "skip"])
 def test_an_exact_codec_gives_every_bit(name: str, dtype: torch.dtype, state) -> None:

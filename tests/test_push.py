@@ -69,12 +69,12 @@ def test_an_archive_goes_there_and_back(hub: Hub, archive: Path, pair: Any, tmp_
 def test_merge_takes_archives_of_the_hub(
     hub: Hub, archive: Path, pair: Any, tmp_path: Path
 ) -> None:
-    from deltafold.merging.merge import merge
+    from deltafold.merging.choosing import merge
     from deltafold.merging.recipe import Model, Recipe
 
     deltafold.push_to_hub(archive, "me/math-delta")
-    merge(pair.base, Recipe((Model("me/math-delta"),), "task-arithmetic"), tmp_path / "there")
-    merge(pair.base, Recipe((Model(str(archive)),), "task-arithmetic"), tmp_path / "here")
+    merge(Recipe((Model("me/math-delta"),), "task-arithmetic"), tmp_path / "there", base=pair.base)
+    merge(Recipe((Model(str(archive)),), "task-arithmetic"), tmp_path / "here", base=pair.base)
     one, two = tree(tmp_path / "there"), tree(tmp_path / "here")
     assert one["model.safetensors"] == two["model.safetensors"]
 

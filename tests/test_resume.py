@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 from checkpoints import PairFiles, make_pair, tree_hashes
 from forks import killed_in_a_fork
+from processes import Processes
 from refusals import nothing_left, refused
 
 from deltafold import compress, restore
@@ -67,17 +66,40 @@ def kill_at(moment: int, after: bool, action: Callable[[], object]) -> bool:
     return killed_in_a_fork(killing)
 
 
+@pytest.fixture(scope="module")
+def unbroken(
+    _template: PairFiles, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, int]]:
+    """By method: the archive of a run that nothing broke off, and how many files it named."""
+    folder, made = tmp_path_factory.mktemp("unbroken"), dict[str, tuple[Path, int]]()
+
+    def found(method: str) -> tuple[Path, int]:
+        if method not in made:
+            out, options = folder / f"{method}.delta", RATIO | {"method": method}
+            total = counted_renames(
+                lambda: compress(_template.base, _template.finetuned, out, **options)
+            )
+            made[method] = (out, total)
+        return made[method]
+
+    return found
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("share", MOMENTS)
-def test_killed_compress(pair: PairFiles, archive: Path, share: float, after: bool) -> None:
+def test_killed_compress(
+    pair: PairFiles,
+    archive: Path,
+    unbroken: Callable[[str], tuple[Path, int]],
+    share: float,
+    after: bool,
+) -> None:
     out = archive.parent / "out.delta"
 
     def run() -> None:
         compress(pair.base, pair.finetuned, out, **RATIO)
 
-    total = counted_renames(
-        lambda: compress(pair.base, pair.finetuned, archive.parent / "count.delta", **RATIO)
-    )
+    _, total = unbroken("impart")
     moment = round(share * (total - 2))  # the output's rename; the last one is the record's
     assert kill_at(moment, after, run)
     published = share == 1.0 and after
@@ -92,44 +114,59 @@ def test_killed_compress(pair: PairFiles, archive: Path, share: float, after: bo
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 1.0])
-def test_killed_compress_to_a_size(pair: PairFiles, tmp_path: Path, share: float) -> None:
+def test_killed_compress_to_a_size(
+    pair: PairFiles, unbroken: Callable[[str], tuple[Path, int]], tmp_path: Path, share: float
+) -> None:
     """`auto` encodes more than once, until the size is met: rounds that were left over do no harm."""
     options = RATIO | {"method": "auto"}
 
-    def run(name: str = "out.delta") -> None:
-        compress(pair.base, pair.finetuned, tmp_path / name, **options)
+    def run() -> None:
+        compress(pair.base, pair.finetuned, tmp_path / "out.delta", **options)
 
-    total = counted_renames(lambda: run("unbroken.delta"))
+    whole, total = unbroken("auto")
     assert kill_at(round(share * (total - 2)), False, run)
     assert partial_path(tmp_path / "out.delta").is_dir()
     run()
-    assert tree_hashes(tmp_path / "out.delta") == tree_hashes(tmp_path / "unbroken.delta")
+    assert tree_hashes(tmp_path / "out.delta") == tree_hashes(whole)
     assert not partial_path(tmp_path / "out.delta").exists()
 
 
-def test_killed_twice_on_the_way_to_a_size(pair: PairFiles, tmp_path: Path) -> None:
+def test_killed_twice_on_the_way_to_a_size(
+    pair: PairFiles, unbroken: Callable[[str], tuple[Path, int]], tmp_path: Path
+) -> None:
     options = RATIO | {"method": "auto", "workers": 1}
-    out, unbroken = tmp_path / "out.delta", tmp_path / "unbroken.delta"
+    out = tmp_path / "out.delta"
     for moment in (6, 9):
         assert kill_at(moment, True, lambda: compress(pair.base, pair.finetuned, out, **options))
     compress(pair.base, pair.finetuned, out, **options)
-    compress(pair.base, pair.finetuned, unbroken, **options)
-    assert tree_hashes(out) == tree_hashes(unbroken)
+    assert tree_hashes(out) == tree_hashes(unbroken("auto")[0])
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("share", MOMENTS)
-def test_killed_restore(tmp_path: Path, share: float, shards: int) -> None:
-    pair = make_pair(tmp_path, shards=shards)
-    archive, unbroken, out = tmp_path / "x.delta", tmp_path / "unbroken", tmp_path / "out"
+@pytest.fixture(scope="module", params=[1, 3], ids=lambda shards: str(shards))
+def restored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path, int]:
+    """Base, archive, what it restores to, and how many files that named; by number of shards."""
+    folder = tmp_path_factory.mktemp("restored")
+    pair = make_pair(folder, shards=request.param)
+    archive, whole = folder / "x.delta", folder / "whole"
     compress(pair.base, pair.finetuned, archive, **RATIO)
-    total = counted_renames(lambda: restore(archive, pair.base, unbroken, workers=2))
+    total = counted_renames(lambda: restore(archive, pair.base, whole, workers=2))
+    return pair.base, archive, whole, total
+
+
+@pytest.mark.parametrize("share", MOMENTS)
+def test_killed_restore(
+    restored: tuple[Path, Path, Path, int], tmp_path: Path, share: float
+) -> None:
+    base, archive, whole, total = restored
+    out = tmp_path / "out"
     assert kill_at(
-        round(share * (total - 2)), False, lambda: restore(archive, pair.base, out, workers=2)
+        round(share * (total - 2)), False, lambda: restore(archive, base, out, workers=2)
     )
     assert not out.exists()
-    restore(archive, pair.base, out)
-    assert tree_hashes(out) == tree_hashes(unbroken)
+    restore(archive, base, out)
+    assert tree_hashes(out) == tree_hashes(whole)
     assert not partial_path(out).exists()
 
 
@@ -280,28 +317,24 @@ main()
 """
 
 
-def interrupted(slow: tuple[str, str], waits_for: Path, *arguments: object) -> tuple[int, str]:
+def interrupted(
+    processes: Processes, slow: tuple[str, str], waits_for: Path, *arguments: object
+) -> tuple[int, str]:
     """Run the command line, slowed down; Ctrl-C when `waits_for` exists. (exit code, stderr)"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW.format(module=slow[0], function=slow[1]), *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = processes.start("-c", SLOW.format(module=slow[0], function=slow[1]), *arguments)
     deadline = time.monotonic() + 120
     while not waits_for.exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    return process.returncode, told
+    ended = process.wait()
+    return ended.returncode, ended.stderr
 
 
-def test_interrupted_compress(pair: PairFiles, archive: Path) -> None:
+def test_interrupted_compress(pair: PairFiles, archive: Path, processes: Processes) -> None:
     out = archive.parent / "out.delta"
     code, told = interrupted(
+        processes,
         ("compressing.triplets", "truncated_svd"),
         partial_path(out) / "factors",
         "compress", pair.base, pair.finetuned, "-o", out, "-m", "impart", "--file-ratio", 8,
@@ -315,9 +348,10 @@ def test_interrupted_compress(pair: PairFiles, archive: Path) -> None:
     assert tree_hashes(out) == tree_hashes(archive)
 
 
-def test_interrupted_restore(pair: PairFiles, archive: Path) -> None:
+def test_interrupted_restore(pair: PairFiles, archive: Path, processes: Processes) -> None:
     out = archive.parent / "out"
     code, told = interrupted(
+        processes,
         ("restoring.restore", "checked_rows"),
         partial_path(out) / "done",
         "restore", archive, "--base", pair.base, "-o", out,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from checkpoints import PairFiles
+from processes import Processes
 from refusals import refused
 
 from deltafold.cli.serve import named_paths
@@ -185,17 +185,19 @@ def test_names() -> None:
 
 
 @pytest.mark.integration
-def test_who_stops_serve_stops_the_engine(pair: PairFiles, adapter: Path, tmp_path: Path) -> None:
+def test_who_stops_serve_stops_the_engine(
+    pair: PairFiles, adapter: Path, tmp_path: Path, processes: Processes
+) -> None:
     program, written = tmp_path / "sleeper", tmp_path / "pid"
     program.write_text(
         f"#!/bin/sh\necho $$ > {written}.new && mv {written}.new {written}\nexec sleep 60\n"
     )
     program.chmod(0o755)
-    command = ["serve", str(pair.base), "--delta", f"math={adapter}", "--vllm", str(program)]
-    serve = subprocess.Popen([sys.executable, "-m", "deltafold", *command])
+    command = ["serve", pair.base, "--delta", f"math={adapter}", "--vllm", program]
+    serve = processes.start("-m", "deltafold", *command)
     until(lambda: written.exists(), 100)
-    serve.terminate()
-    serve.wait(10)
+    serve.send_signal(signal.SIGTERM)
+    until(lambda: serve.poll() is not None, 10)
     until(lambda: not Path("/proc", written.read_text().strip()).exists(), 10)
 
 

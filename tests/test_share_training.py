@@ -19,13 +19,15 @@ from deltafold.composed.form import Linear, Part
 from deltafold.composed.write import Source
 from deltafold.errors import NonFiniteError, UsageError
 from deltafold.linalg.whitening import output_error
+from deltafold.running.workspace import Workspace
 from deltafold.sharing.fit import fit
 from deltafold.sharing.job import structure_of
 from deltafold.sharing.methods.initialise import INITIALISATIONS, least_scale
-from deltafold.sharing.methods.plan import Request, make_plan
+from deltafold.sharing.methods.plan import make_plan
 from deltafold.sharing.methods.replacing import Schedule, SharedStudent
+from deltafold.sharing.request import STARTS, ShareRequest
 from deltafold.sharing.start import Start, composed_values
-from deltafold.sharing.train import Model
+from deltafold.sharing.train import ShareModel
 from deltafold.training import Masters, Rows, Settings, State, pack, train
 from deltafold.training.distilled import distilled
 from deltafold.training.loop import batch_rows, losses
@@ -36,15 +38,15 @@ CPU = torch.device("cpu")
 
 def make_student(
     folder: Path, family: str, start: str = "svd", align: bool = False, **request: Any
-) -> tuple[Model, SharedStudent, Any]:
+) -> tuple[ShareModel, SharedStudent, Any]:
     write_deep(folder / "base", family)
     matrices = "attention" if family in MOE else "mlp"
     asked = {"shared": 1, "rank": 4, "protect": (0, 1, -1), "matrices": matrices} | request
-    plan = make_plan(structure_of(folder / "base"), Request(**asked))
-    with open_checkpoint(folder / "base") as checkpoint:
+    plan = make_plan(structure_of(folder / "base"), ShareRequest("base", "output", **asked))
+    with open_checkpoint(folder / "base") as checkpoint, Workspace(folder / "out", {}) as scratch:
         begin = Start(Source.of(checkpoint), plan, start, align and family not in MOE)
-        factors = begin.factors()
-        model = Model.load(folder / "base", False, CPU)
+        factors = begin.factors(scratch)
+        model = ShareModel.load(folder / "base", False, CPU)
         student = model.student(plan, factors, begin.changed, Schedule(), 100, 0)
     return model, student, plan
 
@@ -53,8 +55,8 @@ def make_student(
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_invariants(tmp_path: Path, family: str, scale: bool) -> None:
-    model, student, plan = make_student(tmp_path, family, rank=64, scale=scale)
-    whole = Model.load(tmp_path / "base", False, CPU).model
+    model, student, plan = make_student(tmp_path, family, rank=64, row_scale=scale)
+    whole = ShareModel.load(tmp_path / "base", False, CPU).model
     expected = whole(IDS).logits
     # full rank and svd: the base model
     student.begin_exam()
@@ -97,7 +99,7 @@ def test_a_zero_delta_is_the_anchors_module(tmp_path: Path, family: str) -> None
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_aligned_neurons_at_full_rank_are_the_base_model_too(tmp_path: Path, family: str) -> None:
     _, student, _ = make_student(tmp_path, family, rank=64, align=True)
-    expected = Model.load(tmp_path / "base", False, CPU).model(IDS).logits
+    expected = ShareModel.load(tmp_path / "base", False, CPU).model(IDS).logits
     student.begin_exam()
     found = student.logits(IDS)
     assert torch.allclose(found, expected, atol=2e-4 * float(expected.abs().max()))
@@ -115,16 +117,21 @@ def test_alignment_brings_the_matrices_nearer(tmp_path: Path) -> None:
         weight = getattr(anchor, name).weight.data
         getattr(delta, name).weight.data = weight.index_select(axis, order).clone()
     built.save_pretrained(tmp_path / "base")
-    plan = make_plan(structure_of(tmp_path / "base"), Request(shared=1, rank=2, protect=(0, 1, -1)))
+    request = ShareRequest("base", "output", shared=1, rank=2, protect=(0, 1, -1))
+    plan = make_plan(structure_of(tmp_path / "base"), request)
     sizes = {}
-    with open_checkpoint(tmp_path / "base") as checkpoint:
+    with (
+        open_checkpoint(tmp_path / "base") as checkpoint,
+        Workspace(tmp_path / "out", {}) as scratch,
+    ):
         for align in (False, True):
-            made = Start(Source.of(checkpoint), plan, "svd", align).factors()
+            made = Start(Source.of(checkpoint), plan, "svd", align).factors(scratch)
             sizes[align] = sum(float(value.abs().sum()) for value in made.values())
     assert sizes[True] < 1e-3 * sizes[False]
 
 
 def test_initialisations_by_hand() -> None:
+    assert {*INITIALISATIONS, "fit"} == set(STARTS)
     difference = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     a, b = INITIALISATIONS["svd"](difference, 1, None, "x", 0)
     assert torch.allclose(b @ a, torch.tensor([[3.0, 0.0], [0.0, 0.0]]), atol=1e-6)
@@ -158,7 +165,7 @@ def test_a_fitted_start_writes_nearer_to_the_original(
 ) -> None:
     """Of the first block that shares: what its last matrix puts out, against the original's."""
     model, student, plan = make_student(
-        tmp_path, family, method=method, rank=6, scale=method == "deltallm"
+        tmp_path, family, method=method, rank=6, row_scale=method == "deltallm"
     )
     blocks, _ = find_blocks(model.model, tmp_path / "base")
     number, parts = plan.places[0].block, plan.parts
@@ -211,8 +218,8 @@ def test_schedule_by_hand() -> None:
         [0.65] * 3
     )
     assert Schedule(0.3, 0.0, 0.5).probability(0, 2, 3, 100) == 1.0
-    with pytest.raises(UsageError, match="stagger"):
-        Schedule(stagger=1.0).check()
+    with pytest.raises(UsageError, match="stagger lies between 0 and 0"):
+        ShareRequest("model", "output", shared=1, rank=1, replace_stagger=1.0)
 
 
 @pytest.mark.integration

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from deltafold.blocks.structure import Layer, Structure
 from deltafold.errors import BudgetError, MismatchError, UsageError
 from deltafold.sharing.job import plan_sharing, structure_of
-from deltafold.sharing.methods.plan import METHODS, Plan, Request, make_plan
+from deltafold.sharing.methods.plan import Plan, make_plan
+from deltafold.sharing.request import METHODS, ShareRequest
 
 PHI_3_MINI: dict[str, Any] = {
     "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
@@ -41,6 +42,11 @@ def small(depth: int = 12, stacked: bool = False) -> Structure:
     return Structure("small", "none", names, (layers,) * depth, stacked, 4, depth * 128 + 1000)
 
 
+def asked(method: str = "deltallm", **options: Any) -> ShareRequest:
+    """What is asked of a model without scales of rows, so that counts are those of factors alone."""
+    return ShareRequest("model", "output", method, **{"row_scale": False, **options})
+
+
 def pairs(plan: Plan) -> list[tuple[int, int | None]]:
     return [(place.block, place.anchor) for place in plan.places]
 
@@ -59,7 +65,7 @@ def test_published_sizes(
 ) -> None:
     path = tmp_path / "phi.json"
     path.write_text(json.dumps(config))
-    found = plan_sharing(path, Request(shared=shared, rank=rank))
+    found = plan_sharing(ShareRequest(path, "output", shared=shared, rank=rank))
     assert f"{found['base_parameters'] / 1e9:.4f}" == base
     assert f"{found['parameters'] / 1e9:.3f}" == stored
     if shared == 13:
@@ -67,7 +73,7 @@ def test_published_sizes(
 
 
 def test_the_count_is_the_formula() -> None:
-    plan = make_plan(small(), Request(shared=2, rank=3))
+    plan = make_plan(small(), asked(shared=2, rank=3))
     # shared: 2 x 3 x 32; deltas: 2 x 3 matrices x 3 x (8 + 4)
     assert plan.shared_parameters == 192
     assert plan.delta_parameters == 216
@@ -75,11 +81,11 @@ def test_the_count_is_the_formula() -> None:
 
 
 def test_placements() -> None:
-    assert pairs(make_plan(small(), Request(shared=3, rank=1))) == [(5, 4), (7, 6), (9, 8)]
-    sequential = make_plan(small(), Request(shared=3, rank=1, placement="sequential"))
+    assert pairs(make_plan(small(), asked(shared=3, rank=1))) == [(5, 4), (7, 6), (9, 8)]
+    sequential = make_plan(small(), asked(shared=3, rank=1, placement="sequential"))
     assert pairs(sequential) == [(7, 6), (8, 6), (9, 6)]
     costs = {2: 0.5, 3: 0.1, 4: 0.2, 5: 0.05, 6: 0.3, 7: 0.9, 8: 0.01, 9: 0.02}
-    searched = make_plan(small(), Request(shared=3, rank=1, placement="searched"), costs)
+    searched = make_plan(small(), asked(shared=3, rank=1, placement="searched"), costs)
     # 8 first, then 9, then 5; before 9 stands a delta, so it refers to 7, too
     assert pairs(searched) == [(5, 4), (8, 7), (9, 7)]
     every = {block for plan in (sequential, searched) for block, _ in pairs(plan)}
@@ -90,7 +96,7 @@ def test_placements() -> None:
 def test_an_anchor_is_never_a_delta(placement: str) -> None:
     costs = {block: (7 * block % 11) / 11 for block in range(1, 13)}
     for shared in range(1, 5):
-        request = Request(shared=shared, rank=1, placement=placement)
+        request = asked(shared=shared, rank=1, placement=placement)
         plan = make_plan(small(13), request, costs)
         assert not {b for b, _ in pairs(plan)} & {anchor for _, anchor in pairs(plan)}
         assert all(anchor < block for block, anchor in pairs(plan) if anchor is not None)
@@ -101,7 +107,7 @@ def test_an_anchor_is_never_a_delta(placement: str) -> None:
 def test_a_share_of_parameters_is_met_from_below(share: float, matrices: str) -> None:
     structure = small()
     try:
-        plan = make_plan(structure, Request(parameters=share, matrices=matrices))
+        plan = make_plan(structure, asked(parameters=share, matrices=matrices))
     except BudgetError as error:
         assert "%" in str(error)
         return
@@ -119,8 +125,8 @@ def test_a_share_of_parameters_is_met_from_below(share: float, matrices: str) ->
 @pytest.mark.parametrize("method", METHODS)
 def test_controls_store_as_many_parameters(method: str) -> None:
     structure = small()
-    plan = make_plan(structure, Request(method, shared=4, rank=1))
-    main = make_plan(structure, Request(shared=4, rank=1))
+    plan = make_plan(structure, asked(method, shared=4, rank=1))
+    main = make_plan(structure, asked(shared=4, rank=1))
     assert 0 <= main.parameters - plan.parameters < 36  # one rank of one block
     assert plan.parameters == structure.parameters - plan.shared_parameters + plan.delta_parameters
     anchors = {place.anchor for place in plan.places}
@@ -132,9 +138,9 @@ def test_controls_store_as_many_parameters(method: str) -> None:
 
 def test_a_split_of_ranks_costs_no_more() -> None:
     structure = small()
-    even = make_plan(structure, Request(shared=3, rank=3))
+    even = make_plan(structure, asked(shared=3, rank=3))
     for split in (0.5, 2.0):
-        plan = make_plan(structure, Request(shared=3, rank=3, split=split))
+        plan = make_plan(structure, asked(shared=3, rank=3, split=split))
         place = plan.places[0]
         assert plan.delta_parameters <= even.delta_parameters
         assert (place.write_rank > place.read_rank) == (split > 1)
@@ -142,22 +148,27 @@ def test_a_split_of_ranks_costs_no_more() -> None:
 
 def test_what_cannot_be_is_refused_with_what_could() -> None:
     structure = small()
-    for request, error, words in (
-        (Request(shared=5, rank=1), BudgetError, "at most 4"),
-        (Request(parameters=0.3), BudgetError, "ask for a larger"),
-        (Request(shared=1, rank=9), UsageError, "more than these matrices have"),
-        (Request(shared=1), UsageError, "Say how much"),
-        (Request(parameters=1.5), UsageError, "between 0 and 1"),
-        (Request("deltalm", shared=1, rank=1), UsageError, "did you mean 'deltallm'"),
-        (Request(shared=1, rank=1, placement="searched"), UsageError, "made by share"),
-        (Request(shared=1, rank=1, protect=(40,)), UsageError, "blocks 0 to 11"),
-        (Request(shared=1, rank=1, protect=tuple(range(11))), BudgetError, "protect fewer"),
-        (Request("drop-mlp", shared=1, rank=1, matrices="both"), UsageError, "drops MLPs"),
-    ):
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"shared": 5, "rank": 1}, BudgetError, "at most 4"),
+        ({"parameters": 0.3}, BudgetError, "ask for a larger"),
+        ({"shared": 1, "rank": 9}, UsageError, "more than these matrices have"),
+        ({"shared": 1}, UsageError, "Say how much"),
+        ({"parameters": 1.5}, UsageError, "between 0 and 1"),
+        ({"method": "deltalm", "shared": 1, "rank": 1}, UsageError, "did you mean 'deltallm'"),
+        ({"shared": 1, "rank": 1, "placement": "searched"}, UsageError, "made by share"),
+        ({"shared": 1, "rank": 1, "protect": (40,)}, UsageError, "blocks 0 to 11"),
+        ({"shared": 1, "rank": 1, "protect": tuple(range(11))}, BudgetError, "protect fewer"),
+        (
+            {"method": "drop-mlp", "shared": 1, "rank": 1, "matrices": "both"},
+            UsageError,
+            "drops MLPs",
+        ),
+    ]
+    for options, error, words in cases:
         with pytest.raises(error, match=words):
-            make_plan(structure, request)
+            make_plan(structure, asked(**options))
     with pytest.raises(MismatchError, match="--matrices attention"):
-        make_plan(small(stacked=True), Request(shared=1, rank=1))
+        make_plan(small(stacked=True), asked(shared=1, rank=1))
 
 
 @pytest.mark.integration
@@ -170,6 +181,10 @@ def test_the_command_needs_a_config_alone(tmp_path: Path, deltafold: Run) -> Non
     assert "block 24" in made.stdout
     structure = structure_of(tmp_path)
     assert structure.depth == 28
+    scaled = deltafold(
+        "plan", tmp_path, "--method", "deltallm", "--shared", 1, "--rank", 2, "--scale"
+    )
+    assert scaled.returncode == 0 and "--scale is called --row-scale now" in scaled.stderr
     for arguments, words in (
         ([tmp_path, "--method", "deltallm", "--shared", 40, "--rank", 3], "at most 12"),
         ([tmp_path], "Give the fine-tune"),

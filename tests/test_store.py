@@ -80,9 +80,9 @@ def test_compress_restore_and_merge_from_and_to_a_store(store, pair, tmp_path):
     assert tree_hashes(again) == tree_hashes(tmp_path / "again")
 
     recipe = Recipe((Model("memory://made/math.delta"), Model("memory://models/math")), "ties")
-    deltafold.merge("memory://models/base", recipe, "memory://made/merged")
+    deltafold.merge(recipe, "memory://made/merged", base="memory://models/base")
     local = Recipe((Model(str(tmp_path / "math.delta")), Model(str(pair.finetuned))), "ties")
-    deltafold.merge(pair.base, local, tmp_path / "merged")
+    deltafold.merge(local, tmp_path / "merged", base=pair.base)
     merged = stored(store, "/made/merged", tmp_path / "found-merged")
     assert tree_hashes(merged) == tree_hashes(tmp_path / "merged")
     assert not any((tmp_path / "cache" / "outputs").iterdir())
@@ -114,13 +114,16 @@ def test_files_are_fetched_once_and_anew_when_they_changed(store, pair):
     assert second != first and (second / "config.json").read_bytes() == b"{}"
 
 
-def test_neither_pickles_nor_hidden_files_nor_folders_are_fetched(store, pair):
-    for name in ("weights.bin", "optimizer.pt", ".secret.safetensors", "sub/model.safetensors"):
+def test_neither_pickles_nor_hidden_files_are_fetched_and_folders_are(store, pair):
+    for name in ("weights.bin", "optimizer.pt", ".secret.safetensors", "sub/.cache/config.json"):
+        store.pipe_file(f"/models/math/{name}", b"x")
+    for name in ("2_Dense/model.safetensors", "2_Dense/config.json", "tekken.json"):
         store.pipe_file(f"/models/math/{name}", b"x")
     folder = local_folder("memory://models/math")
-    assert sorted(path.name for path in folder.rglob("*")) == sorted(
-        path.name for path in pair.finetuned.iterdir()
-    )
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    plain = {path.name for path in pair.finetuned.iterdir()}
+    assert found - plain == {"2_Dense/model.safetensors", "2_Dense/config.json", "tekken.json"}
+    assert plain <= found
 
 
 def test_one_file(store, pair):

@@ -4,7 +4,7 @@
 >>> deltafold.compress("base/", "math/", "math.delta", method="impart", file_ratio=32)  # doctest: +SKIP
 >>> model = deltafold.load("math.delta", base="base/")                                  # doctest: +SKIP
 
-The verbs are imported when first used, so that `import deltafold` costs nothing.
+Names are imported when first used, so that `import deltafold` costs nothing.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from deltafold.errors import DeltafoldError
 from deltafold.version import __version__
 
 if TYPE_CHECKING:
-    from deltafold.compressing.choosing import compress
+    from deltafold.codecs.tensors import codec
+    from deltafold.compressing.compress import compress
     from deltafold.compressing.plan import plan
     from deltafold.evaluation import evaluate
     from deltafold.exporting.export import export
     from deltafold.exporting.load import load
-    from deltafold.factoring.scored import factor
-    from deltafold.folding.scored import fold
+    from deltafold.factoring.factor import factor
+    from deltafold.folding.fold import fold
     from deltafold.merging.choosing import merge
+    from deltafold.merging.recipe import Model, Recipe
     from deltafold.publishing import push_to_hub
     from deltafold.restoring.inspect import inspect
+    from deltafold.restoring.load import tensors
     from deltafold.restoring.restore import restore
     from deltafold.restoring.verify import verify
-    from deltafold.sharing.scored import share
+    from deltafold.sharing.share import share
 
-_VERBS = {
-    "compress": "deltafold.compressing.choosing",
+_PUBLIC = {
+    "compress": "deltafold.compressing.compress",
     "restore": "deltafold.restoring.restore",
     "export": "deltafold.exporting.export",
     "verify": "deltafold.restoring.verify",
@@ -39,16 +42,23 @@ _VERBS = {
     "plan": "deltafold.compressing.plan",
     "load": "deltafold.exporting.load",
     "merge": "deltafold.merging.choosing",
-    "fold": "deltafold.folding.scored",
-    "factor": "deltafold.factoring.scored",
-    "share": "deltafold.sharing.scored",
+    "fold": "deltafold.folding.fold",
+    "factor": "deltafold.factoring.factor",
+    "share": "deltafold.sharing.share",
     "evaluate": "deltafold.evaluation",
     "push_to_hub": "deltafold.publishing",
+    "tensors": "deltafold.restoring.load",
+    "codec": "deltafold.codecs.tensors",
+    "Model": "deltafold.merging.recipe",
+    "Recipe": "deltafold.merging.recipe",
 }
 
 __all__ = [
     "DeltafoldError",
+    "Model",
+    "Recipe",
     "__version__",
+    "codec",
     "compress",
     "evaluate",
     "export",
@@ -61,13 +71,18 @@ __all__ = [
     "push_to_hub",
     "restore",
     "share",
+    "tensors",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _VERBS:
-        verb = getattr(import_module(_VERBS[name]), name)
-        globals()[name] = verb
-        return verb
+    if name in _PUBLIC:
+        found = getattr(import_module(_PUBLIC[name]), name)
+        globals()[name] = found
+        return found
     raise AttributeError(f"module 'deltafold' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -81,6 +81,37 @@ EDITS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "side file escapes": (change_file(0, name="../../evil.json"), ("files.0.name",)),
     "side file absolute": (change_file(0, name="/tmp/evil.json"), ("files.0.name",)),
     "side file hidden": (change_file(0, name=".bashrc"), ("files.0.name",)),
+    "side file escapes from a folder": (change_file(0, name="a/../../x.json"), ("files.0.name",)),
+    "side file in no folder": (change_file(0, name="a//x.json"), ("files.0.name",)),
+    "side file in a hidden folder": (change_file(0, name=".git/hooks"), ("files.0.name",)),
+    "side file hidden in a folder": (change_file(0, name="a/.netrc"), ("files.0.name",)),
+    "side file on a drive": (change_file(0, name="C:/x.json"), ("files.0.name",)),
+    "side file with a backslash": (change_file(0, name="..\\x.json"), ("files.0.name",)),
+    "side file too deep": (change_file(0, name="a/" * 8 + "x"), ("files.0.name",)),
+    "side file with a line feed": (change_file(0, name="a\n/x.json"), ("files.0.name",)),
+    "side file is a folder": (
+        lambda raw: (
+            change_file(0, name="a")(raw),
+            change_file(1, name="a/b")(raw),
+        ),
+        ("a is a file and a folder",),
+    ),
+    "side file over a weight folder": (
+        lambda raw: (
+            change_file(0, name="Sub")(raw),
+            raw["finetuned"].update(files=["model.safetensors", "sub/model.safetensors"]),
+        ),
+        ("sub is a file and a folder",),
+    ),
+    "side file would be read for weights": (
+        change_file(0, name="sub/diffusion_pytorch_model.safetensors"),
+        ("pass for weights",),
+    ),
+    "side file is a pickle": (change_file(0, name="pytorch_model.bin"), ("pass for weights",)),
+    "side file is the index in capitals": (
+        change_file(0, name="MODEL.safetensors.index.json"),
+        ("pass for weights",),
+    ),
     "side file twice": (lambda raw: raw["files"].append(raw["files"][0]), ("listed twice",)),
     "side file is the weights": (change_file(0, name="model.safetensors"), ("listed twice",)),
     "weights are the index": (
@@ -90,6 +121,18 @@ EDITS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "weight file escapes": (
         lambda raw: raw["finetuned"].update(files=["../model.safetensors"]),
         ("finetuned.files.0",),
+    ),
+    "weight file escapes from a folder": (
+        lambda raw: raw["finetuned"].update(files=["a/../../model.safetensors"]),
+        ("finetuned.files.0",),
+    ),
+    "weight file absolute": (
+        lambda raw: raw["finetuned"].update(files=["/tmp/model.safetensors"]),
+        ("finetuned.files.0",),
+    ),
+    "tensor not named after its folder": (
+        lambda raw: raw["finetuned"].update(files=["sub/model.safetensors"]),
+        ("folder of its file",),
     ),
     "weight file twice": (
         lambda raw: raw["finetuned"].update(files=["a.safetensors", "a.safetensors"]),

@@ -131,11 +131,18 @@ def test_every_byte_that_opening_reads(whole: Whole, name: str, tmp_path: Path) 
     damaged = shutil.copytree(whole.archives["impart"], tmp_path / "damaged.delta")
     file, positions = region(damaged, name)
     sound = file.read_bytes()
-    for position in positions:
-        flip(file, position, position % 8)
-        with pytest.raises(DeltafoldError):
-            inspect(damaged)
-        file.write_bytes(sound)
+    with file.open("r+b", buffering=0) as held:
+
+        def put(position: int, byte: int) -> None:
+            held.seek(position)
+            held.write(bytes([byte]))
+
+        for position in positions:
+            put(position, sound[position] ^ 1 << position % 8)
+            with pytest.raises(DeltafoldError):
+                inspect(damaged)
+            put(position, sound[position])
+    inspect(damaged)  # whole again: each refusal was of one byte
 
 
 def test_truncated_and_missing_files(whole: Whole, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deltafold.checkpoint.view import INDEX_FILE, PLAIN_NAME
+from deltafold.checkpoint.contents import INDEX_FILE, folder_of, is_foreign, is_plain_path
 from deltafold.dtypes import BITS, ITEM_BYTES, held_shape, matrix_shape
 from deltafold.errors import ArchiveError
 
@@ -29,7 +29,15 @@ _SEAL = re.compile(r',"checksum":"([0-9a-f]{32})"\}\n\Z')
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-PlainName = Annotated[str, Field(pattern=PLAIN_NAME)]
+
+
+def _plain(name: str) -> str:
+    if not is_plain_path(name):
+        raise ValueError(f"{name!r} is no plain name of a file inside its folder")
+    return name
+
+
+PlainPath = Annotated[str, AfterValidator(_plain)]
 Size = Annotated[int, Field(ge=0, le=1 << 50)]
 
 
@@ -104,7 +112,7 @@ class Tensor(_Strict):
 class SideFile(_Strict):
     """A small file of the fine-tune: taken from the base, or stored (zstd) under `files/`."""
 
-    name: PlainName
+    name: PlainPath
     n_bytes: Size
     digest: Digest
     stored: Literal["base", "zstd", "zstd-base"]
@@ -127,7 +135,7 @@ class Source(_Strict):
 
     label: str
     total_bytes: Size
-    files: tuple[PlainName, ...]
+    files: tuple[PlainPath, ...]
     metadata: dict[str, str] = {}
 
 
@@ -152,9 +160,7 @@ class Manifest(_Strict):
         names = [tensor.name for tensor in self.tensors]
         if len(set(names)) != len(names):
             raise ValueError("a tensor is listed twice")
-        files = [*self.finetuned.files, *(entry.name for entry in self.files), INDEX_FILE]
-        if len(set(files)) != len(files):
-            raise ValueError("a file of the fine-tune is listed twice")
+        _check_files(self.finetuned.files, [entry.name for entry in self.files])
         known = {tensor.name: tensor for tensor in self.tensors}
         if self.format_version < version_of(self.tensors):
             raise ValueError(
@@ -177,6 +183,8 @@ class Manifest(_Strict):
                 raise ValueError(f"tensor {tensor.name} is exact and restores to itself")
             if tensor.file >= len(self.finetuned.files):
                 raise ValueError(f"tensor {tensor.name} lies in a file that is not listed")
+            if not tensor.name.startswith(folder_of(self.finetuned.files[tensor.file])):
+                raise ValueError(f"tensor {tensor.name} is not named after the folder of its file")
             for piece in tensor.pieces:
                 if piece.codec not in self.codecs:
                     raise ValueError(f"codec {piece.codec} of tensor {tensor.name} is not listed")
@@ -202,6 +210,22 @@ class Manifest(_Strict):
 def version_of(tensors: Iterable[Tensor]) -> int:
     """The oldest version of the format that can say this: readers of that version then can read it."""
     return 2 if any(t.restored is not None or t.dtype in BITS for t in tensors) else 1
+
+
+def _check_files(weights: tuple[str, ...], beside: list[str]) -> None:
+    """No file may take another's place, on any system, nor pass for weights."""
+    files = [*weights, *beside, INDEX_FILE]
+    if len(set(files)) != len(files):
+        raise ValueError("a file of the fine-tune is listed twice")
+    taken = {name.casefold() for name in (*weights, INDEX_FILE)}
+    for name in beside:
+        if is_foreign(name) or name.casefold() in taken:
+            raise ValueError(f"the small file {name} would pass for weights")
+    folders = {
+        "/".join(parts[:n]) for f in files for parts in [f.split("/")] for n in range(1, len(parts))
+    }
+    if clash := sorted({name.casefold() for name in files} & {each.casefold() for each in folders}):
+        raise ValueError(f"{clash[0]} is a file and a folder of the fine-tune")
 
 
 def sealed(text: str) -> str:

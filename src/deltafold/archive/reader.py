@@ -24,12 +24,12 @@ from deltafold.checkpoint import (
     is_hub_id,
     local_folder,
 )
+from deltafold.checkpoint.contents import MAX_SIDE_FILE_BYTES
 from deltafold.checkpoint.view import as_tensor
 from deltafold.errors import ArchiveError, CheckpointError, not_shared
 from deltafold.lazy import torch
 
 FILES_FOLDER = "files"
-MAX_SIDE_FILE_BYTES = 128_000_000
 
 
 class Archive:

@@ -12,7 +12,13 @@ from deltafold.archive.manifest import MANIFEST_FILE, Manifest, PayloadFile, Sid
 from deltafold.archive.reader import FILES_FOLDER, raw_dictionary
 from deltafold.checkpoint import Checkpoint
 from deltafold.checkpoint.header import build_header
-from deltafold.checkpoint.writer import TensorSpec, guard_storage, plan_shards, tensor_bytes
+from deltafold.checkpoint.writer import (
+    TensorSpec,
+    guard_storage,
+    plan_shards,
+    put_file,
+    tensor_bytes,
+)
 from deltafold.dtypes import stored_bytes
 from deltafold.lazy import torch
 
@@ -67,12 +73,12 @@ def encode_side_files(
     finetuned: Checkpoint, base: Checkpoint
 ) -> tuple[tuple[SideFile, ...], dict[str, bytes]]:
     """Manifest entries of the fine-tune's side files, and the frames to store by file name."""
-    base_files = {file.name: file.read_bytes() for file in base.side_files}
+    base_files = {base.relative(file): file for file in base.side_files}
     entries, frames = [], {}
     for file in finetuned.side_files:
-        data = file.read_bytes()
+        name, data = finetuned.relative(file), file.read_bytes()
         digest = file_digest(data)
-        base_data = base_files.get(file.name)
+        base_data = base_files[name].read_bytes() if name in base_files else None
         base_digest = file_digest(base_data) if base_data is not None else None
         if digest == base_digest:
             stored = "base"
@@ -80,10 +86,10 @@ def encode_side_files(
             plain = _compress(data, None)
             against = _compress(data, base_data) if base_data else plain
             stored = "zstd-base" if len(against) < len(plain) else "zstd"
-            frames[file.name] = against if stored == "zstd-base" else plain
+            frames[name] = against if stored == "zstd-base" else plain
         entries.append(
             SideFile(
-                name=file.name,
+                name=name,
                 n_bytes=len(data),
                 digest=digest,
                 stored=stored,  # type: ignore[arg-type]
@@ -106,11 +112,8 @@ def _compress(data: bytes, against: bytes | None) -> bytes:
 
 def write_side_files(folder: Path, frames: dict[str, bytes]) -> None:
     """Store compressed side files under `files/`."""
-    if frames:
-        guard_storage(folder, lambda: (folder / FILES_FOLDER).mkdir(exist_ok=True))
     for name, frame in frames.items():
-        path = folder / FILES_FOLDER / f"{name}.zst"
-        guard_storage(path, lambda p=path, f=frame: p.write_bytes(f))  # type: ignore[misc]
+        put_file(folder, f"{FILES_FOLDER}/{name}.zst", frame)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

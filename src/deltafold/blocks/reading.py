@@ -16,13 +16,14 @@ def read_layout(checkpoint: Checkpoint) -> tuple[Layout, list[Units]]:
     config = checkpoint.config()
     if not config:
         raise CheckpointError(
-            f"{checkpoint.label} holds no config.json; give a whole Hugging Face folder."
+            f"{checkpoint.label} holds no config.json, which says how many blocks there are; give a "
+            "folder that has one."
         )
     if "quantization_config" in config:
         raise MismatchError(
             f"{checkpoint.label} holds quantised weights; fold it unquantised, then quantise."
         )
-    shapes = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
+    shapes = {name: tuple(info.shape) for name, info in checkpoint.own_tensors.items()}
     layout = find_layout(shapes, depth_of(config, checkpoint.label), checkpoint.label)
     _check_dtypes(checkpoint, layout)
     return layout, find_units(layout, _heads(text_config(config)))

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from deltafold.calibration.models import class_of, config_of, first_line, quiet
 from deltafold.errors import CheckpointError, MismatchError
 
 
 def build(folder: Path) -> Any:
     """The model of a folder's config on the meta device. Raises CheckpointError, MismatchError."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds no config.json; give a whole Hugging Face folder "
-            "(config, weights, tokenizer)."
-        )
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # transformers raises many kinds; the user needs one sentence
-        raise CheckpointError(
-            f"The config of {folder} cannot be read ({first_line(error)}); copy it again."
-        ) from error
+    config = config_of(folder)
     if getattr(config, "quantization_config", None):
         raise MismatchError(
             f"{folder} holds quantised weights; calibration needs them in floating point."
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise MismatchError(
-            f"transformers has no causal language model for {config.model_type!r}, so {folder} "
-            "cannot be calibrated; choose a method without calibration."
-        )
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = class_of(config, str(folder))
     # Experts one by one: only then does each matrix meet its own inputs.
     options = {"experts_implementation": "eager"} if _has_experts(kind) else {}
     try:
@@ -69,7 +48,7 @@ def find_blocks(model: Any, folder: Path) -> tuple[list[nn.Module], list[str]]:
             return blocks, [paths[id(block)] for block in blocks]
     raise MismatchError(
         f"{folder}: no list of {depth} blocks is found in a {type(model).__name__}, so it cannot "
-        "be run block by block; choose a method without calibration."
+        "be run or taken apart block by block; compress takes it with --calibration none."
     )
 
 
@@ -105,26 +84,5 @@ def fill_computed_buffers(model: Any, device: torch.device) -> None:
             if values.is_floating_point() and values.isnan().any():
                 raise MismatchError(
                     f"{type(model).__name__} keeps {path}.{name} in no checkpoint and does not say "
-                    "how to compute it; choose a method without calibration."
+                    "how to compute it, so it cannot be run; compress takes it with --calibration none."
                 )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers, whose advice is for users of whole models, and give it back its voice."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

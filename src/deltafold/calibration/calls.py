@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from deltafold.calibration.building import first_line, quiet
+from deltafold.calibration.models import first_line, quiet
 from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.wiring import Weights
 from deltafold.errors import MismatchError
@@ -59,7 +59,9 @@ class Forward:
         self._by_ids: bool | None = None  # must the forward be given ids? found by trying
         self._as_tuple: bool | None = None  # do blocks answer (hidden states,)? found by trying
 
-    def note(self, ids: torch.Tensor, disturb: float = 0.0) -> tuple[torch.Tensor, list[Call]]:
+    def note(
+        self, ids: torch.Tensor, disturb: float = 0.0, use_cache: bool = False
+    ) -> tuple[torch.Tensor, list[Call]]:
         """(hidden states (b, t, width) before the first block, how each block is called)."""
         noted: list[Call] = []
         entering: list[torch.Tensor] = []
@@ -73,7 +75,7 @@ class Forward:
 
         with self._stubs(stub), self.sentence(), quiet():
             decoder = self.skeleton.model.get_decoder()
-            decoder(input_ids=ids.to(self.skeleton.device), use_cache=False)
+            decoder(input_ids=ids.to(self.skeleton.device), use_cache=use_cache)
         shapes = {each.shape for each in entering}
         n_blocks = len(self.skeleton.blocks)
         if len(noted) != n_blocks or len(shapes) != 1 or entering[0].dim() != 3:
@@ -157,8 +159,8 @@ class Forward:
     def _unfit(self, why: str) -> MismatchError:
         kind = type(self.skeleton.model).__name__
         return MismatchError(
-            f"{self.label}, a {kind}, cannot be run block by block ({why}); choose a method "
-            "without calibration."
+            f"{self.label}, a {kind}, cannot be run block by block ({why}); compress takes it "
+            "with --calibration none."
         )
 
 

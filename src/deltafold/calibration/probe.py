@@ -73,6 +73,11 @@ class Probe:
         with model.forward(self.batches, blocks=draft.numbers) as done:
             return self._measured(model, done)
 
+    def measure_model(self, model: StreamedModel) -> dict[str, float]:
+        """`measure` of another model, with all of its blocks."""
+        with model.forward(self.batches) as done:
+            return self._measured(model, done)
+
     def reached(self, draft: Runnable, started: Pass) -> dict[str, float]:
         """`measure` of the draft whose states are in `started`."""
         return self._measured(self.model.with_weights(draft.tensor), started)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.calibration.batches import Sample
-from deltafold.calibration.building import first_line
+from deltafold.calibration.models import first_line
 from deltafold.calibration.tokens import Encoder
 from deltafold.coding.counter import derive_key, subset
 from deltafold.errors import DeltafoldError, UsageError

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from deltafold.calibration.batches import Sample, make_batches
-from deltafold.calibration.building import quiet
+from deltafold.calibration.models import load_weights
 from deltafold.calibration.stream import StreamedModel
 from deltafold.calibration.tokens import Encoder, end_ids
 from deltafold.coding.counter import derive_key, random_u64
@@ -134,15 +134,9 @@ def _fits(model: StreamedModel, memory_bytes: int) -> bool:
 
 
 def _load(model: StreamedModel) -> Any:
-    kind: Any = type(model.skeleton.model)
-    names, weights = model.checkpoint.tensors, model.weights
-    with quiet():
-        loaded = kind.from_pretrained(
-            None,
-            config=model.skeleton.model.config,
-            state_dict={name: weights(name) for name in names},
-            dtype=model.skeleton.dtype,
-        )
+    skeleton, weights = model.skeleton, model.weights
+    state = {name: weights(name) for name in model.checkpoint.own_tensors}
+    loaded = load_weights(skeleton.model.config, state, str(skeleton.folder), dtype=skeleton.dtype)
     return loaded.to(model.skeleton.device).eval()
 
 

@@ -20,13 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafold.calibration.building import (
-    build,
-    fill_computed_buffers,
-    find_blocks,
-    quiet,
-    stored_buffers,
-)
+from deltafold.calibration.building import build, fill_computed_buffers, find_blocks, stored_buffers
+from deltafold.calibration.models import load_weights
 from deltafold.calibration.wiring import Group, Weights, wire
 from deltafold.errors import CheckpointError, DeltafoldWarning, MismatchError
 
@@ -233,18 +228,7 @@ class Skeleton:
         if self._whole is None or self._whole[0] is not weights:
             self._whole = None
             state = {name: weights(name) for name in self.names}
-            with quiet():
-                loaded, info = type(self.model).from_pretrained(
-                    None,
-                    config=self.model.config,
-                    state_dict=state,
-                    dtype=self.dtype,
-                    output_loading_info=True,
-                )
-            if lacking := sorted(info["missing_keys"]):
-                raise CheckpointError(
-                    f"{self.folder} lacks the weight {lacking[0]} ({len(lacking)} missing in all); "
-                    "copy or download it again."
-                )
+            label = str(self.folder)
+            loaded = load_weights(self.model.config, state, label, dtype=self.dtype)
             self._whole = (weights, loaded.state_dict())
         return self._whole[1]

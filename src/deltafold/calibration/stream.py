@@ -141,7 +141,10 @@ class StreamedModel:
         self.label = self.checkpoint.label
         self.weights = weights or self.checkpoint.tensor
         self.skeleton = Skeleton(
-            folder or self.checkpoint.path, self.checkpoint.tensors, dtype, device or str(here())
+            folder or self.checkpoint.path,
+            self.checkpoint.own_tensors,
+            dtype,
+            device or str(here()),
         )
         self.entry = Forward(self.skeleton, self.checkpoint.label)
         self.memory_bytes = memory_bytes or default_memory_bytes()

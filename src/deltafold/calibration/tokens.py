@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.calibration.batches import Sample
-from deltafold.calibration.building import first_line
+from deltafold.calibration.models import first_line
 from deltafold.errors import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")

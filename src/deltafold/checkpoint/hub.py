@@ -12,7 +12,13 @@ from deltafold.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 ARCHIVE_PATTERNS = ("delta.json", "payload-*.safetensors", "files/*.zst")
+# In each a star stands for folders too.
 CHECKPOINT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", *SIDE_FILE_PATTERNS)
+# What may belong to a model besides; a repository also holds data, pictures and other formats.
+FETCHED_PATTERNS = (
+    *CHECKPOINT_PATTERNS, "*.json", "*.jinja", "*.jinja2", "*.txt", "*.tiktoken", "*.spm", "*.codes",
+    "*.bpe", "*.vocab", "*.yaml", "*.yml", "*.toml", "*.npy", "*.md", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -33,12 +39,12 @@ def local_folder(source: str | Path) -> Path:
     if str(source) and path.exists():
         return path
     if is_address(source):
-        return Remote.at(source).fetch([*CHECKPOINT_PATTERNS, *ARCHIVE_PATTERNS])
+        return Remote.at(source).fetch([*FETCHED_PATTERNS, *ARCHIVE_PATTERNS])
     if not is_hub_id(source):
         raise CheckpointError(
             f"{source} does not exist; give a local Hugging Face folder or a hub id like org/name."
         )
-    return _downloaded(str(source), [*CHECKPOINT_PATTERNS, *ARCHIVE_PATTERNS])
+    return _downloaded(str(source), [*FETCHED_PATTERNS, *ARCHIVE_PATTERNS])
 
 
 def archive_folder(source: str | Path) -> Path:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from deltafold.checkpoint.contents import is_plain_path
 from deltafold.errors import CheckpointError, DeltafoldError, StorageError, UsageError
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?!/)(.+)")
@@ -206,12 +207,14 @@ def output_of(output: str | Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _fits(name: str, pattern: str) -> bool:
-    """A file's name within its folder against a pattern of as many parts; none of them hidden."""
-    parts, wanted = name.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(
-        fnmatch.fnmatchcase(part, each) and not part.startswith(".")
-        for part, each in zip(parts, wanted, strict=True)
-    )
+    """A file's name within its folder against a pattern, as the hub does it; nothing hidden fits.
+
+    A star stands for folders too, so a pattern such as `*.json` is for any folder.
+    """
+    if not is_plain_path(name):
+        return False
+    file = name.rpartition("/")[2]
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(file, pattern)
 
 
 def _key(*parts: str) -> str:

@@ -6,34 +6,36 @@ at once, and memory holds only what was asked for.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from deltafold.checkpoint.contents import (
+    ARCHIVE_FILE,
+    INDEX_FILE,
+    Contents,
+    folder_of,
+    is_plain_path,
+    read_contents,
+)
 from deltafold.checkpoint.header import TensorInfo, read_header
+from deltafold.checkpoint.json_files import read_config
 from deltafold.dtypes import DTYPES, held_shape
 from deltafold.errors import CheckpointError, not_shared
 from deltafold.lazy import torch
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-
-# Files that a checkpoint needs beside its weights; all of them small.
+# What downloads ask for, and what a push replaces. A pattern without a slash is for any folder.
 SIDE_FILE_PATTERNS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template*",
     "preprocessor_config.json", "processor_config.json", "*.py",
 )  # fmt: skip
-MAX_SIDE_FILE_BYTES = 128_000_000
-
-# What a file may be called: no path, not hidden, no control characters, room for a suffix.
-PLAIN_NAME = r"^[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,239}$"
 
 
 class Checkpoint:
@@ -47,23 +49,47 @@ class Checkpoint:
     def __init__(self, path: Path, label: str | None = None):
         self.path = path
         self.label = label or str(path)
-        self.shards = [_plainly_named(shard) for shard in _find_shards(path)]
+        contents = _contents(path, self.label)
+        self.shards = [path / name if path.is_dir() else path for name in contents.weights]
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
-        for shard in self.shards:
-            tensors, metadata = read_header(shard)
-            self.metadata |= metadata
-            for name, info in tensors.items():
-                if name in self.tensors:
-                    first = self.tensors[name].file.name
-                    raise CheckpointError(
-                        f"{self.label} holds tensor {name} twice, in {first} and in {shard.name}; "
-                        "remove the file that does not belong to it."
-                    )
-                self.tensors[name] = info
-        _check_index(path, self.tensors)
+        for shard, file in zip(self.shards, contents.weights, strict=True):
+            self._read(shard, file)
+        for index in contents.indices:
+            _check_index(path, index, self.tensors)
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
+
+    def _read(self, shard: Path, file: str) -> None:
+        """The tensors of one weight file; in a folder inside, their names begin with its name."""
+        _refuse_other_file(shard)
+        tensors, metadata = read_header(shard)
+        self.metadata |= metadata
+        for bare, info in tensors.items():
+            name = folder_of(file) + bare
+            if name in self.tensors:
+                first = self.relative(self.tensors[name].file)
+                raise CheckpointError(
+                    f"{self.label} holds tensor {name} twice, in {first} and in {file}; "
+                    "remove the file that does not belong to it."
+                )
+            self.tensors[name] = replace(info, name=name)
+
+    def relative(self, file: Path) -> str:
+        """The name of one of its files inside the folder, with slashes."""
+        return file.relative_to(self.path).as_posix() if file != self.path else file.name
+
+    @property
+    def inner_files(self) -> dict[str, str]:
+        """Tensors of weight files in folders inside, each with its file: a model's other modules."""
+        files = {name: self.relative(info.file) for name, info in self.tensors.items()}
+        return {name: file for name, file in files.items() if "/" in file}
+
+    @property
+    def own_tensors(self) -> dict[str, TensorInfo]:
+        """Tensors of the folder's own weight files, which are those that its config speaks of."""
+        inner = self.inner_files
+        return {name: info for name, info in self.tensors.items() if name not in inner}
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -130,16 +156,15 @@ class Checkpoint:
 
     @property
     def side_files(self) -> list[Path]:
-        """Config, tokenizer and the like, sorted by name."""
+        """Config, tokenizer, templates, code: all that is small beside the weights, by name."""
         if self.path.is_file():
             return []
-        found = {
-            file
-            for pattern in SIDE_FILE_PATTERNS
-            for file in self.path.glob(pattern)
-            if _is_visible_file(file) and file.stat().st_size <= MAX_SIDE_FILE_BYTES
-        }
-        return sorted(map(_plainly_named, found), key=lambda file: file.name)
+        return [self.path / name for name in _contents(self.path, self.label).beside]
+
+    @property
+    def left_out(self) -> list[dict[str, object]]:
+        """Files that are not taken along, each with the reason, as records hold them."""
+        return [each.to_json() for each in _contents(self.path, self.label).left_out]
 
     @property
     def total_bytes(self) -> int:
@@ -156,23 +181,16 @@ class Checkpoint:
         digest = hashlib.sha256()
         for shard in self.shards:
             stat = shard.stat()
-            digest.update(f"{shard.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            digest.update(f"{self.relative(shard)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         for info in self.tensors.values():
             digest.update(f"{info.name} {info.dtype} {info.shape} {info.start_bytes}\n".encode())
         for file in self.side_files:
-            digest.update(file.name.encode() + file.read_bytes())
+            digest.update(self.relative(file).encode() + file.read_bytes())
         return digest.hexdigest()[:32]
 
-    def config(self) -> dict[str, object]:
-        """`config.json` as a dictionary; empty if there is none."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            try:
-                return dict(json.loads((self.path / "config.json").read_text()))
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{self.path / 'config.json'} is not valid JSON ({error}); copy it again."
-                ) from None
-        return {}
+    def config(self) -> dict[str, Any]:
+        """`config.json` as a dictionary; empty if there is none. Raises CheckpointError."""
+        return read_config(self.path)
 
 
 def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -207,38 +225,72 @@ def _read_into(descriptor: int, view: memoryview, offset: int, info: TensorInfo)
         view, offset = view[count:], offset + count
 
 
-def _find_shards(path: Path) -> list[Path]:
+def _contents(path: Path, label: str) -> Contents:
+    """What lies at a path. Raises CheckpointError, which says what it is if it is no checkpoint."""
     if path.is_file():
-        return [path]
+        return Contents(weights=[path.name])
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a folder nor a safetensors file; check the path.")
-    if (path / SINGLE_FILE).is_file():  # the same precedence as transformers
-        return [path / SINGLE_FILE]
-    index = path / INDEX_FILE
-    if index.is_file():
-        return [path / name for name in sorted(set(_weight_map(index).values()))]
-    shards = sorted(file for file in path.glob("*.safetensors") if _is_visible_file(file))
-    if not shards:
-        pickled = sorted(file.name for file in path.glob("*.bin"))
-        hint = (
-            f"it has {pickled[0]}, a pickle, which is not read: save the model with "
-            "safe_serialization first"
-            if pickled
-            else "point at the folder that holds model.safetensors"
+    if (path / ARCHIVE_FILE).is_file():
+        raise CheckpointError(
+            f"{label} is an archive, not a checkpoint; restore it first, and give what comes out."
         )
-        raise CheckpointError(f"{path} holds no .safetensors file; {hint}.")
-    return shards
+    if (path / "blobs").is_dir() and (path / "snapshots").is_dir():
+        raise CheckpointError(
+            f"{path} is the hub's cache of a repository; give one of the folders in "
+            f"{path / 'snapshots'}."
+        )
+    found = read_contents(path, _weight_map)
+    if not found.weights:
+        raise CheckpointError(f"{path} holds no .safetensors file; {_hint(found)}.")
+    for name in found.weights:
+        if not is_plain_path(name):
+            raise CheckpointError(
+                f"{str(path / name)!r} has a name that is no plain file name; rename it."
+            )
+    return found
 
 
-def _is_visible_file(file: Path) -> bool:
-    """False for folders and for hidden files: some systems leave `._name` beside each file."""
-    return file.is_file() and not file.name.startswith(".")
+def _hint(found: Contents) -> str:
+    names = [each.name for each in found.left_out]
+    for suffix, words in _OTHER_FORMATS.items():
+        if file := next((name for name in names if name.lower().endswith(suffix)), None):
+            return f"it has {file}, {words}"
+    if folder := next((each.name for each in found.left_out if each.name.endswith("/")), None):
+        return f"is {folder.rstrip('/')} what you mean? Then give that folder"
+    return "point at the folder that holds model.safetensors"
 
 
-def _plainly_named(file: Path) -> Path:
-    if not re.fullmatch(PLAIN_NAME, file.name):
-        raise CheckpointError(f"{str(file)!r} has a name that is no plain file name; rename it.")
-    return file
+_PICKLE = "a pickle, which is not read: save the model with safe_serialization first"
+_OTHER_FORMATS = {
+    ".bin": _PICKLE,
+    ".pt": _PICKLE,
+    ".pth": _PICKLE,
+    ".ckpt": _PICKLE,
+    ".gguf": "which is not read: give the safetensors that it was made from",
+    ".onnx": "which is not read: give the safetensors that it was made from",
+}
+# How files begin that are often given in place of a safetensors file.
+_BEGINNINGS = {
+    b"GGUF": "is a GGUF file; give the safetensors that it was made from",
+    b"PK\x03\x04": "is a pickle, which is not read; save the model with safe_serialization first",
+    b"\x80\x02": "is a pickle, which is not read; save the model with safe_serialization first",
+    b"version https://git-lfs": "is a pointer of Git LFS; fetch the file with git lfs pull",
+    b"<!DOCTYPE": "is a web page, not the file that was asked for; download it again",
+}
+
+
+def _refuse_other_file(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(32)
+    except OSError:
+        return  # the reader of headers says why
+    if beginning[8:9] == b"{":  # a header, whose length may begin with any byte
+        return
+    for mark, words in _BEGINNINGS.items():
+        if beginning.startswith(mark):
+            raise CheckpointError(f"{path} {words}.")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -246,7 +298,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         mapping = json.loads(index.read_text())["weight_map"]
         names = set(mapping.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} cannot be read ({error!r}); copy it again.") from None
+        raise CheckpointError(
+            f"{index} is no index of weights ({error!r}); put a proper one in its place."
+        ) from None
     for name in names:
         if Path(str(name)).name != name:
             raise CheckpointError(
@@ -260,13 +314,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     return dict(mapping)
 
 
-def _check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
-    index = path / INDEX_FILE
-    if not index.is_file() or (path / SINGLE_FILE).is_file():
-        return
-    for name, file in _weight_map(index).items():
-        if name not in tensors:
+def _check_index(path: Path, index: str, tensors: dict[str, TensorInfo]) -> None:
+    place = folder_of(index)
+    for name, file in _weight_map(path / index).items():
+        if place + name not in tensors:
             raise CheckpointError(
-                f"{path / file} does not hold tensor {name}, which the index promises; "
+                f"{path / place / file} does not hold tensor {name}, which the index promises; "
                 "copy or download the checkpoint again."
             )

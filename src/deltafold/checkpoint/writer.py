@@ -12,12 +12,13 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deltafold.checkpoint.contents import INDEX_FILE, SINGLE_FILE, folder_of
 from deltafold.checkpoint.header import build_header
-from deltafold.checkpoint.view import INDEX_FILE, SINGLE_FILE
 from deltafold.dtypes import stored_bytes
 from deltafold.errors import StorageError, not_shared
 from deltafold.lazy import torch
@@ -50,8 +51,34 @@ def guard_storage(path: Path, action: Callable[[], Result]) -> Result:
         ) from error
 
 
-def plan_shards(tensors: list[TensorSpec], shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    """Split tensors, in order, into shards of at most `shard_bytes` (a larger tensor stands alone)."""
+def put_file(folder: Path, name: str, data: bytes) -> None:
+    """Write a small file under its relative name. Raises StorageError."""
+    path = folder / name
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    guard_storage(path, write)
+
+
+def plan_shards(
+    tensors: list[TensorSpec], shard_bytes: int, inner: Mapping[str, str] | None = None
+) -> dict[str, list[TensorSpec]]:
+    """Split tensors, in order, into shards of at most `shard_bytes` (a larger tensor stands alone).
+
+    Those that are in `inner` stay in the file, of a folder inside, that it names.
+    """
+    inner = inner or {}
+    kept: dict[str, list[TensorSpec]] = {}
+    for spec in tensors:
+        if spec[0] in inner:
+            kept.setdefault(inner[spec[0]], []).append(spec)
+    own = [spec for spec in tensors if spec[0] not in inner]
+    return (_plan_own(own, shard_bytes) if own or not kept else {}) | kept
+
+
+def _plan_own(tensors: list[TensorSpec], shard_bytes: int) -> dict[str, list[TensorSpec]]:
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in tensors:
@@ -70,8 +97,9 @@ def plan_shards(tensors: list[TensorSpec], shard_bytes: int) -> dict[str, list[T
 class CheckpointWriter:
     """Writes tensors into preallocated shards under `folder`.
 
-    `layout` maps shard file names to the tensors they hold, in order. Opening an existing folder
-    of the same layout keeps what is in it (for resuming); the headers are rewritten.
+    `layout` maps shard file names to the tensors they hold, in order; names of tensors in a folder
+    inside begin with that folder, see `Checkpoint`. Opening an existing folder of the same layout
+    keeps what is in it (for resuming); the headers are rewritten.
 
     Pickled, it writes into the same files from other processes. There every write is on disk, and
     only its own bytes are, before it returns: a network file system may otherwise write whole
@@ -90,22 +118,25 @@ class CheckpointWriter:
         self._descriptors: list[int] = []
         self._lock = threading.Lock()
         for file, tensors in layout.items():
-            guard_storage(folder / file, lambda f=file, t=tensors: self._open(f, t, metadata))  # type: ignore[misc]
+            guard_storage(folder / file, partial(self._open, file, tensors, metadata))
 
     def _open(self, file: str, tensors: list[TensorSpec], metadata: dict[str, str] | None) -> None:
-        header, starts = build_header(tensors, metadata)
+        place = folder_of(file)
+        bare = [(name.removeprefix(place), dtype, shape) for name, dtype, shape in tensors]
+        header, starts = build_header(bare, metadata)
+        (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o644)
         self._descriptors.append(descriptor)
         end = len(header)
-        for name, dtype, shape in tensors:
-            self._starts[name] = (descriptor, starts[name])
+        for name, dtype, shape in bare:
+            self._starts[place + name] = (descriptor, starts[name])
             end = max(end, starts[name] + stored_bytes(dtype, shape))
         os.ftruncate(descriptor, end)
         _write_all(descriptor, memoryview(header), 0)
 
     def __getstate__(self) -> dict[str, Any]:
         for descriptor in self._descriptors:  # the headers
-            guard_storage(self.folder, lambda d=descriptor: os.fsync(d))  # type: ignore[misc]
+            guard_storage(self.folder, partial(os.fsync, descriptor))
         files = dict(zip(self._descriptors, self.layout, strict=True))
         starts = {name: (files[each], start) for name, (each, start) in self._starts.items()}
         return {"folder": self.folder.absolute(), "layout": self.layout, "starts": starts}
@@ -136,14 +167,13 @@ class CheckpointWriter:
     def finish(self, indexed: bool = True) -> None:
         """Flush everything to disk and, with `indexed`, write the index of a sharded checkpoint."""
         for descriptor in self._descriptors:
-            guard_storage(self.folder, lambda d=descriptor: os.fsync(d))  # type: ignore[misc]
+            guard_storage(self.folder, partial(os.fsync, descriptor))
         self.close()
-        if indexed and list(self.layout) != [SINGLE_FILE]:
-            weight_map = {spec[0]: file for file, specs in self.layout.items() for spec in specs}
+        own = {file: specs for file, specs in self.layout.items() if "/" not in file}
+        if indexed and list(own) not in ([], [SINGLE_FILE]):
+            weight_map = {spec[0]: file for file, specs in own.items() for spec in specs}
             total = sum(
-                stored_bytes(dtype, shape)
-                for specs in self.layout.values()
-                for _, dtype, shape in specs
+                stored_bytes(dtype, shape) for specs in own.values() for _, dtype, shape in specs
             )
             index = {
                 "metadata": {"total_size": total},

@@ -2,140 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from deltafold.cli.command import command, record_place
+from deltafold.cli.method_settings import METHOD_SETTINGS, with_method_settings
+from deltafold.compressing.request import CompressRequest
 
-from deltafold.cli import options as o
 
-
-def compress(
-    base: o.BaseArgument,
-    finetuned: o.FinetunedArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Archive folder to write.")],
-    method: o.MethodOption = "auto",
-    file_ratio: o.FileRatioOption = None,
-    nominal_ratio: o.NominalRatioOption = None,
-    n_bytes: o.BytesOption = None,
-    beta: o.BetaOption = None,
-    c: o.COption = None,
-    value_dtype: o.ValueDtypeOption = None,
-    setting: o.SetOption = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration",
-            "--text",
-            metavar="TEXT",
-            help="Text that shows what errors cost, and KL is measured on: JSONL of prompts (and "
-            "answers), plain text, datasets:NAME, self (the fine-tune writes it), general (comes "
-            "with deltafold; what auto takes by default) or none.",
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples, at most.")] = 128,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 256,
-    kl_at_most: Annotated[
-        float | None,
-        typer.Option(
-            help="Instead of a size: the smallest archive whose KL to the fine-tune stays at or "
-            "below this many nats a token."
-        ),
-    ] = None,
-    distill: Annotated[
-        int,
-        typer.Option(metavar="STEPS", help="Train what is stored against the fine-tune's outputs."),
-    ] = 0,
-    uniform: Annotated[
-        bool,
-        typer.Option(
-            "--uniform", help="auto: the same relative step everywhere, whatever it costs."
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of random positions.")] = 0,
-    no_fallback: Annotated[
-        bool,
-        typer.Option(
-            "--no-fallback", help="Force the method also on tensors that it does not suit."
-        ),
-    ] = False,
-    task: Annotated[
-        list[Path] | None,
-        typer.Option(help="Rows that base, fine-tune and archive answer; as evaluate takes them."),
-    ] = None,
-    limit: o.LimitOption = None,
-    answers: o.AnswersOption = 4,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read headers only and show what would be done.")
-    ] = False,
-    device: o.ComputeOption = None,
-    workers: o.WorkersOption = None,
-    memory: o.MemoryOption = None,
-    engine: o.EngineOption = "threads",
-    overwrite: o.OverwriteOption = False,
-    restart: o.RestartOption = False,
-    record: o.RecordOption = None,
-    json_output: o.JsonOption = False,
-) -> None:
-    """Compress a fine-tuned checkpoint against its base into an archive.
-
-    Example: deltafold compress base/ math/ -o math.delta --file-ratio 64
-    """
-    settings = o.method_options(beta, c, value_dtype, setting)
-    if uniform:
-        settings["uniform"] = True
-    budget = {
-        "file_ratio": file_ratio,
-        "nominal_ratio": nominal_ratio,
-        "n_bytes": o.parse_bytes(n_bytes, "--bytes"),
-    }
-    if dry_run:
+def _show(record: dict[str, Any], request: CompressRequest) -> None:
+    if request.dry_run:
         from deltafold.cli.plan import show_plan
 
-        show_plan(base, finetuned, method, budget, settings, json_output)
+        show_plan(record, request)
         return
-    from deltafold.cli.show import progress
-    from deltafold.compressing.choosing import compress as compress_verb
-
-    with progress() as advance:
-        result = compress_verb(
-            base,
-            finetuned,
-            output,
-            method,
-            calibration=calibration,
-            samples=samples,
-            max_tokens=max_tokens,
-            kl_at_most=kl_at_most,
-            tasks=task or (),
-            limit=limit,
-            answers=answers,
-            distill=distill,
-            **budget,
-            seed=seed,
-            fallback=not no_fallback,
-            overwrite=overwrite,
-            restart=restart,
-            device=device,
-            workers=workers,
-            memory_bytes=o.parse_bytes(memory, "--memory"),
-            engine=engine,
-            progress=advance,
-            record=record,
-            **settings,
-        )
-    if json_output:
-        import json
-
-        print(json.dumps(result))
-    else:
-        _show(result, o.record_place(record, output))
-
-
-def _show(record: dict[str, Any], where: str) -> None:
     from collections import Counter
 
-    from deltafold.cli.show import device_lines, duration, say, size
+    from deltafold.cli.show import device_lines, duration, left_out_lines, say, size
 
     totals, budget = record["totals"], record["budget"]
     say(
@@ -177,13 +59,22 @@ def _show(record: dict[str, Any], where: str) -> None:
             for name, found in row["metrics"]["tasks"].items()
         )
         say(f"  {row['label']}: {shares}")
-    for line in device_lines(record):
+    for line in [*left_out_lines(record), *device_lines(record)]:
         say(line)
     say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "
-        f"record in {where}"
+        f"record in {record_place(request.record, request.output)}"
     )
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+compress = command(
+    CompressRequest,
+    "deltafold.compressing.compress:run_compress",
+    _show,
+    extra=METHOD_SETTINGS,
+    fold_in=with_method_settings,
+)

@@ -2,86 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from deltafold.cli import options as o
+from deltafold.cli.command import command, record_place
+from deltafold.exporting.request import ExportRequest
 
 
-def export(
-    archive: o.ArchiveArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder or file to write.")],
-    to: Annotated[str, typer.Option("--to", help="peft, or gguf-lora for llama.cpp.")] = "peft",
-    base: Annotated[
-        str | None, typer.Option("--base", help="The base. Default: the one the archive names.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Components of each delta, at most.")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Or: as many as hold this share of it, e.g. 0.95.")
-    ] = None,
-    n_bytes: Annotated[
-        str | None, typer.Option("--bytes", help="Or: what keeps most in this size, e.g. 20MB.")
-    ] = None,
-    rest: Annotated[
-        str, typer.Option(help="Norms, embeddings, head: lora, fold (into a base), or drop.")
-    ] = "lora",
-    engine: Annotated[
-        str, typer.Option("--for", help="Keep what this engine takes: peft or vllm.")
-    ] = "peft",
-    text: Annotated[
-        str | None,
-        typer.Option(help="Text to fit pairs by and to measure: a file, datasets:NAME, general."),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Samples of the text, at most.")] = 32,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 256,
-    device: o.ComputeOption = None,
-    workers: o.WorkersOption = None,
-    memory: o.MemoryOption = None,
-    overwrite: o.OverwriteOption = False,
-    restart: o.RestartOption = False,
-    record: o.RecordOption = None,
-    json_output: o.JsonOption = False,
-) -> None:
-    """Write an archive as a LoRA adapter: for peft, vLLM or llama.cpp.
+def _show(result: dict[str, Any], request: ExportRequest) -> None:
+    if request.dry_run:
+        from deltafold.cli.show import say
 
-    Example: deltafold export math.delta --to peft -o math-adapter/ --rank 64
-    """
-    from deltafold.cli.show import progress
-    from deltafold.exporting.export import export as export_verb
-
-    with progress() as advance:
-        result = export_verb(
-            archive,
-            output,
-            to,
-            base=base,
-            rank=rank,
-            energy=energy,
-            n_bytes=o.parse_bytes(n_bytes, "--bytes"),
-            rest=rest,
-            engine=engine,
-            text=text,
-            samples=samples,
-            max_tokens=max_tokens,
-            overwrite=overwrite,
-            restart=restart,
-            device=device,
-            workers=workers,
-            memory_bytes=o.parse_bytes(memory, "--memory"),
-            progress=advance,
-            record=record,
-        )
-    if json_output:
-        import json
-
-        print(json.dumps(result))
-    else:
-        _show(result, o.record_place(record, output))
-
-
-def _show(result: dict[str, Any], where: str) -> None:
+        say(f"[bold]{result['archive']}[/bold]  would become {result['to']} on {result['base']}")
+        for note in result["notes"]:
+            say(f"  note: {note}")
+        return
+    where = record_place(request.record, request.output)
     from deltafold.cli.show import device_lines, duration, say, size
 
     rows = result["tensors"]
@@ -144,3 +79,6 @@ def _left_out(rows: list[dict[str, Any]]) -> dict[str, tuple[int, float]]:
             number, before = found.get("no bytes left", (0, 0.0))
             found["no bytes left"] = (number + 1, before + row["lost_squared"] / total)
     return found
+
+
+export = command(ExportRequest, "deltafold.exporting.export:run_export", _show)

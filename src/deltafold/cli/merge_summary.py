@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltafold.cli.show import device_lines, duration, out, say, size
+from deltafold.cli.show import device_lines, duration, left_out_lines, out, say, size
 
 
 def show(record: dict[str, Any], where: str | None) -> None:
@@ -25,7 +25,7 @@ def show(record: dict[str, Any], where: str | None) -> None:
         say(
             f"  archive: {size(totals['archive_bytes'])}, {totals['file_ratio']:.2f}x smaller on disk"
         )
-    for line in device_lines(record):
+    for line in [*left_out_lines(record), *device_lines(record)]:
         say(line)
     say(
         f"  {duration(record['seconds'])}, peak memory {size(record['peak_memory_bytes'])}; "

@@ -7,21 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from deltafold.cli import options as o
-from deltafold.cli.share import (
-    SHARING,
-    MatricesOption,
-    ParametersOption,
-    PlacementOption,
-    ProtectOption,
-    RankOption,
-    ScaleOption,
-    SharedOption,
-    SplitOption,
-    plan_share,
-)
+from deltafold.cli.command import taking
+from deltafold.cli.method_settings import with_method_settings
+from deltafold.cli.share import plan_share
+from deltafold.compressing.request import Budgeted, PlanRequest
 from deltafold.errors import UsageError
+from deltafold.running.request import parse_bytes
+from deltafold.sharing.request import METHODS, PLANNED, ShareRequest
 
 
+@taking(ShareRequest, PLANNED)
 def plan(
     base: Annotated[
         str,
@@ -37,14 +32,6 @@ def plan(
         str,
         typer.Option("--method", "-m", help="A codec (see `methods`), or deltallm and the like."),
     ] = "auto",
-    shared: SharedOption = None,
-    rank: RankOption = None,
-    parameters: ParametersOption = None,
-    placement: PlacementOption = "alternating",
-    matrices: MatricesOption = "mlp",
-    protect: ProtectOption = "0,1,-2,-1",
-    split: SplitOption = 1.0,
-    scale: ScaleOption = None,
     file_ratio: o.FileRatioOption = None,
     nominal_ratio: o.NominalRatioOption = None,
     n_bytes: o.BytesOption = None,
@@ -53,60 +40,52 @@ def plan(
     value_dtype: o.ValueDtypeOption = None,
     setting: o.SetOption = None,
     json_output: o.JsonOption = False,
+    *,
+    asked: dict[str, Any],
 ) -> None:
     """Show what compress would do, from headers alone: roles, sizes, what does not match.
 
     With a method of share: which blocks would refer to which, and exact counts, from the config alone.
     """
-    if method in SHARING:
+    if method in METHODS:
         if finetuned is not None:
             raise UsageError(f"{method} is for one model, so {finetuned} is not needed.")
-        plan_share(
-            base, method, shared, rank, parameters, placement, matrices, protect, split, scale,
-            json_output,
-        )  # fmt: skip
+        plan_share(ShareRequest(base, "plan", method, **asked | {"dry_run": True}), json_output)
         return
     if finetuned is None:
         raise UsageError(
-            f"Give the fine-tune of {base}, too; or a method of share: {', '.join(SHARING)}."
+            f"Give the fine-tune of {base}, too; or a method of share: {', '.join(METHODS)}."
         )
-    if any(each is not None for each in (shared, rank, parameters)):
-        raise UsageError(f"--shared, --rank and --parameters are for {', '.join(SHARING)}.")
-    budget = {
-        "file_ratio": file_ratio,
-        "nominal_ratio": nominal_ratio,
-        "n_bytes": o.parse_bytes(n_bytes, "--bytes"),
-    }
-    settings = o.method_options(beta, c, value_dtype, setting)
-    show_plan(base, finetuned, method, budget, settings, json_output)
+    if {"shared", "rank", "parameters"} & set(asked):
+        raise UsageError(f"--shared, --rank and --parameters are for {', '.join(METHODS)}.")
+    from deltafold.compressing.plan import planned
 
-
-def show_plan(
-    base: str,
-    finetuned: str,
-    method: str,
-    budget: dict[str, Any],
-    settings: dict[str, Any],
-    json_output: bool,
-) -> None:
-    """Print the plan. `auto` settings are planned at their defaults (sizes hardly differ)."""
-    from deltafold.compressing.plan import plan as plan_verb
-
-    given = {name: value for name, value in settings.items() if value != "auto"}
-    found = plan_verb(base, finetuned, method, **budget, **given)
+    given = with_method_settings(
+        {"beta": beta, "c": c, "value_dtype": value_dtype, "setting": setting}
+    )
+    request = PlanRequest(
+        base, finetuned, method, file_ratio=file_ratio, nominal_ratio=nominal_ratio,
+        n_bytes=parse_bytes(n_bytes, "--bytes") if n_bytes else None, **given,
+    )  # fmt: skip
+    found = planned(request)
     if json_output:
         import json
 
         print(json.dumps(found))
         return
+    show_plan(found, request)
+
+
+def show_plan(found: dict[str, Any], request: Budgeted) -> None:
+    """Print a plan of `compress`."""
     from deltafold.cli.show import out, say, size, table
 
     rows = table("role", ">tensors", ">parameters", ">size", "stored by")
     for row in found["roles"]:
         approximated = row["approximated"]
-        how = method if approximated == row["tensors"] else "exact"
+        how = found["method"] if approximated == row["tensors"] else "exact"
         if 0 < approximated < row["tensors"]:
-            how = f"{method} ({approximated}), exact"
+            how = f"{found['method']} ({approximated}), exact"
         rows.add_row(
             row["role"], str(row["tensors"]), f"{row['elements']:,}", size(row["n_bytes"]), how
         )

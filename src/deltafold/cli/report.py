@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from deltafold.cli import options as o
+
 
 def report(
     records: Annotated[
@@ -44,6 +46,7 @@ def report(
     dark: Annotated[
         bool, typer.Option("--dark", help="Figures on a dark ground, as NAME-dark.png.")
     ] = False,
+    json_output: o.JsonOption = False,
 ) -> None:
     """Show what runs did, as tables and figures drawn from their records.
 
@@ -66,11 +69,11 @@ def report(
         raise UsageError("--dark is about figures; give --figures FOLDER with it.")
     known = read_records(records)
     tables = [table for record in known for table in tables_of(record)]
-    for table in tables:
+    for table in tables if not json_output else ():
         for part in table.rich(out.width):
             out.print(part)
     drawn = figures_of(known, figures, dark) if figures else []
-    if figures and not drawn:
+    if figures and not drawn and not json_output:
         out.print("These records hold nothing that a figure shows.")
     if markdown:
         write_text(markdown, markdown_page(tables, drawn, markdown.parent))
@@ -78,5 +81,13 @@ def report(
         rewrite_block(into, marker, markdown_page(tables))
     if page:
         write_page(known, page)
-    for path in [*drawn, *filter(None, (markdown, into, page))]:
+    written = [*drawn, *filter(None, (markdown, into, page))]
+    if json_output:
+        import dataclasses
+        import json
+
+        rows = [dataclasses.asdict(table) for table in tables]
+        print(json.dumps({"tables": rows, "written": list(map(str, written))}, default=str))
+        return
+    for path in written:
         out.print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
@@ -42,6 +43,22 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
+
+
+NAMED = 12
+"""Names in one line of a summary; the record has all."""
+
+
+def left_out_lines(record: Mapping[str, Any]) -> list[str]:
+    """What a summary says of files that were not taken along, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for each in record.get("left_out", ()):
+        by_reason.setdefault(each["why"], []).append(f"{each['name']} ({size(each['bytes'])})")
+    return [
+        f"  left out, {escape(why)}: {escape(', '.join(names[:NAMED]))}"
+        + (f" and {len(names) - NAMED} more, see the record" if len(names) > NAMED else "")
+        for why, names in by_reason.items()
+    ]
 
 
 def device_lines(record: Mapping[str, Any]) -> list[str]:

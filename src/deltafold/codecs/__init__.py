@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from deltafold.codecs.base import Codec, DeltaCodec, ExactCodec
 
 ENTRY_POINT_GROUP = "deltafold.codecs"
-_NOT_CODECS = {"base", "seeded", "steps"}
+_NOT_CODECS = {"base", "seeded", "steps", "tensors"}
 
 
 @cache

@@ -13,6 +13,7 @@ A codec is pure: it knows tensors and integers, no file and no model. What torch
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -58,7 +59,7 @@ class PartSpec:
 
     @property
     def n_bytes(self) -> int:
-        return ITEM_BYTES[self.dtype_name] * int(np.prod(self.shape, dtype=np.int64))
+        return ITEM_BYTES[self.dtype_name] * math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import torch
 from transformers import GenerationConfig
 
 from deltafold.archive import Archive, is_archive
+from deltafold.calibration.models import quiet
 from deltafold.checkpoint import open_checkpoint
 from deltafold.errors import CheckpointError, UsageError
 from deltafold.evaluation.loading import (
@@ -31,7 +32,6 @@ from deltafold.evaluation.loading import (
     load_tokenizer,
     loaded,
     model_folder,
-    quiet,
 )
 from deltafold.evaluation.plan import context_limit
 from deltafold.evaluation.segments import Subject

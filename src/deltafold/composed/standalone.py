@@ -12,7 +12,7 @@ MODULE = "modeling_deltafold"
 
 def modelling_file(base: type) -> str:
     """The text of `modeling_deltafold.py` for a model class of transformers."""
-    source = resources.files("deltafold.sharing").joinpath("modeling.py").read_text("utf-8")
+    source = resources.files("deltafold.composed").joinpath("modeling.py").read_text("utf-8")
     return (
         f"{source}\n\nfrom {base.__module__} import {base.__name__}  # noqa: E402\n\n"
         f"Deltafold{base.__name__} = composed_class({base.__name__})\n"

@@ -10,23 +10,27 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deltafold.calibration.building import build
+from deltafold.calibration.opens import check_opens
 from deltafold.calibration.wiring import wire
 from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
-from deltafold.checkpoint.writer import TensorSpec, guard_storage
+from deltafold.checkpoint.beside import write_beside
+from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
 from deltafold.composed.form import OWN, Form, Linear
+from deltafold.composed.modeling import composed_class
 from deltafold.composed.standalone import MODULE, modelling_file, shared_config
 from deltafold.dtypes import stored_bytes as bytes_of
 from deltafold.errors import MismatchError, NonFiniteError, UsageError
-from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.running.engine import Resources, Task
+from deltafold.running.request import SHARD_BYTES
 
 CONFIG = "config.json"
-SHARD_BYTES = 5_000_000_000
 Tensors = Callable[[str], torch.Tensor]
 """A composed layer's tensor by its name in the form -> its values, in any floating dtype."""
 
@@ -48,7 +52,7 @@ class Source:
     def of(cls, checkpoint: Checkpoint) -> Source:
         """Raises CheckpointError, MismatchError for what transformers cannot build."""
         model = build(checkpoint.path)
-        groups = wire(model, checkpoint.tensors)
+        groups = wire(model, checkpoint.own_tensors)
         stored = {name: group.names[0] for name, group in groups.items() if group.converter is None}
         stacks = {
             name: tuple(zip(*group.sources.values(), strict=True))
@@ -84,11 +88,6 @@ def shared_specs(source: Source, form: Form) -> list[TensorSpec]:
     return [each.spec for each in _shared(source, form, _nothing, {})]
 
 
-def stored_parameters(specs: list[TensorSpec]) -> int:
-    """Numbers in a file of these tensors."""
-    return sum(math.prod(shape) for _, _, shape in specs)
-
-
 def stored_bytes(specs: list[TensorSpec]) -> int:
     """Bytes of these tensors, headers not counted."""
     return sum(bytes_of(dtype, shape) for _, dtype, shape in specs)
@@ -103,15 +102,14 @@ def write_shared(
     changed: Mapping[str, torch.Tensor] | None = None,
     dense: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    workers: int | None = None,
-    memory_bytes: int | None = None,
-    progress: Progress | None = None,
-) -> None:
+    resources: Resources | None = None,
+) -> dict[str, Any]:
     """Write a composed model into `folder`, or with `dense` the ordinary model it amounts to.
 
     `tensors` gives what composed layers own: factors, and own weights and biases that are not the
     checkpoint's (see `Form.owned`). `changed` are other parameters that are not the checkpoint's
-    either. Values are rounded once, to the stored dtype. Raises NonFiniteError, StorageError.
+    either. Values are rounded once, to the stored dtype. Returns the record's row of how it opens.
+    Raises NonFiniteError, StorageError, CheckpointError where it does not open.
     """
     guard_storage(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     replaced = {source.tensor_of(name): value for name, value in (changed or {}).items()}
@@ -119,9 +117,11 @@ def write_shared(
     checkpoint = source.checkpoint
     writer = CheckpointWriter(
         folder,
-        plan_shards([each.spec for each in writes], shard_bytes),
+        plan_shards([each.spec for each in writes], shard_bytes, checkpoint.inner_files),
         checkpoint.metadata or {"format": "pt"},
     )
+
+    resources = resources or Resources()
 
     def write(each: _Write) -> int:
         name, dtype, shape = each.spec
@@ -136,33 +136,30 @@ def write_shared(
     tasks = [
         Task(
             each.spec[0],
-            lambda e=each: write(e),  # type: ignore[misc]
+            partial(write, each),
             memory_bytes=16 * math.prod(each.spec[2]),
             work=float(math.prod(each.spec[2])),
         )
         for each in writes
     ]
     try:
-        run_tasks("write", tasks, workers, memory_bytes, progress)
+        resources.run("write", tasks)
         writer.finish()
     finally:
         writer.close()
     _side_files(source, form, folder, dense)
+    kind = None if dense else composed_class(source.kind)
+    return check_opens(folder, checkpoint.label, checkpoint.path, kind)
 
 
 def _side_files(source: Source, form: Form, folder: Path, dense: bool) -> None:
-    for file in source.checkpoint.side_files:
-        data = file.read_bytes()
-        if file.name == CONFIG and not dense:
-            config = shared_config(dict(source.checkpoint.config()), form, source.kind)
-            data = (json.dumps(config, indent=2) + "\n").encode()
-        _put_file(folder / file.name, data)
+    changed = {}
     if not dense:
-        _put_file(folder / f"{MODULE}.py", modelling_file(source.kind).encode())
-
-
-def _put_file(path: Path, data: bytes) -> None:
-    guard_storage(path, lambda: path.write_bytes(data))
+        config = shared_config(source.checkpoint.config(), form, source.kind)
+        changed[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    write_beside(source.checkpoint, folder, changed)
+    if not dense:
+        put_file(folder, f"{MODULE}.py", modelling_file(source.kind).encode())
 
 
 def _nothing(name: str) -> torch.Tensor:
@@ -184,15 +181,14 @@ def _shared(
             elif stored is not None:
                 owned.pop(f"{path}.{leaf}")  # as the checkpoint has it, under its name there
         new += [
-            _Write((name, dtype, shape), lambda n=name: tensors(n))  # type: ignore[misc]
-            for name, shape in owned.items()
+            _Write((name, dtype, shape), partial(tensors, name)) for name, shape in owned.items()
         ]
     for path, entry in form.experts.items():
         names = [name for expert in source.stacks[path] for name in expert]
         gone |= set(names)
         dtype = source.checkpoint.tensors[names[0]].dtype
         new += [
-            _Write((name, dtype, shape), lambda n=name: tensors(n))  # type: ignore[misc]
+            _Write((name, dtype, shape), partial(tensors, name))
             for name, shape in entry.tensors(path)
         ]
     return [*_copies(source, gone, replaced), *new]
@@ -221,11 +217,9 @@ def _dense(
         name = each.spec[0]
         if name in experts:
             rows = each.spec[2][0]
-            make_expert: Any = lambda e=experts[name], r=rows: _expert(form, tensors, e, r)  # noqa: E731
-            made.append(_Write(each.spec, make_expert))
+            made.append(_Write(each.spec, partial(_expert, form, tensors, experts[name], rows)))
         elif name in weights:
-            path, linear = weights[name]
-            make: Any = lambda p=path, e=linear: dense_weight(source, form, tensors, p, e, replaced)  # noqa: E731
+            make = partial(dense_weight, source, form, tensors, *weights[name], replaced)
             made.append(_Write(each.spec, make))
         else:
             made.append(each)
@@ -247,7 +241,7 @@ def _copies(source: Source, gone: set[str], replaced: Mapping[str, torch.Tensor]
     return [
         _Write(
             (name, info.dtype, tuple(info.shape)),
-            (lambda n=name: replaced[n]) if name in replaced else None,  # type: ignore[misc]
+            partial(replaced.__getitem__, name) if name in replaced else None,
         )
         for name, info in source.checkpoint.tensors.items()
         if name not in gone

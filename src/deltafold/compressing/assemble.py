@@ -12,7 +12,7 @@ from deltafold.archive import Archive, Tensor, TensorDigest
 from deltafold.archive.manifest import Manifest
 from deltafold.archive.writer import write_manifest, write_payload, write_side_files
 from deltafold.checkpoint import tensor_bytes
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.planned import Plan
 from deltafold.compressing.sizing import draft_manifest, part_specs
 from deltafold.restoring.decode import decoded_rows
@@ -22,7 +22,7 @@ from deltafold.running.workspace import Workspace
 TASK_MEMORY_BYTES = 200 << 20
 
 
-def assemble(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> Manifest:
+def assemble(job: CompressJob, plan: Plan, workspace: Workspace, resources: Resources) -> Manifest:
     """Write the archive into the workspace's sub-folder `archive`."""
     folder = workspace.folder / "archive"
     shutil.rmtree(folder, ignore_errors=True)
@@ -45,7 +45,7 @@ def assemble(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -
     return manifest
 
 
-def _restored(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> None:
+def _restored(job: CompressJob, plan: Plan, workspace: Workspace, resources: Resources) -> None:
     """Decode every approximated tensor of the archive in the workspace; fills in its checksum."""
     base = job.pair.base
     with Archive(workspace.folder / "archive") as archive:

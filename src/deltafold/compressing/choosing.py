@@ -17,20 +17,18 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from deltafold.checkpoint import open_checkpoint
-from deltafold.compressing.compress import compress as compress_verb
 from deltafold.compressing.job import budget_of
-from deltafold.compressing.scores import check_tasks, compress_scores
+from deltafold.compressing.request import CompressRequest
 from deltafold.errors import BudgetError, DeltafoldError, UsageError
-from deltafold.running.devices import computes, identity
+from deltafold.running.devices import identity
 from deltafold.running.engine import Step
-from deltafold.running.record import Meter, Record, record_path, write_record
-from deltafold.running.stored import storable
+from deltafold.running.record import Record, check_record_path, record_path, write_record
 from deltafold.running.workspace import check_output
 
 # What the papers pick from per model on a validation set.
@@ -44,146 +42,72 @@ RATIO_CLOSE = 1.05  # `kl_at_most` stops when the ratio is known to 5 %
 
 Candidate = dict[str, Any]
 Score = Callable[[Path, Record], tuple[str, float]]
+Make = Callable[[CompressRequest], Record]
 
 
-@storable
-@computes
-def compress(
-    base: str | Path,
-    finetuned: str | Path,
-    output: str | Path,
-    method: str = "auto",
-    *,
-    calibration: str | Path | None = None,
-    kl_at_most: float | None = None,
-    tasks: Sequence[str | Path] = (),
-    limit: int | None = None,
-    answers: int = 4,
-    device: str | None = None,
-    **settings: Any,
-) -> Record:
-    """Compress `finetuned` against `base` into the archive folder `output`; returns the record.
-
-    Args:
-        base, finetuned: local Hugging Face folders, safetensors files, or hub ids (`org/name@rev`).
-        output: the archive's folder; by convention `NAME.delta`.
-        method: a codec's name, see `deltafold methods`.
-        calibration: text that shows what errors cost, and on which KL is measured: a JSONL file of
-            prompts (and answers), plain text, `datasets:NAME`, `self` (written by the fine-tune),
-            `general` (comes with deltafold; what `auto` takes by default) or `none`.
-        kl_at_most: instead of a budget: the smallest archive whose KL to the fine-tune, in nats a
-            token on the calibration text (default `self`), stays at or below this.
-        tasks: files of rows, as `evaluate` takes them, that base, fine-tune and archive answer; at
-            most `limit` rows of each. Then the record has `scores`, and what all three wrote to the
-            first `answers` rows of each.
-        device: where heavy steps compute: `cpu` (default), `cuda`, `cuda:N` or `auto`; tasks are
-            answered on `cuda` if there is one.
-        settings: `file_ratio`, `nominal_ratio` or `n_bytes` (the budget), `samples`, `max_tokens`,
-            `distill`, `seed`, `workers`, `memory_bytes`, `engine`, `overwrite`, `restart`, `fallback`,
-            `progress`, `record` (see `deltafold.compressing.compress.compress`), and the method's own,
-            e.g. `beta=0.6, c="auto"`.
-
-    Raises DeltafoldError (see `deltafold.errors`); nothing is left under `output` then.
-    """
-    if not tasks:
-        return _searched(base, finetuned, output, method, calibration, kl_at_most, settings)
-    check_tasks(tasks, finetuned, limit)
-    destination = Path(settings.get("record") or record_path(Path(output)))
-    progress = settings.get("progress")
-    record = _searched(base, finetuned, output, method, calibration, kl_at_most, settings)
-    with Meter() as meter:
-        record["scores"] = compress_scores(
-            base, finetuned, Path(output), tasks, progress, limit=limit, answers=answers
-        )
-    record["score_seconds"] = meter.seconds
-    write_record(record, destination)
-    return record
-
-
-def _searched(
-    base: str | Path,
-    finetuned: str | Path,
-    output: str | Path,
-    method: str,
-    calibration: str | Path | None,
-    kl_at_most: float | None,
-    settings: dict[str, Any],
-) -> Record:
-    """The archive, what was left open found first."""
-    open_names = [name for name, value in settings.items() if value == "auto"]
-    if not open_names and kl_at_most is None:
-        return compress_verb(base, finetuned, output, method, calibration=calibration, **settings)
-    _check(method, open_names, kl_at_most, settings)
-    if kl_at_most is not None and str(calibration) == "none":
+def searched(request: CompressRequest, archive_of: Make) -> Record:
+    """The archive of a request in which settings or the size are left open. Raises DeltafoldError."""
+    _check(request)
+    if request.kl_at_most is not None and str(request.calibration) == "none":
         raise UsageError("--kl-at-most measures on text; drop --calibration none.")
-    if kl_at_most is not None and calibration is None:
-        calibration = "self"
-    overwrite = settings.pop("overwrite", False)
-    destination = Path(settings.pop("record", None) or record_path(Path(output)))
-    check_output(Path(output), overwrite, [base, finetuned])
-    search = _Search(base, finetuned, Path(output), method, calibration, settings, open_names)
+    if request.kl_at_most is not None and request.calibration is None:
+        request = request.but(calibration="self")
+    output = Path(request.output)
+    check_output(output, request.overwrite, [request.base, request.finetuned])
+    check_record_path(request.record)
+    search = ArchiveSearch(request, archive_of)
     try:
-        best, tried = search.below(kl_at_most) if kl_at_most is not None else search.best()
+        best, tried = (
+            search.best() if request.kl_at_most is None else search.below(request.kl_at_most)
+        )
     except DeltafoldError:
         shutil.rmtree(search.folder, ignore_errors=True)  # the same command would fail again
         raise
     archive, record = search.made(best)
-    if overwrite and Path(output).exists():
+    if request.overwrite and output.exists():
         shutil.rmtree(output)
     archive.replace(output)
     shutil.rmtree(search.folder)
     record |= {"archive": str(output), "tried": tried}
-    write_record(record, destination)
+    write_record(record, Path(request.record or record_path(output)))
     return record
 
 
-def _check(
-    method: str, open_names: list[str], kl_at_most: float | None, settings: dict[str, Any]
-) -> None:
+def _check(request: CompressRequest) -> None:
+    method, limit = request.method, request.kl_at_most
     known = CANDIDATES.get(method, {})
-    if wrong := [name for name in open_names if name not in known]:
+    if wrong := [name for name in request.open_settings if name not in known]:
         raise UsageError(
             f"{', '.join(wrong)} of {method} cannot be auto; that is for beta and C of impart and "
             "impart-qt, and for bits of dare-qt."
         )
-    if kl_at_most is None:
+    if limit is None:
         return
-    if not 0 < kl_at_most < math.inf:
-        raise UsageError(f"--kl-at-most must be a number above 0, not {kl_at_most}.")
-    if open_names:
+    if not 0 < limit < math.inf:
+        raise UsageError(f"--kl-at-most must be a number above 0, not {limit}.")
+    if request.open_settings:
         raise UsageError("--kl-at-most searches the size; give beta, C and bits as numbers.")
-    if any(settings.get(name) is not None for name in ("file_ratio", "nominal_ratio", "n_bytes")):
+    if any(value is not None for value in request.budget):
         raise UsageError("--kl-at-most takes the place of a budget; give one of them.")
     if budget_of(method) is None:
         raise UsageError(f"{method} is exact: its KL is 0 at any size; drop --kl-at-most.")
 
 
-class _Search:
+class ArchiveSearch:
     """Candidates of one command, their archives and scores."""
 
-    def __init__(
-        self,
-        base: str | Path,
-        finetuned: str | Path,
-        output: Path,
-        method: str,
-        calibration: str | Path | None,
-        settings: dict[str, Any],
-        open_names: list[str],
-    ):
-        self.base, self.finetuned, self.method = base, finetuned, method
-        self.calibration = calibration
-        self.open_names = open_names
-        self.fixed = {k: v for k, v in settings.items() if k not in open_names}
+    def __init__(self, request: CompressRequest, archive_of: Make):
+        self.request, self.archive_of = request, archive_of
+        output = Path(request.output)
         self.folder = output.with_name(f"{output.name}.candidates")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def best(self) -> tuple[Candidate, list[dict[str, Any]]]:
         """The best of all combinations of open settings, and what was tried."""
-        known = CANDIDATES[self.method]
+        known, names = CANDIDATES[self.request.method], self.request.open_settings
         combinations = [
-            dict(zip(self.open_names, values, strict=True))
-            for values in itertools.product(*(known[name] for name in self.open_names))
+            dict(zip(names, values, strict=True))
+            for values in itertools.product(*(known[name] for name in names))
         ]
         tried = []
         with self._scoring() as score:
@@ -216,7 +140,7 @@ class _Search:
         if low is None:
             lowest = min((each["value"] for each in tried), default=math.nan)
             raise BudgetError(
-                f"KL {limit:g} cannot be met: at file ratio {LOWEST_RATIO:g} {self.method} still has "
+                f"KL {limit:g} cannot be met: at file ratio {LOWEST_RATIO:g} {self.request.method} still has "
                 f"{lowest:.3g}; ask for more, or use --method lossless."
             )
         kept = next(each for each in tried if each["settings"]["file_ratio"] == low)
@@ -225,29 +149,25 @@ class _Search:
 
     def made(self, chosen: Candidate) -> tuple[Path, Record]:
         """Archive and record of one candidate; made once, found again when a run goes on."""
-        quiet = ("progress", "workers", "memory_bytes", "engine", "restart")
-        named = {k: v for k, v in self.fixed.items() if k not in quiet}
-        with open_checkpoint(self.base) as one, open_checkpoint(self.finetuned) as two:
-            inputs = [one.fingerprint(), two.fingerprint(), str(self.calibration)]
-        inputs += list(identity().values())  # of a GPU
-        named_by = json.dumps([inputs, self.method, named, chosen], sort_keys=True)
+        settings = {**self.request.method_settings, **chosen}
+        ratio = settings.pop("file_ratio", self.request.file_ratio)
+        request = self.request.but(
+            method_settings=settings, file_ratio=ratio, kl_at_most=None, tasks=(), overwrite=False,
+            record=None,
+        )  # fmt: skip
+        with open_checkpoint(request.base) as one, open_checkpoint(request.finetuned) as two:
+            inputs = [one.fingerprint(), two.fingerprint(), *identity().values()]  # of a GPU
+        named_by = json.dumps([inputs, request.settings(), settings], sort_keys=True)
         archive = self.folder / hashlib.sha256(named_by.encode()).hexdigest()[:16]
         if not (archive.is_dir() and record_path(archive).is_file()):
             shutil.rmtree(archive, ignore_errors=True)
-            compress_verb(
-                self.base,
-                self.finetuned,
-                archive,
-                self.method,
-                calibration=self.calibration,
-                **(self.fixed | chosen),
-            )
+            self.archive_of(request.but(output=archive))
         return archive, json.loads(record_path(archive).read_text())
 
     def _scoring(self) -> AbstractContextManager[Score]:
         return (
             nullcontext(_delta_error)
-            if self.calibration is None or str(self.calibration) == "none"
+            if self.request.calibration is None or str(self.request.calibration) == "none"
             else _Scorer(self)
         )
 
@@ -278,7 +198,7 @@ def _delta_error(archive: Path, record: Record) -> tuple[str, float]:
 class _Scorer:
     """KL to the fine-tune on the calibration text, one block in memory at a time."""
 
-    def __init__(self, search: _Search):
+    def __init__(self, search: ArchiveSearch):
         self._search = search
         self._open = ExitStack()
 
@@ -288,22 +208,22 @@ class _Scorer:
         from deltafold.calibration.kept import cache_folder
         from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 
-        search, fixed = self._search, self._search.fixed
-        if progress := fixed.get("progress"):
-            progress(Step("reading the fine-tune", "", 0.0, 1.0, 0))
-        allowance = fixed.get("memory_bytes") or default_memory_bytes()
+        request = self._search.request
+        if request.progress:
+            request.progress(Step("reading the fine-tune", "", 0.0, 1.0, 0))
+        allowance = request.memory_bytes or default_memory_bytes()
         root = cache_folder(None)
-        model = StreamedModel(search.finetuned, memory_bytes=allowance // 2, scratch=root)
+        model = StreamedModel(request.finetuned, memory_bytes=allowance // 2, scratch=root)
         self._open.callback(model.checkpoint.close)
         samples = gather_samples(
             model,
-            search.calibration or "self",
-            samples=fixed.get("samples", 128),
-            max_tokens=fixed.get("max_tokens", 256),
+            request.calibration or "self",
+            samples=request.samples,
+            max_tokens=request.max_tokens,
             memory_bytes=allowance,
             cache=root,
         )
-        self._judge = self._open.enter_context(Judge(model, search.base, samples, allowance))
+        self._judge = self._open.enter_context(Judge(model, request.base, samples, allowance))
         return self._score
 
     def __exit__(self, *_: object) -> None:
@@ -312,5 +232,5 @@ class _Scorer:
     def _score(self, archive: Path, record: Record) -> tuple[str, float]:
         from deltafold.restoring.load import archive_weights
 
-        with archive_weights(archive, self._search.base) as weights:
+        with archive_weights(archive, self._search.request.base) as weights:
             return "KL to the fine-tune", self._judge.kl(weights)

@@ -1,4 +1,4 @@
-"""The step of `compress --distill STEPS`: encoded pieces trained, and stored anew.
+"""The step of `compress --steps N`: encoded pieces trained, and stored anew.
 
 The closed-form parts stay in `lossy/`; trained ones go to `distilled/`, and only if training made
 the predictions on held-out samples better.
@@ -12,7 +12,7 @@ from typing import Any
 from deltafold.codecs import get, names
 from deltafold.codecs.base import DeltaCodec
 from deltafold.compressing.encode import relative_error
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.planned import Plan
 from deltafold.compressing.student import PlanStudent
 from deltafold.errors import UsageError
@@ -27,11 +27,11 @@ FEWEST = 8  # samples: one of them is held out
 def check_distill(steps: int, method: str) -> None:
     """Raises UsageError if these steps cannot be run with this method."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise UsageError(f"--distill takes a number of steps, 0 or more, not {steps!r}.")
+        raise UsageError(f"--steps takes a number of steps, 0 or more, not {steps!r}.")
     if steps and not can_train(method):
         able = ", ".join(name for name in names() if can_train(name))
         raise UsageError(
-            f"The method {method} stores nothing that --distill could train; drop it, or choose "
+            f"The method {method} stores nothing that --steps could train; drop it, or choose "
             f"one of {able}."
         )
 
@@ -42,7 +42,9 @@ def can_train(method: str) -> bool:
     return issubclass(cls, DeltaCodec) and cls.trainable is not DeltaCodec.trainable
 
 
-def distill(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> dict[str, Any]:
+def distill(
+    job: CompressJob, plan: Plan, workspace: Workspace, resources: Resources
+) -> dict[str, Any]:
     """Train the plan's pieces; what a record says of it. Raises DeltafoldError."""
     from deltafold.calibration.stream import StreamedModel, default_memory_bytes
     from deltafold.training.stored_numbers import State, split_samples, train
@@ -51,7 +53,7 @@ def distill(job: Job, plan: Plan, workspace: Workspace, resources: Resources) ->
     assert asked is not None
     if len(asked.samples) < FEWEST:
         raise UsageError(
-            f"--distill needs at least {FEWEST} samples, and the calibration text gives "
+            f"--steps needs at least {FEWEST} samples, and the calibration text gives "
             f"{len(asked.samples)}; give more text."
         )
     begun = time.monotonic()
@@ -93,7 +95,7 @@ def distill(job: Job, plan: Plan, workspace: Workspace, resources: Resources) ->
 
 
 def _store(
-    job: Job,
+    job: CompressJob,
     plan: Plan,
     student: PlanStudent,
     values: dict[str, torch.Tensor],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from deltafold.codecs.base import DeltaCodec, Parts, Settings
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.pair import DeltaRows
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.compressing.triplets import load_factors
@@ -15,7 +16,7 @@ from deltafold.running.engine import Resources, Task
 from deltafold.running.workspace import Workspace, checksum
 
 
-def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> None:
+def encode_lossy(job: CompressJob, plan: Plan, workspace: Workspace, resources: Resources) -> None:
     """Encode what is not yet encoded; fills in each piece's settings, checksums and error."""
 
     def encode(tensor: PlannedTensor, piece: PlannedPiece) -> int:
@@ -46,7 +47,7 @@ def encode_lossy(job: Job, plan: Plan, workspace: Workspace, resources: Resource
         tasks.append(
             Task(
                 tensor.pairing.name,
-                lambda t=tensor, p=piece: encode(t, p),  # type: ignore[misc]
+                partial(encode, tensor, piece),
                 memory_bytes=task_memory_bytes(tensor, piece),
                 work=float(elements),
             )

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from deltafold.checkpoint import Checkpoint
 from deltafold.codecs import get
+from deltafold.compressing.request import CompressRequest
 from deltafold.errors import DeltafoldError, StorageError, UsageError
 from deltafold.lazy import torch
 from deltafold.linalg.matrices import Fisher
-from deltafold.running.engine import Progress
 
 if TYPE_CHECKING:
     from deltafold.calibration.batches import Sample
     from deltafold.calibration.moments import Calibration
 
 NONE, GENERAL, SELF = "none", "general", "self"
-_NEEDED = ("config.json", "tokenizer*", "*.model", "vocab*", "*.tiktoken")
+_NEEDED = ("config.json", "tokenizer*", "*.model", "vocab*", "*.tiktoken", "tekken.json", "*.spm")
 
 
 @dataclass(frozen=True)
@@ -61,71 +61,63 @@ class Evidence:
         return told | ({"why": self.why} if self.why else {})
 
 
-@dataclass(frozen=True)
-class Text:
-    """The text that was asked for: a source as in `calibration.gather_samples`, `none`, or None.
+def gather_evidence(request: CompressRequest, finetuned: Checkpoint) -> Evidence:
+    """Run the text that was asked for: a source as in `calibration.gather_samples`, `none`, or None.
 
     None stands for what is usual: `general` for a method that asks what errors cost, else nothing.
+    Raises DeltafoldError, but only `StorageError` for text that nobody asked for.
     """
+    source, codec = request.calibration, get(request.method)
+    if source is None and request.steps:
+        source = SELF
+    if str(source) == NONE:
+        if request.steps:
+            raise UsageError("--steps trains on text; drop --calibration none.")
+        return Evidence()
+    if source is None:
+        return _usual(request, finetuned) if codec.uses_fisher else Evidence()
+    found = Evidence(str(source))
+    options: dict[str, Any] = {
+        "samples": request.samples,
+        "max_tokens": request.max_tokens,
+        "memory_bytes": request.memory_bytes,
+        "restart": request.restart,
+    }
+    if codec.uses_fisher:
+        found.information = _weigh(request, finetuned, source, options)
+    if codec.uses_moments:
+        from deltafold.calibration.moments import calibrate  # transformers: seconds to import
 
-    source: str | Path | None
-    samples: int
-    max_tokens: int
-    memory_bytes: int | None
-    restart: bool
-    progress: Progress | None
+        found.calibration = calibrate(finetuned.path, source, progress=request.progress, **options)
+    if request.steps and found.calibration is not None:
+        found.distillation = Distillation(request.steps, found.calibration.samples)
+    elif request.steps:
+        found.distillation = find_distillation(finetuned.path, source, request.steps, **options)
+    return found
 
-    def gather(self, finetuned: Checkpoint, method: str, distill: int) -> Evidence:
-        """Run it. Raises DeltafoldError, but not where only the usual is at stake."""
-        source = self.source
-        if source is None and distill:
-            source = SELF
-        if str(source) == NONE:
-            if distill:
-                raise UsageError("--distill trains on text; drop --calibration none.")
-            return Evidence()
-        if source is None:
-            return self._usual(finetuned) if get(method).uses_fisher else Evidence()
-        found = Evidence(str(source))
-        options: dict[str, Any] = {
-            "samples": self.samples,
-            "max_tokens": self.max_tokens,
-            "memory_bytes": self.memory_bytes,
-            "restart": self.restart,
-        }
-        if get(method).uses_fisher:
-            found.information = self._weigh(finetuned, source, options)
-        if get(method).uses_moments:
-            from deltafold.calibration.moments import calibrate  # transformers: seconds to import
 
-            found.calibration = calibrate(finetuned.path, source, progress=self.progress, **options)
-        if distill and found.calibration is not None:
-            found.distillation = Distillation(distill, found.calibration.samples)
-        elif distill:
-            found.distillation = find_distillation(finetuned.path, source, distill, **options)
-        return found
+def _usual(request: CompressRequest, finetuned: Checkpoint) -> Evidence:
+    """What the text that comes with deltafold tells, if the fine-tune can be run at all."""
+    folder = finetuned.path
+    if not (folder / _NEEDED[0]).is_file() or not any(
+        next(folder.glob(pattern), None) for pattern in _NEEDED[1:]
+    ):
+        return Evidence(why="the fine-tune has no config or no tokenizer")
+    try:
+        options = {"memory_bytes": request.memory_bytes, "restart": request.restart}
+        return Evidence(GENERAL, information=_weigh(request, finetuned, GENERAL, options))
+    except StorageError:
+        raise
+    except (DeltafoldError, ImportError) as error:
+        return Evidence(why=f"the fine-tune cannot be run: {error}")
 
-    def _usual(self, finetuned: Checkpoint) -> Evidence:
-        """What the text that comes with deltafold tells, if the fine-tune can be run at all."""
-        folder = finetuned.path
-        if not (folder / _NEEDED[0]).is_file() or not any(
-            next(folder.glob(pattern), None) for pattern in _NEEDED[1:]
-        ):
-            return Evidence(why="the fine-tune has no config or no tokenizer")
-        try:
-            options = {"memory_bytes": self.memory_bytes, "restart": self.restart}
-            return Evidence(GENERAL, information=self._weigh(finetuned, GENERAL, options))
-        except StorageError:
-            raise
-        except (DeltafoldError, ImportError) as error:
-            return Evidence(why=f"the fine-tune cannot be run: {error}")
 
-    def _weigh(
-        self, finetuned: Checkpoint, source: str | Path, options: dict[str, Any]
-    ) -> Mapping[str, Fisher]:
-        from deltafold.calibration.fisher import measure_fisher
+def _weigh(
+    request: CompressRequest, finetuned: Checkpoint, source: str | Path, options: dict[str, Any]
+) -> Mapping[str, Fisher]:
+    from deltafold.calibration.fisher import measure_fisher
 
-        return measure_fisher(finetuned.path, source, progress=self.progress, **options)
+    return measure_fisher(finetuned.path, source, progress=request.progress, **options)
 
 
 def find_distillation(

@@ -13,6 +13,7 @@ from deltafold.codecs.base import Config, DeltaCodec
 from deltafold.compressing.evidence import Evidence
 from deltafold.compressing.methods.budget import Budget
 from deltafold.compressing.pair import Pair
+from deltafold.compressing.request import CompressRequest
 from deltafold.errors import UsageError
 from deltafold.linalg.matrices import Fisher, Moments
 from deltafold.restoring.decode import piece_key
@@ -20,18 +21,31 @@ from deltafold.version import __version__
 
 
 @dataclass
-class Job:
+class CompressJob:
     """One run's inputs and settings. `budget` is None for an exact method."""
 
     pair: Pair
-    method: str
+    request: CompressRequest
     config: Config
     budget: Budget | None
-    seed: int
-    fallback: bool
     evidence: Evidence = field(default_factory=Evidence)
     fisher_scale: float = 1.0
     _codecs: dict[str, DeltaCodec] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The codec that was asked for."""
+        return self.request.method
+
+    @property
+    def seed(self) -> int:
+        """Of random positions."""
+        return self.request.seed
+
+    @property
+    def fallback(self) -> bool:
+        """Whether another codec may store what the method does not suit."""
+        return self.request.fallback
 
     @property
     def exact_method(self) -> str | None:
@@ -80,15 +94,13 @@ class Job:
             "command": "compress",
             "base": self.pair.base.fingerprint(),
             "fine-tune": self.pair.finetuned.fingerprint(),
-            "method": self.method,
+            **self.request.identity(),
             "method version": get(self.method).version,
             "settings": self.config.to_json(),
             "budget": [self.budget.kind, self.budget.asked] if self.budget else None,
-            "seed": self.seed,
-            "fallback": self.fallback,
-            "calibration": known.calibration.folder.name if known.calibration else None,
+            "text": known.calibration.folder.name if known.calibration else None,
             "information": self._information_key(),
-            "distill": known.distillation.identity() if known.distillation else None,
+            "training": known.distillation.identity() if known.distillation else None,
             "deltafold version": __version__,
         }
 

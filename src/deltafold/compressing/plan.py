@@ -3,56 +3,50 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from deltafold.archive.writer import encode_side_files
 from deltafold.codecs import delta_codec, get
-from deltafold.compressing.job import Job, budget_of
+from deltafold.compressing.job import CompressJob, budget_of
 from deltafold.compressing.methods.budget import Budget, Unit, allot, share_within
 from deltafold.compressing.pair import Pair, open_pair
+from deltafold.compressing.request import CompressRequest, PlanRequest
 from deltafold.compressing.triplets import factor_memory_bytes
 from deltafold.names import role_of
 from deltafold.running.engine import default_memory_bytes, default_workers
+from deltafold.running.front import front
 
 MANIFEST_BYTES_A_TENSOR = 420  # name, shape, digests, settings, checksums, payload headers
 _EXACT_SHARE = 0.6  # what exact storage of a changed tensor costs, of its raw bytes
 
 
-def plan(
-    base: str | Path,
-    finetuned: str | Path,
-    method: str = "auto",
-    *,
-    file_ratio: float | None = None,
-    nominal_ratio: float | None = None,
-    n_bytes: float | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """What `compress` with these arguments would do; reads headers only.
+def planned(request: Any) -> dict[str, Any]:
+    """What `compress` would do with a request, a `PlanRequest` or its own; reads headers only.
 
-    Returns tensors by role, what does not match, bytes expected (an upper bound where the weights
-    decide: equal tensors will cost nothing), memory and disk needed. Raises what `compress` raises
-    for inputs that cannot work.
+    Settings given as `auto` are planned at their defaults: sizes hardly differ.
     """
-    budget = budget_of(method, file_ratio, nominal_ratio, n_bytes)
-    lossy = budget is not None
-    config = get(method).Config.from_options(method, options)
-    with open_pair(base, finetuned) as pair:
-        job = Job(pair, method, config, budget, 0, True)
-        result = {
+    method = request.method
+    budget = budget_of(method, *request.budget)
+    known = {k: v for k, v in request.method_settings.items() if k not in request.open_settings}
+    config = get(method).Config.from_options(method, known)
+    with open_pair(request.base, request.finetuned) as pair:
+        asked = CompressRequest(request.base, request.finetuned, "", method)
+        job = CompressJob(pair, asked, config, budget)
+        return {
             "base": pair.base.label,
             "finetuned": pair.finetuned.label,
             "method": method,
             "budget": {"kind": budget.kind, "asked": budget.asked} if budget else {},
             "checkpoint_bytes": pair.finetuned.total_bytes,
-            "roles": _roles(pair, lossy),
+            "roles": _roles(pair, budget is not None),
             **_sides(pair),
             **(expected := _expected(job, pair, budget, config.to_json())),
             "memory_bytes": _memory_bytes(_largest_task_bytes(job, pair, expected["share"])),
             "disk_bytes": job.disk_needed_bytes,
         }
-    return result
+
+
+plan = front("plan", PlanRequest, planned)
 
 
 def _roles(pair: Pair, lossy: bool) -> list[dict[str, Any]]:
@@ -87,7 +81,7 @@ def _sides(pair: Pair) -> dict[str, Any]:
 
 
 def _expected(
-    job: Job, pair: Pair, budget: Budget | None, options: dict[str, Any]
+    job: CompressJob, pair: Pair, budget: Budget | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Expected bytes of the archive, and the share of values that lossy matrices get."""
     _, frames = encode_side_files(pair.finetuned, pair.base)
@@ -120,7 +114,7 @@ def _memory_bytes(largest_task_bytes: int) -> int:
     return max(largest_task_bytes, together)
 
 
-def _largest_task_bytes(job: Job, pair: Pair, share: float | None) -> int:
+def _largest_task_bytes(job: CompressJob, pair: Pair, share: float | None) -> int:
     """Peak memory of the largest task."""
     sizes = [128 << 20]
     codec = job.codec(job.method) if share is not None else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltafold.codecs.base import Settings, Shape, Spectrum
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.pair import DeltaRows, Pairing, Span
 from deltafold.compressing.survey import SpanSurvey, TensorSurvey
 
@@ -51,7 +51,7 @@ class PlannedTensor:
         """Rows and columns of one of its pieces."""
         return (piece.stop - piece.start, self.pairing.tuned.matrix_shape[1])
 
-    def delta(self, job: Job, piece: PlannedPiece) -> DeltaRows:
+    def delta(self, job: CompressJob, piece: PlannedPiece) -> DeltaRows:
         """The delta of a lossy piece."""
         fisher = job.fisher(self.pairing.name, piece.start, piece.stop)
         return DeltaRows(job.pair, self.pairing, Span(piece.start, piece.stop, True), fisher)
@@ -70,7 +70,7 @@ class Plan:
         return [(t, p) for t in self.tensors for p in t.pieces if p.lossy]
 
 
-def decide(job: Job, surveys: list[TensorSurvey]) -> Plan:
+def decide(job: CompressJob, surveys: list[TensorSurvey]) -> Plan:
     """First decision, before the budget: equal, twin, exact because it must be, or lossy."""
     first_with: dict[str, str] = {}
     tensors = []
@@ -87,7 +87,7 @@ def decide(job: Job, surveys: list[TensorSurvey]) -> Plan:
     return Plan(tensors)
 
 
-def _pieces(job: Job, span: SpanSurvey, stem: str) -> list[PlannedPiece]:
+def _pieces(job: CompressJob, span: SpanSurvey, stem: str) -> list[PlannedPiece]:
     if span.stop == span.start:
         return []
     if span.equal:

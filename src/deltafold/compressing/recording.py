@@ -7,38 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.archive import Archive, Tensor
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.planned import Plan, PlannedTensor
 from deltafold.names import block_of, role_of
 from deltafold.restoring.totals import archive_totals, codec_names, tensor_bytes
-from deltafold.running.record import RECORD_VERSION, Meter, Record, machine
+from deltafold.running.record import Record
 
 SPECTRUM_POINTS = 64
 
 
-def compress_record(job: Job, plan: Plan, archive: Archive, output: Path, meter: Meter) -> Record:
+def compress_record(job: CompressJob, plan: Plan, archive: Archive, output: Path) -> Record:
     """Everything that the run did and measured."""
     totals = archive_totals(archive)
     asked = job.budget.asked if job.budget else None
     kind = job.budget.kind if job.budget else "none"
     got = {"bytes": totals["archive_bytes"]} | totals
     return {
-        "record_version": RECORD_VERSION,
-        "kind": "compress",
         "base": job.pair.base.label,
         "finetuned": job.pair.finetuned.label,
         "archive": str(output),
         "method": job.method,
-        "settings": {"method": job.method, "seed": job.seed, **job.config.to_json()},
+        "settings": {
+            **job.request.settings(),
+            **job.config.to_json(),
+            "workers": job.request.workers,
+        },
         "budget": {"kind": kind, "asked": asked, "got": got.get(kind)},
         "totals": totals,
+        "left_out": job.pair.finetuned.left_out,
         "tensors": [
             _tensor_row(planned, archive.by_name[planned.pairing.name], archive)
             for planned in plan.tensors
         ],
-        "seconds": meter.seconds,
-        "peak_memory_bytes": meter.peak_memory_bytes,
-        "machine": machine(),
     }
 
 

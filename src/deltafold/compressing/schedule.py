@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from deltafold.compressing.job import Job
+from functools import partial
+
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.methods.budget import Budget, allot, refuse, share_within
 from deltafold.compressing.pair import Pairing
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor, decide, exact_pieces
@@ -13,7 +15,7 @@ from deltafold.running.engine import Resources, Task
 from deltafold.running.workspace import Workspace
 
 
-def schedule(job: Job, workspace: Workspace, resources: Resources) -> Plan:
+def schedule(job: CompressJob, workspace: Workspace, resources: Resources) -> Plan:
     """Survey, decide, factor, allot. Raises BudgetError, NonFiniteError.
 
     Pieces of a variable codec are left without settings: see `search.py`.
@@ -30,7 +32,7 @@ def schedule(job: Job, workspace: Workspace, resources: Resources) -> Plan:
     return plan
 
 
-def _survey_all(job: Job, workspace: Workspace, resources: Resources) -> list[TensorSurvey]:
+def _survey_all(job: CompressJob, workspace: Workspace, resources: Resources) -> list[TensorSurvey]:
     pair = job.pair
 
     def survey(index: int, pairing: Pairing) -> int:
@@ -41,7 +43,7 @@ def _survey_all(job: Job, workspace: Workspace, resources: Resources) -> list[Te
     tasks = [
         Task(
             pairing.name,
-            lambda i=index, p=pairing: survey(i, p),  # type: ignore[misc]
+            partial(survey, index, pairing),
             memory_bytes=8 * min(CHUNK_BYTES, pairing.tuned.n_bytes) + (1 << 20),
             work=pairing.tuned.n_bytes,
         )
@@ -55,7 +57,7 @@ def _survey_all(job: Job, workspace: Workspace, resources: Resources) -> list[Te
     ]
 
 
-def _prefer_exact(job: Job, plan: Plan, budget: Budget) -> float:
+def _prefer_exact(job: CompressJob, plan: Plan, budget: Budget) -> float:
     """Turn lossy pieces exact where that costs no more than their share; returns the share.
 
     Cheapest first; each one that turns exact below its share leaves more for the others. A piece
@@ -103,7 +105,7 @@ def _raw_bytes(tensor: PlannedTensor, piece: PlannedPiece) -> int:
     return 2 * o * i
 
 
-def _allot(job: Job, plan: Plan, share: float) -> None:
+def _allot(job: CompressJob, plan: Plan, share: float) -> None:
     """Settings for every lossy piece, so that the archive meets the budget.
 
     The manifest's length depends on the settings and the settings on what the manifest leaves: a

@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from deltafold.running.engine import Progress, Step
+from deltafold.compressing.request import CompressRequest
+from deltafold.running.engine import Step
+from deltafold.running.record import Meter, Record, record_path, write_record
 
 
-def check_tasks(tasks: Sequence[str | Path], finetuned: str | Path, limit: int | None) -> None:
+def check_tasks(request: CompressRequest) -> None:
     """A broken file, and a missing tokenizer, are told of before any work. Raises DeltafoldError."""
+    from deltafold.calibration.models import quiet
     from deltafold.evaluation.data import read_tasks
-    from deltafold.evaluation.loading import load_tokenizer, model_folder, quiet
+    from deltafold.evaluation.loading import load_tokenizer, model_folder
     from deltafold.evaluation.plan import Request
 
-    Request(tuple(map(str, tasks)), limit=limit)
-    read_tasks(tasks, limit)
-    model_folder(finetuned)
+    Request(tuple(map(str, request.tasks)), limit=request.limit)
+    read_tasks(request.tasks, request.limit)
+    model_folder(request.finetuned)
     with quiet():
-        load_tokenizer(finetuned)
+        load_tokenizer(request.finetuned)
 
 
-def compress_scores(
-    base: str | Path,
-    finetuned: str | Path,
-    archive: Path,
-    tasks: Sequence[str | Path],
-    progress: Progress | None,
-    **evaluating: Any,
-) -> list[dict[str, Any]]:
-    """Rows of base, fine-tune and archive, as `evaluate` makes them.
-
-    `evaluating`: what `evaluate` takes besides (`limit`, `answers`, `dtype`, ...).
-    """
+def with_scores(record: Record, request: CompressRequest) -> Record:
+    """The record with rows of base, fine-tune and archive, as `evaluate` makes them; written again."""
     from deltafold.evaluation import evaluate
 
-    told = 0
+    told, output, progress = 0, Path(request.output), request.progress
 
     def report(line: str) -> None:
         nonlocal told
         if progress:
-            progress(Step("score", line, told, 3 * (1 + len(tasks)), 0))
+            progress(Step("score", line, told, 3 * (1 + len(request.tasks)), 0))
         told += 1
 
-    found = evaluate(finetuned, [archive], base, tasks, report=report, **evaluating)
-    report("")
-    return list(found["models"])
+    with Meter() as meter:
+        found = evaluate(
+            request.finetuned, [output], request.base, request.tasks, report=report,
+            limit=request.limit, answers=request.answers, batch_size=request.batch_size,
+            dtype=request.dtype,
+        )  # fmt: skip
+        report("")
+    record["scores"] = list(found["models"])
+    record["score_seconds"] = meter.seconds
+    write_record(record, Path(request.record or record_path(output)))
+    return record

@@ -8,13 +8,14 @@ corrected by what they were wrong by, and the pieces are encoded again.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
 from deltafold.codecs.base import Settings, VariableCodec
 from deltafold.coding.correction import fix_bytes
 from deltafold.compressing.encode import encode_lossy, task_memory_bytes
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.methods.budget import refuse
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.compressing.sizing import archive_bytes
@@ -32,7 +33,9 @@ CORRECTION_SHARE = (
 ROUNDS = ((0.997, 0.99), (0.996, 0.99), (0.995, 0.99), (0.99, 0.97), (0.97, 0.9), (0.9, 0.0))
 
 
-def encode_to_size(job: Job, plan: Plan, workspace: Workspace, resources: Resources) -> None:
+def encode_to_size(
+    job: CompressJob, plan: Plan, workspace: Workspace, resources: Resources
+) -> None:
     """Encode a plan of variable pieces so that the archive meets the budget. Raises BudgetError."""
     assert job.budget is not None
     job.fisher_scale = _fisher_scale(job, plan)
@@ -63,7 +66,7 @@ def encode_to_size(job: Job, plan: Plan, workspace: Workspace, resources: Resour
         raise refuse(job.budget, checkpoint_bytes, archive_bytes(job, plan), job.method)
 
 
-def _fisher_scale(job: Job, plan: Plan) -> float:
+def _fisher_scale(job: CompressJob, plan: Plan) -> float:
     """What brings the information to 1 / sigma^2 in the geometric mean over all values.
 
     Then the step means the same whatever the model: codecs take the root mean square of a matrix
@@ -81,7 +84,7 @@ def _fisher_scale(job: Job, plan: Plan) -> float:
 
 
 def _pilot_all(
-    job: Job, plan: Plan, workspace: Workspace, resources: Resources
+    job: CompressJob, plan: Plan, workspace: Workspace, resources: Resources
 ) -> list[list[float]]:
     """Bytes of each piece at each of `STEPS`."""
 
@@ -95,7 +98,7 @@ def _pilot_all(
     tasks = [
         Task(
             tensor.pairing.name,
-            lambda t=tensor, p=piece: pilot(t, p),  # type: ignore[misc]
+            partial(pilot, tensor, piece),
             task_memory_bytes(tensor, piece),
             float(piece.stop - piece.start),
         )
@@ -121,7 +124,7 @@ def _step_for(pilots: list[list[float]], n_bytes: float) -> float:
     return float(f"{np.exp(high):.6g}")
 
 
-def _room(job: Job, plan: Plan, target: float | None) -> float:
+def _room(job: CompressJob, plan: Plan, target: float | None) -> float:
     """Bytes that the pieces may take: what the rest of the archive leaves, or the nominal share."""
     assert job.budget is not None
     if target is not None:
@@ -130,7 +133,7 @@ def _room(job: Job, plan: Plan, target: float | None) -> float:
     return raw / job.budget.asked - _counted_sum(job, plan, _fix_bytes(plan))
 
 
-def _corrections(job: Job, plan: Plan, room: float) -> dict[str, Settings]:
+def _corrections(job: CompressJob, plan: Plan, room: float) -> dict[str, Settings]:
     """For each piece the rank of a correction to be trained: the largest that is cheap enough."""
     none: dict[str, Settings] = {piece.stem: {} for _, piece in plan.lossy}
     if job.evidence.distillation is None:
@@ -157,11 +160,11 @@ def _fix_bytes(plan: Plan) -> list[float]:
     ]
 
 
-def _counted_bytes(job: Job, plan: Plan) -> float:
+def _counted_bytes(job: CompressJob, plan: Plan) -> float:
     return _counted_sum(job, plan, [float(_bytes(piece)) for _, piece in plan.lossy])
 
 
-def _counted_sum(job: Job, plan: Plan, n_bytes: list[float]) -> float:
+def _counted_sum(job: CompressJob, plan: Plan, n_bytes: list[float]) -> float:
     """Bytes of all pieces; by the papers' count, of linear layers alone, scaled to all values."""
     assert job.budget is not None
     if job.budget.kind != "nominal_ratio":

@@ -13,7 +13,7 @@ from deltafold.archive.writer import payload_bytes
 from deltafold.checkpoint import Checkpoint, tensor_bytes
 from deltafold.checkpoint.writer import TensorSpec
 from deltafold.codecs import get
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.methods.budget import Unit
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.compressing.survey import CHUNK_BYTES
@@ -23,7 +23,7 @@ _DRAFT_CHECKSUM = "0" * 16
 _DRAFT_ERROR = 0.1234  # as many digits as a real one
 
 
-def units(job: Job, plan: Plan) -> list[Unit]:
+def units(job: CompressJob, plan: Plan) -> list[Unit]:
     return [
         Unit(
             tensor.pairing.name,
@@ -35,7 +35,7 @@ def units(job: Job, plan: Plan) -> list[Unit]:
     ]
 
 
-def part_specs(job: Job, plan: Plan, manifest: Manifest) -> list[TensorSpec]:
+def part_specs(job: CompressJob, plan: Plan, manifest: Manifest) -> list[TensorSpec]:
     """All parts of the payload in order: name, dtype, shape. `manifest` is the plan's draft."""
     specs: list[TensorSpec] = []
     for planned, tensor in zip(plan.tensors, manifest.tensors, strict=True):
@@ -45,7 +45,7 @@ def part_specs(job: Job, plan: Plan, manifest: Manifest) -> list[TensorSpec]:
     return specs
 
 
-def _piece_specs(job: Job, tensor: PlannedTensor, piece: PlannedPiece) -> list[TensorSpec]:
+def _piece_specs(job: CompressJob, tensor: PlannedTensor, piece: PlannedPiece) -> list[TensorSpec]:
     if piece.exact is not None:
         sizes: dict[str, int] = piece.exact["sizes"]
         return [(part, "U8", (size,)) for part, size in sorted(sizes.items())]
@@ -55,7 +55,7 @@ def _piece_specs(job: Job, tensor: PlannedTensor, piece: PlannedPiece) -> list[T
     return [(n, spec.dtype_name, spec.shape) for n, spec in sorted(layout.items())]
 
 
-def archive_bytes(job: Job, plan: Plan) -> int:
+def archive_bytes(job: CompressJob, plan: Plan) -> int:
     """Exact bytes of the archive that this plan gives (but for digits of error figures)."""
     _, frames = job.side_files
     manifest = draft_manifest(job, plan)
@@ -66,7 +66,7 @@ def archive_bytes(job: Job, plan: Plan) -> int:
     )
 
 
-def fixed_bytes(job: Job, plan: Plan) -> int:
+def fixed_bytes(job: CompressJob, plan: Plan) -> int:
     """Bytes that are spent whatever the lossy pieces get."""
     saved = [(piece, piece.settings) for _, piece in plan.lossy]
     for tensor, piece in plan.lossy:
@@ -78,7 +78,7 @@ def fixed_bytes(job: Job, plan: Plan) -> int:
     return fixed
 
 
-def draft_manifest(job: Job, plan: Plan) -> Manifest:
+def draft_manifest(job: CompressJob, plan: Plan) -> Manifest:
     """The manifest of the plan as it stands; checksums not known yet are filled with zeros."""
     pair = job.pair
     used = sorted({piece.codec for tensor in plan.tensors for piece in tensor.pieces})
@@ -105,7 +105,7 @@ def draft_manifest(job: Job, plan: Plan) -> Manifest:
     )
 
 
-def _manifest_tensor(job: Job, tensor: PlannedTensor, files: dict[Path, int]) -> Tensor:
+def _manifest_tensor(job: CompressJob, tensor: PlannedTensor, files: dict[Path, int]) -> Tensor:
     return Tensor(
         name=tensor.pairing.name,
         dtype=tensor.pairing.tuned.dtype,
@@ -119,7 +119,7 @@ def _manifest_tensor(job: Job, tensor: PlannedTensor, files: dict[Path, int]) ->
     )
 
 
-def _manifest_piece(job: Job, tensor: PlannedTensor, piece: PlannedPiece) -> Piece:
+def _manifest_piece(job: CompressJob, tensor: PlannedTensor, piece: PlannedPiece) -> Piece:
     n_rows = tensor.pairing.tuned.matrix_shape[0]
     whole = (piece.start, piece.stop) == (0, n_rows)
     checksums = piece.checksums or {
@@ -140,12 +140,12 @@ def _source(checkpoint: Checkpoint) -> Source:
     return Source(
         label=checkpoint.path.name if checkpoint.path.exists() else checkpoint.label,
         total_bytes=checkpoint.total_bytes,
-        files=tuple(shard.name for shard in checkpoint.shards),
+        files=tuple(map(checkpoint.relative, checkpoint.shards)),
         metadata=checkpoint.metadata,
     )
 
 
-def _removed_digest(job: Job, name: str) -> str:
+def _removed_digest(job: CompressJob, name: str) -> str:
     """Digest of a tensor that only the base has (read once, kept)."""
     cache: dict[str, str] = job.__dict__.setdefault("_removed_digests", {})
     if name not in cache:
@@ -157,7 +157,7 @@ def _removed_digest(job: Job, name: str) -> str:
     return cache[name]
 
 
-def smallest_bytes(job: Job, plan: Plan, matrices: list[Unit]) -> int:
+def smallest_bytes(job: CompressJob, plan: Plan, matrices: list[Unit]) -> int:
     """Bytes of the archive with nothing kept but one value or component of each matrix."""
     held = [piece.settings for _, piece in plan.lossy]
     for (_, piece), unit in zip(plan.lossy, matrices, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deltafold.checkpoint import DTYPES
 from deltafold.coding.sums import rounded_sum
 from deltafold.coding.trainable import Trainable, Values
-from deltafold.compressing.job import Job
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
 from deltafold.lazy import torch
 from deltafold.running.workspace import Workspace
@@ -18,7 +18,7 @@ class PlanStudent:
     weight fits `memory_bytes`, else decoded whenever it is needed.
     """
 
-    def __init__(self, job: Job, plan: Plan, workspace: Workspace, memory_bytes: int):
+    def __init__(self, job: CompressJob, plan: Plan, workspace: Workspace, memory_bytes: int):
         self.job, self.workspace = job, workspace
         self.tensors = {tensor.pairing.name: tensor for tensor in plan.tensors}
         self.values: Values = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from deltafold.codecs.base import DeltaCodec, Shape
-from deltafold.compressing.job import Job
+from deltafold.codecs.tensors import enough_triplets
+from deltafold.compressing.job import CompressJob
 from deltafold.compressing.methods.budget import reach
 from deltafold.compressing.pair import DeltaRows
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
@@ -11,7 +12,6 @@ from deltafold.linalg.decomposition import (
     is_randomised,
     noise_edge,
     svd_memory_bytes,
-    truncated_svd,
     truncated_svds,
 )
 from deltafold.linalg.matrices import Factors
@@ -26,7 +26,7 @@ FLAT_MARGIN = 1.1  # a spectrum is flat if nothing rises this far above the nois
 
 
 def factor_all(
-    job: Job, plan: Plan, share: float, workspace: Workspace, resources: Resources
+    job: CompressJob, plan: Plan, share: float, workspace: Workspace, resources: Resources
 ) -> None:
     """Singular triplets of each piece whose codec wants them, as many as the share can use."""
 
@@ -39,18 +39,9 @@ def factor_all(
 
     def save(piece: PlannedPiece, rows: DeltaRows, key: int, factors: Factors, rank: int) -> None:
         codec, limit = job.codec(piece.codec), reach(rows.shape, share)
-        while True:
-            spectrum = factors.s.double().numpy()
-            used = codec.components_used(rows.shape, limit, spectrum)
-            if used is not None or factors.rank < rank or rank >= min(rows.shape):
-                break
-            rank = min(4 * rank, *rows.shape)
-            factors = truncated_svd(rows, rank, key)
-        keep = factors.rank if used is None else min(used, factors.rank)
+        kept = enough_triplets(codec, rows, limit, key, factors, rank)
         file = f"factors/{piece.stem}.safetensors"
-        workspace.save_tensors(
-            file, {"u": factors.u[:, :keep].T, "s": factors.s[:keep], "v": factors.v[:, :keep].T}
-        )
+        workspace.save_tensors(file, {"u": kept.u.T, "s": kept.s, "v": kept.v.T})
 
     tasks = []
     wanted = [(t, p) for t, p in plan.lossy if job.codec(p.codec).uses_factors]
@@ -78,7 +69,7 @@ def factor_all(
             piece.codec, piece.spectrum, piece.why = "dare", None, "flat spectrum: not low-rank"
 
 
-def _batches(job: Job, wanted: list[Wanted], share: float) -> list[list[Wanted]]:
+def _batches(job: CompressJob, wanted: list[Wanted], share: float) -> list[list[Wanted]]:
     """Pieces one by one; where a GPU computes, some of one codec and shape together.
 
     How many depends on nothing but these: a batch of another size may round differently. What is

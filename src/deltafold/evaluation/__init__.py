@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from deltafold.archive import read_manifest
+from deltafold.calibration.models import quiet
 from deltafold.checkpoint import archive_folder
 from deltafold.errors import UsageError
 from deltafold.evaluation.loading import (
@@ -21,7 +22,6 @@ from deltafold.evaluation.loading import (
     load_tokenizer,
     loaded,
     model_folder,
-    quiet,
 )
 from deltafold.evaluation.plan import DEFAULT_ANSWERS, Plan, Request, Source
 from deltafold.running.record import (

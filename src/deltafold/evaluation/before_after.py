@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deltafold.calibration.models import quiet
 from deltafold.checkpoint import local_folder
 from deltafold.evaluation.data import read_tasks
 from deltafold.evaluation.loading import (
@@ -18,7 +19,6 @@ from deltafold.evaluation.loading import (
     end_token_ids,
     load_tokenizer,
     loaded,
-    quiet,
 )
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
@@ -28,33 +28,31 @@ from deltafold.running.record import Meter, Record, record_path, write_record
 SPEED_TOKENS, SPEED_TRIES = 32, 3
 
 
-def scored(
-    verb: Callable[..., Record],
-    request: Request,
-    model: str | Path,
-    output: str | Path,
-    method: str,
-    label: str,
-    dtype: str,
-    device: str | None,
-    settings: dict[str, Any],
-) -> Record:
-    """What a verb that makes one model of another records, with both measured before and after.
+def scored(asked: Any, run: Callable[[Any], Record], label: str) -> Record:
+    """What a verb that makes one model of another records; with tasks, both measured before and after.
 
-    Of several processes the first one measures. Raises DeltafoldError, most of it before any work.
+    `asked` is the verb's request, a `Scored`. Of several processes the first one measures. Raises
+    DeltafoldError, most of it before any work.
     """
-    wanted, where = choose_dtype(dtype), choose_device(device)
+    texts = tuple(map(str, getattr(asked, "texts", ())))
+    if not asked.tasks and not texts:
+        return run(asked)
+    request = Request(
+        tuple(map(str, asked.tasks)), texts, batch_size=asked.batch_size, limit=asked.limit,
+        answers=asked.answers,
+    )  # fmt: skip
+    wanted, where = choose_dtype(asked.dtype), choose_device(asked.device)
     read_tasks(request.tasks, request.limit)  # a broken file, a missing tokenizer: told of first
-    load_tokenizer(model)
-    record = verb(model, output, method, **settings)
-    if settings.get("dry_run") or os.environ.get("RANK", "0") != "0":
+    load_tokenizer(asked.model)
+    record = run(asked)
+    if asked.dry_run or os.environ.get("RANK", "0") != "0":
         return record
     with Meter() as meter:
         record["scores"] = before_and_after(
-            request, model, output, wanted, where, settings.get("progress"), ("whole", label)
+            request, asked.model, asked.output, wanted, where, asked.progress, ("whole", label)
         )
     record["score_seconds"] = meter.seconds
-    write_record(record, Path(settings.get("record") or record_path(Path(output))))
+    write_record(record, Path(asked.record or record_path(Path(asked.output))))
     return record
 
 

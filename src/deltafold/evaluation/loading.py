@@ -14,14 +14,23 @@ from typing import Any
 import torch
 
 from deltafold.archive import is_archive
+from deltafold.calibration.models import first_line, load_folder, no_config
 from deltafold.checkpoint import local_folder
 from deltafold.composed.load import is_shared, load_shared
-from deltafold.errors import CheckpointError, DeltafoldError, UsageError, nearest
+from deltafold.errors import CheckpointError, UsageError, nearest
 from deltafold.evaluation.segments import Subject
 from deltafold.running.devices import AUTO, CPU, resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "*.model",
+    "vocab.json",
+    "vocab.txt",
+    "*.tiktoken",
+    "tekken.json",
+    "*.spm",
+)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -41,23 +50,6 @@ def choose_device(device: str | None) -> str:
     return resolve(device or AUTO)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the loading chatter of transformers, and give it its voice back afterwards."""
-    import transformers
-
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of a folder. Raises CheckpointError when the folder has none."""
     folder = local_folder(source)
@@ -72,7 +64,7 @@ def load_tokenizer(source: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each kind of tokenizer fails in its own way
         raise CheckpointError(
-            f"The tokenizer in {source} cannot be loaded ({_first_line(error)}); "
+            f"The tokenizer in {source} cannot be loaded ({first_line(error)}); "
             "copy the tokenizer files of its base into it."
         ) from error
 
@@ -109,51 +101,23 @@ def _load_archive(source: str | Path, base: str | Path | None, dtype: torch.dtyp
 
     if base is None:
         raise UsageError(f"{source} is an archive, so its base is needed; give it with --base.")
-    return load_archive(Path(source).expanduser(), base=base, dtype=dtype or "auto")
+    return load_archive(Path(source).expanduser(), base=base, causal=True, dtype=dtype or "auto")
 
 
 def model_folder(source: str | Path) -> Path:
     """The folder of an ordinary model, downloaded first if need be. Raises CheckpointError."""
     folder = local_folder(source)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{source} holds no config.json; give a whole Hugging Face folder "
-            "(config, weights, tokenizer)."
-        )
+        raise CheckpointError(no_config(folder, str(source)))
     return folder
 
 
 def _load_folder(source: str | Path, dtype: torch.dtype | None) -> Any:
     folder = model_folder(source)
-    from transformers import AutoModelForCausalLM
-
+    options: dict[str, Any] = {"dtype": dtype or "auto"}
     if is_shared(folder):
-        return load_shared(folder, dtype=dtype or "auto")
-    try:
-        # Any: with output_loading_info it is a pair, which the annotation of the library omits.
-        pair: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
-        )
-        model, info = pair
-    except DeltafoldError:
-        raise
-    except Exception as error:  # the many ways in which a folder can be broken
-        raise CheckpointError(
-            f"{source} cannot be loaded as a causal language model ({_first_line(error)}); "
-            "check its config.json and weight files."
-        ) from error
-    # transformers fills missing weights with random numbers; a measurement of those is worthless.
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{source} lacks the weight {missing[0]} ({len(missing)} missing in all); "
-            "copy or download it again."
-        )
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+        return load_shared(folder, **options)
+    return load_folder(folder, str(source), **options)
 
 
 def end_token_ids(source: str | Path, tokenizer: Any) -> list[int]:

@@ -16,16 +16,12 @@ from typing import Any
 
 import torch
 
+from deltafold.calibration.models import quiet
+from deltafold.checkpoint.writer import put_file
 from deltafold.evaluation.divergence import score
 from deltafold.evaluation.estimate import ratio_of_sums
 from deltafold.evaluation.exact_match import ExactMatch
-from deltafold.evaluation.loading import (
-    end_token_ids,
-    is_archive,
-    load_tokenizer,
-    loaded,
-    quiet,
-)
+from deltafold.evaluation.loading import end_token_ids, is_archive, load_tokenizer, loaded
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
 
@@ -64,7 +60,7 @@ class Scoring:
         def measure(state: dict[str, Any]) -> Metrics:
             with quiet(), tempfile.TemporaryDirectory() as name:
                 folder = write_files(files, Path(name))
-                model = model_of(folder, state, dtype=self.dtype or "auto").to(self.device)
+                model = model_of(folder, state, label, dtype=self.dtype or "auto").to(self.device)
                 model.generation_config = GenerationConfig()
                 return _measured(plan, Subject(label, model))
 
@@ -74,7 +70,7 @@ class Scoring:
 def write_files(files: Mapping[str, bytes], folder: Path) -> Path:
     """The folder, with these files in it."""
     for name, data in files.items():
-        (folder / name).write_bytes(data)
+        put_file(folder, name, data)
     return folder
 
 

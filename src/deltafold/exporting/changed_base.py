@@ -5,22 +5,21 @@ Projections stay the base's, since the adapter changes them; all else is the res
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from deltafold.archive import Tensor
 from deltafold.checkpoint import CheckpointWriter
-from deltafold.checkpoint.writer import TensorSpec, guard_storage
-from deltafold.exporting.job import Job
+from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
+from deltafold.exporting.job import ExportJob
 from deltafold.restoring.decode import checked_rows
-from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.running.engine import Resources, Task
 
 BASE_FOLDER = "base"
 CHUNK_BYTES = 16 << 20
 
 
-def write_folded_base(
-    job: Job, folder: Path, workers: int | None, progress: Progress | None
-) -> None:
+def write_folded_base(job: ExportJob, folder: Path, resources: Resources) -> None:
     """An ordinary folder, laid out as the fine-tune's was, with the fine-tune's side files."""
     guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
     manifest = job.archive.manifest
@@ -47,15 +46,12 @@ def write_folded_base(
             writer.write(tensor.name, rows, start * columns)
 
     tasks = [
-        Task(t.name, lambda t=t: one(t), 200 << 20, float(len(t.shape)))  # type: ignore[misc]
-        for t in manifest.tensors
+        Task(t.name, partial(one, t), 200 << 20, float(len(t.shape))) for t in manifest.tensors
     ]
     try:
-        run_tasks("base", tasks, workers, None, progress)
+        resources.run("base", tasks)
         writer.finish()
     finally:
         writer.close()
     for entry in manifest.files:
-        data = job.archive.side_file(entry, job.base)
-        path = folder / entry.name
-        guard_storage(path, lambda p=path, d=data: p.write_bytes(d))  # type: ignore[misc]
+        put_file(folder, entry.name, job.archive.side_file(entry, job.base))

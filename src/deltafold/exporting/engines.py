@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from deltafold.errors import UsageError, nearest
 from deltafold.exporting.places import Layout, Place
+from deltafold.exporting.request import RUNTIMES
 
-ENGINES = ("peft", "vllm")
 LLAMA_CPP = "llama.cpp"  # follows from the format; not to be asked for
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -18,10 +18,10 @@ _VLLM_EMBEDDINGS = {
 }  # fmt: skip
 
 
-def check_engine(name: str) -> None:
-    """Raises UsageError for an engine that is not known."""
-    if name not in ENGINES:
-        raise UsageError(f"There is no engine {name!r} for --for; {nearest(name, list(ENGINES))}")
+def check_runtime(name: str) -> None:
+    """Raises UsageError for a runtime that is not known."""
+    if name not in RUNTIMES:
+        raise UsageError(f"There is no engine {name!r} for --for; {nearest(name, list(RUNTIMES))}")
 
 
 def largest_rank(engine: str) -> int | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ from deltafold.archive import Archive
 from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.checkpoint.header import build_header
 from deltafold.checkpoint.writer import CheckpointWriter, TensorSpec, guard_storage
-from deltafold.errors import BudgetError, CheckpointError, UsageError, nearest
+from deltafold.errors import BudgetError, CheckpointError, UsageError
 from deltafold.exporting.changed_base import BASE_FOLDER, write_folded_base
 from deltafold.exporting.engines import (
     LLAMA_CPP,
     VLLM_RANKS,
-    check_engine,
+    check_runtime,
     largest_rank,
     vllm_rank,
 )
-from deltafold.exporting.job import Item, Job, make_job
+from deltafold.exporting.job import ExportJob, Item, make_job
 from deltafold.exporting.methods.ranks import Choice
 from deltafold.exporting.passes import (
     Factored,
@@ -40,107 +40,66 @@ from deltafold.exporting.peft_files import (
     pair_names,
     whole_name,
 )
+from deltafold.exporting.request import ExportRequest
 from deltafold.linalg.matrices import Moments
 from deltafold.names import block_of, role_of
 from deltafold.restoring.decode import assembled, checked_rows
-from deltafold.running.devices import computes
-from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.running.engine import Task
+from deltafold.running.front import front
 from deltafold.running.record import (
-    RECORD_VERSION,
-    Meter,
     Record,
-    check_record_path,
-    machine,
-    record_path,
-    write_record,
 )
-from deltafold.running.stored import storable
-from deltafold.running.workspace import Workspace, check_output
+from deltafold.running.run import Run
+from deltafold.running.workspace import Workspace
 
-FORMATS = ("peft", "gguf-lora")
 FINISHED = "adapter"
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the work may use, and the text it is weighed and measured by."""
+def run_export(request: ExportRequest) -> Record:
+    """Export what a request asks for; see `ExportRequest`."""
+    choice, runtime = _checked(request)
+    with AdapterRun("export", request, _sources(request)) as run:
+        opened = run.entered(Archive(Path(request.archive)))
+        checkpoint = run.opened(_open_base(opened, request.base))
+        job = make_job(opened, checkpoint, choice, runtime, request.rest)
+        if request.dry_run:
+            return {"kind": "export-plan"} | _summary(job, request)
+        identity = job.identity() | {"command": "export", **request.identity()}
+        run.begin(identity, 0)
+        made = _make(job, run, request)
+        run.publish(made.pop("finished"))
+        return run.record(_summary(job, request) | _outcome(job, made))
 
-    text: str | Path | None
-    samples: int
-    max_tokens: int
-    workers: int | None
-    memory_bytes: int | None
-    progress: Progress | None
+
+export = front("export", ExportRequest, run_export)
 
 
-@storable
-@computes
-def export(
-    archive: str | Path,
-    output: str | Path,
-    to: str = "peft",
-    *,
-    base: str | Path | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    n_bytes: int | None = None,
-    rest: str = "lora",
-    engine: str = "peft",
-    text: str | Path | None = None,
-    samples: int = 32,
-    max_tokens: int = 256,
-    overwrite: bool = False,
-    restart: bool = False,
-    device: str | None = None,
-    workers: int | None = None,
-    memory_bytes: int | None = None,
-    progress: Progress | None = None,
-    record: str | Path | None = None,
-) -> Record:
-    """Write the fine-tune of `archive` as a LoRA adapter of `base`; returns the record.
+class AdapterRun(Run):
+    """A run whose output may be a file: that of an earlier gguf export may be overwritten, too."""
 
-    `to` is `peft` (a folder) or `gguf-lora` (a file for llama.cpp). `base` defaults to the one that
-    the archive names. Ranks: `rank`, or the fewest components that hold the share `energy` of each
-    delta, or what keeps most in `n_bytes`; by default stored factors as they are, else rank 64.
-    `rest`: norms, embeddings and head as pairs (`lora`), in a changed base beside the adapter
-    (`fold`), or left out (`drop`). `engine` `vllm` leaves out what vLLM does not take. With `text`
-    (as `gather_samples` takes it) pairs are fitted to the layers' inputs, and predictions of base +
-    adapter are compared with the restored model's. `device` is where heavy steps compute: `cpu`
-    (default), `cuda`, `cuda:N` or `auto`.
+    def check_output(self, sources: Sequence[str | Path]) -> None:
+        """As for any run, but for such a file."""
+        if self.request.overwrite and self.output.is_file() and self.output.suffix == ".gguf":
+            return
+        super().check_output(sources)
 
-    Raises UsageError, BudgetError, MismatchError, ArchiveError, CheckpointError; nothing is left
-    under `output` then.
-    """
-    out = Path(output)
-    if to not in FORMATS:
-        raise UsageError(f"There is no format {to!r}; {nearest(to, list(FORMATS))}")
-    check_engine(engine)
-    choice = Choice(rank, energy, n_bytes)
-    limit = largest_rank(engine)
+
+def _sources(request: ExportRequest) -> list[str | Path]:
+    return [request.archive, *([request.base] if request.base else [])]
+
+
+def _checked(request: ExportRequest) -> tuple[Choice, str]:
+    """What ranks are chosen by, and what runs the adapter. Raises UsageError."""
+    check_runtime(request.runtime)
+    choice, rank = Choice(request.rank, request.energy, request.n_bytes), request.rank
+    limit = largest_rank(request.runtime)
     if limit and rank and rank > limit:
         raise UsageError(f"vLLM takes ranks up to {limit}, not {rank}; lower --rank.")
-    if to == "gguf-lora":
-        if rest == "fold":
-            raise UsageError("--rest fold writes a base beside a peft adapter; give lora or drop.")
-        engine = LLAMA_CPP
-    _check_adapter_output(out, overwrite, archive, base)
-    check_record_path(record)
-    options = Options(text, samples, max_tokens, workers, memory_bytes, progress)
-    with contextlib.ExitStack() as stack:
-        meter = stack.enter_context(Meter())
-        opened = stack.enter_context(Archive(Path(archive)))
-        checkpoint = stack.enter_context(_open_base(opened, base))
-        job = make_job(opened, checkpoint, choice, engine, rest)
-        identity = job.identity() | {
-            "command": "export", "to": to, "text": [str(text), samples, max_tokens],
-        }  # fmt: skip
-        with Workspace(out, identity, restart) as workspace:
-            made = _make(job, workspace, out, to, options)
-            workspace.publish(made.pop("finished"), overwrite)
-        result = _record(job, out, to, made)
-    result |= {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes}
-    write_record(result, Path(record) if record else record_path(out))
-    return result
+    if request.to != "gguf-lora":
+        return choice, request.runtime
+    if request.rest == "fold":
+        raise UsageError("--rest fold writes a base beside a peft adapter; give lora or drop.")
+    return choice, LLAMA_CPP
 
 
 def _open_base(archive: Archive, base: str | Path | None) -> Checkpoint:
@@ -156,30 +115,20 @@ def _open_base(archive: Archive, base: str | Path | None) -> Checkpoint:
         ) from error
 
 
-def _check_adapter_output(
-    out: Path, overwrite: bool, archive: str | Path, base: str | Path | None
-) -> None:
-    """As `check_output`, but a file (of an earlier gguf export) may be overwritten too."""
-    if overwrite and out.is_file() and out.suffix == ".gguf":
-        return
-    check_output(out, overwrite, [archive, *([base] if base else [])])
-
-
-def _make(job: Job, workspace: Workspace, out: Path, to: str, options: Options) -> dict[str, Any]:
+def _make(job: ExportJob, run: Run, request: ExportRequest) -> dict[str, Any]:
     """Everything under the workspace; what the record needs to know of it."""
-    judged, moments = _read_text(job, workspace, options)
-    factored = factor(
-        job, workspace, moments, options.workers, options.memory_bytes, options.progress
-    )
+    workspace = run.workspace
+    judged, moments = _read_text(job, workspace, request)
+    factored = factor(job, workspace, moments, run.resources)
     ranks = choose_ranks(job, factored, _free_bytes(job))
     kept = [item for item in job.of("pair") if ranks[item.name] > 0]
     folder = workspace.folder / FINISHED
     guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
-    errors = _write_peft(job, workspace, folder, kept, ranks, options)
+    errors = _write_peft(job, run, folder, kept, ranks)
     base = job.base.label
     if job.of("fold"):
-        write_folded_base(job, folder / BASE_FOLDER, options.workers, options.progress)
-        base = str(out / BASE_FOLDER)
+        write_folded_base(job, folder / BASE_FOLDER, run.resources)
+        base = str(run.output / BASE_FOLDER)
     by_module = {place.module: ranks[i.name] for i in kept for place in i.places}
     whole = {place.module for item in job.of("whole") for place in item.places}
     config = adapter_config(base, job.layout, by_module, whole)
@@ -190,8 +139,8 @@ def _make(job: Job, workspace: Workspace, out: Path, to: str, options: Options) 
     }  # fmt: skip
     if judged is not None:
         candidates = {"adapter": _candidate(job, workspace, ranks), "base": _plain(job)}
-        made["text"] = judged.judge(candidates, options.memory_bytes)
-    if to == "gguf-lora":
+        made["text"] = judged.judge(candidates, request.memory_bytes)
+    if request.to == "gguf-lora":
         from deltafold.exporting.gguf import write_gguf_lora
 
         made |= write_gguf_lora(job, workspace, kept, ranks)
@@ -207,22 +156,19 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_text(
-    job: Job, workspace: Workspace, options: Options
+    job: ExportJob, workspace: Workspace, request: ExportRequest
 ) -> tuple[Any, Mapping[str, Moments] | None]:
-    if options.text is None:
+    if request.calibration is None:
         return None, None
     from deltafold.calibration.stream import default_memory_bytes
-    from deltafold.exporting.text import Text
+    from deltafold.exporting.text import ExportText
 
-    text = Text(
-        job, options.text, options.samples, options.max_tokens, workspace.folder,
-        options.memory_bytes,
-    )  # fmt: skip
-    allowance = (options.memory_bytes or default_memory_bytes()) // 2
-    return text, text.moments(workspace.folder / "moments", allowance, options.progress)
+    text = ExportText(job, request, workspace.folder)
+    allowance = (request.memory_bytes or default_memory_bytes()) // 2
+    return text, text.moments(workspace.folder / "moments", allowance, request.progress)
 
 
-def _whole_specs(job: Job) -> list[tuple[Item, str, TensorSpec]]:
+def _whole_specs(job: ExportJob) -> list[tuple[Item, str, TensorSpec]]:
     found = []
     for item in job.of("whole"):
         leaf = item.name.rpartition(".")[2]
@@ -231,7 +177,7 @@ def _whole_specs(job: Job) -> list[tuple[Item, str, TensorSpec]]:
     return found
 
 
-def _free_bytes(job: Job) -> int:
+def _free_bytes(job: ExportJob) -> int:
     """What --bytes leaves for pairs, once header and tensors given whole are counted."""
     if job.choice.n_bytes is None:
         return 0
@@ -251,12 +197,7 @@ def _free_bytes(job: Job) -> int:
 
 
 def _write_peft(
-    job: Job,
-    workspace: Workspace,
-    folder: Path,
-    kept: list[Item],
-    ranks: Mapping[str, int],
-    options: Options,
+    job: ExportJob, run: Run, folder: Path, kept: list[Item], ranks: Mapping[str, int]
 ) -> dict[str, float]:
     """`adapter_model.safetensors`; |D - B A|^2 of each pair as it is written."""
     from deltafold.exporting.peft_files import pair_tensors
@@ -269,35 +210,33 @@ def _write_peft(
             first, second = pair_names(place)
             specs += [(first, dtype, a), (second, dtype, b)]
     writer = CheckpointWriter(folder, {WEIGHTS_FILE: sorted(specs)}, {"format": "pt"})
-    errors: dict[str, float] = {}
+    workspace = run.workspace
+    files = {item.name: f"errors/{number:06d}.json" for number, item in enumerate(kept)}
 
     def pair(item: Item) -> None:
         a, b = chosen_pair(job, workspace, item, ranks[item.name])
         for place in item.places:
             for name, tensor in pair_tensors(place, a, b).items():
                 writer.write(name, tensor)
-        errors[item.name] = pair_error(job, item, a, b)
+        workspace.save_json(files[item.name], pair_error(job, item, a, b))
 
     def whole(item: Item, name: str) -> None:
         writer.write(name, assembled(item.tensor, checked_rows(job.archive, item.tensor, job.base)))
 
     tasks = [
-        Task(i.name, lambda i=i: pair(i), 16 * math.prod(i.shape), float(math.prod(i.shape)))  # type: ignore[misc]
+        Task(i.name, partial(pair, i), 16 * math.prod(i.shape), float(math.prod(i.shape)))
         for i in kept
     ]
-    tasks += [
-        Task(item.name, lambda i=item, n=name: whole(i, n))  # type: ignore[misc]
-        for item, name, _ in _whole_specs(job)
-    ]
+    tasks += [Task(item.name, partial(whole, item, name)) for item, name, _ in _whole_specs(job)]
     try:
-        run_tasks("write", tasks, options.workers, options.memory_bytes, options.progress)
+        run.resources.run("write", tasks)
         writer.finish(indexed=False)
     finally:
         writer.close()
-    return errors
+    return {name: workspace.load_json(file) for name, file in files.items()}
 
 
-def _candidate(job: Job, workspace: Workspace, ranks: Mapping[str, int]) -> Any:
+def _candidate(job: ExportJob, workspace: Workspace, ranks: Mapping[str, int]) -> Any:
     """Weights of base + adapter: what PEFT computes with, fp32."""
     items = {item.name: item for item in job.items}
 
@@ -320,39 +259,42 @@ def _candidate(job: Job, workspace: Workspace, ranks: Mapping[str, int]) -> Any:
     return tensor
 
 
-def _plain(job: Job) -> Any:
+def _plain(job: ExportJob) -> Any:
     return lambda name: job.base.tensor(name)
 
 
-def _record(job: Job, out: Path, to: str, made: Mapping[str, Any]) -> Record:
+def _summary(job: ExportJob, request: ExportRequest) -> Record:
+    """What is known before any work."""
+    settings = request.settings()
+    settings["bytes"] = settings.pop("n_bytes")
+    return {
+        "archive": str(job.archive.folder),
+        "base": job.base.label,
+        "output": str(request.output),
+        "to": request.to,
+        "for": job.runtime,
+        "rest": job.rest,
+        "method": job.archive.manifest.method,
+        "settings": settings,
+        "archive_bytes": job.archive.n_bytes,
+        "checkpoint_bytes": job.archive.manifest.finetuned.total_bytes,
+        "notes": list(job.notes),
+    }
+
+
+def _outcome(job: ExportJob, made: Mapping[str, Any]) -> Record:
     factored: Mapping[str, Factored] = made["factored"]
     rows = [_row(item, factored.get(item.name), made) for item in job.items]
     lost = sum(row["lost_squared"] for row in rows)
     total = sum(row["delta_squared"] for row in rows)
     ranks = [row["rank"] for row in rows if row["rank"]]
     result: Record = {
-        "record_version": RECORD_VERSION,
-        "kind": "export",
-        "archive": str(job.archive.folder),
-        "base": job.base.label,
-        "output": str(out),
-        "to": to,
-        "for": job.engine,
-        "rest": job.rest,
-        "method": job.archive.manifest.method,
-        "settings": {
-            "rank": job.choice.rank, "energy": job.choice.energy, "bytes": job.choice.n_bytes,
-        },
-        "archive_bytes": job.archive.n_bytes,
-        "checkpoint_bytes": job.archive.manifest.finetuned.total_bytes,
         "adapter_bytes": made["adapter_bytes"],
         "largest_rank": max(ranks, default=0),
         "relative_error": math.sqrt(lost / total) if total else 0.0,
         "relative_error_of_pairs": _pair_error(rows),
-        "notes": list(job.notes),
         "tensors": rows,
-        "machine": machine(),
-    }  # fmt: skip
+    }
     if ranks and max(ranks) <= VLLM_RANKS[-1]:
         result["vllm_max_lora_rank"] = vllm_rank(max(ranks))
     with contextlib.suppress(KeyError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.exporting.gguf_files import LoraFile
-from deltafold.exporting.job import Item, Job
+from deltafold.exporting.job import ExportJob, Item
 from deltafold.exporting.passes import chosen_pair
 from deltafold.running.workspace import Workspace
 
@@ -15,7 +15,7 @@ FILE = "adapter.gguf"
 
 
 def write_gguf_lora(
-    job: Job, workspace: Workspace, items: Sequence[Item], ranks: Mapping[str, int]
+    job: ExportJob, workspace: Workspace, items: Sequence[Item], ranks: Mapping[str, int]
 ) -> dict[str, Any]:
     """Write the file into the workspace; what the record and the last rename need to know."""
     path = workspace.folder / FILE

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from deltafold.archive import Archive, Tensor
 from deltafold.checkpoint import Checkpoint
+from deltafold.checkpoint.json_files import CONFIG_FILE, parse_object
 from deltafold.errors import MismatchError, UsageError, nearest
 from deltafold.exporting.engines import refusal
 from deltafold.exporting.methods.ranks import Choice
 from deltafold.exporting.places import PAIRED, Layout, Place, find_places
 from deltafold.restoring.decode import check_base_headers, check_codecs
 
+_TALKS = re.compile(r"(CausalLM|LMHeadModel|ConditionalGeneration)$", re.I)
 Rest = Literal["lora", "fold", "drop"]
 RESTS: tuple[Rest, ...] = ("lora", "fold", "drop")
 How = Literal["pair", "whole", "fold", "none", "equal"]
@@ -48,14 +51,14 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """One run: an archive on its base, and how each tensor goes out."""
 
     archive: Archive
     base: Checkpoint
     layout: Layout
     choice: Choice
-    engine: str
+    runtime: str
     rest: Rest
     items: tuple[Item, ...]
     notes: tuple[str, ...]
@@ -69,19 +72,22 @@ class Job:
             "archive": self.archive.identity,
             "base": self.base.fingerprint(),
             "choice": [self.choice.rank, self.choice.energy, self.choice.n_bytes],
-            "engine": self.engine,
+            "runtime": self.runtime,
             "rest": self.rest,
         }
 
 
-def make_job(archive: Archive, base: Checkpoint, choice: Choice, engine: str, rest: str) -> Job:
+def make_job(
+    archive: Archive, base: Checkpoint, choice: Choice, runtime: str, rest: str
+) -> ExportJob:
     """Raises UsageError, ArchiveError, MismatchError, CheckpointError."""
     if rest not in RESTS:
         raise UsageError(f"There is no way {rest!r} for --rest; {nearest(rest, list(RESTS))}")
     check_codecs(archive)
     check_base_headers(archive, base)
+    _check_class(archive, base)
     layout = find_places(base.path, list(base.tensors))
-    items = tuple(_item(tensor, base, layout, engine, rest) for tensor in archive.manifest.tensors)
+    items = tuple(_item(tensor, base, layout, runtime, rest) for tensor in archive.manifest.tensors)
     items = tuple(_with_module(item, items) for item in items)
     if not any(item.how in ("pair", "whole", "fold") for item in items):
         reasons = sorted({item.why for item in items if item.why})
@@ -90,11 +96,26 @@ def make_job(archive: Archive, base: Checkpoint, choice: Choice, engine: str, re
             + ("; ".join(reasons) or "it equals its base")
             + "."
         )
-    made = Job(archive, base, layout, choice, engine, rest, items, ())
+    made = ExportJob(archive, base, layout, choice, runtime, rest, items, ())
     return replace(made, notes=tuple(_notes(made)))
 
 
-def _item(tensor: Tensor, base: Checkpoint, layout: Layout, engine: str, rest: str) -> Item:
+def _check_class(archive: Archive, base: Checkpoint) -> None:
+    """Raises MismatchError where the fine-tune is another kind of model than a language model."""
+    entry = next((each for each in archive.manifest.files if each.name == CONFIG_FILE), None)
+    if entry is None:
+        return
+    config = parse_object(archive.side_file(entry, base), f"config.json of {archive.folder}")
+    theirs, ours = ((each.get("architectures") or [None])[0] for each in (config, base.config()))
+    if theirs in (None, ours) or ours is None or _TALKS.search(str(theirs)):
+        return
+    raise MismatchError(
+        f"{archive.folder} is a {theirs} and its base a {ours}; an adapter would be without what the "
+        "base's kind of model has no place for; use restore instead."
+    )
+
+
+def _item(tensor: Tensor, base: Checkpoint, layout: Layout, runtime: str, rest: str) -> Item:
     if tensor.base is None:
         how: How = "fold" if rest == "fold" else "none"
         return Item(tensor, how, (), tensor.matrix_shape, "the base has no such tensor")
@@ -104,7 +125,7 @@ def _item(tensor: Tensor, base: Checkpoint, layout: Layout, engine: str, rest: s
     if tensor.tuned == tensor.base:
         return Item(tensor, "equal", places, (rows, columns))
     shape = (columns, rows) if any(p.kind == "conv1d" for p in places) else (rows, columns)
-    how, why = _how(places, layout, engine, rest)
+    how, why = _how(places, layout, runtime, rest)
     if how == "pair" and rows < tensor.matrix_shape[0]:
         why = f"{tensor.matrix_shape[0] - rows} new vocabulary rows do not fit the base"
     return Item(tensor, how, places, shape, why)
@@ -118,13 +139,13 @@ def _with_module(item: Item, items: tuple[Item, ...]) -> Item:
     return replace(item, how="whole") if item.places[0].module in given else item
 
 
-def _how(places: tuple[Place, ...], layout: Layout, engine: str, rest: str) -> tuple[How, str]:
+def _how(places: tuple[Place, ...], layout: Layout, runtime: str, rest: str) -> tuple[How, str]:
     reachable = all(place.kind in PAIRED for place in places)
     if rest == "fold" and (not reachable or any(place.rest for place in places)):
         return "fold", ""
     if rest == "drop" and any(place.rest for place in places):
         return "none", "left out, as asked"
-    refused = next(filter(None, (refusal(engine, p, layout) for p in places)), "")
+    refused = next(filter(None, (refusal(runtime, p, layout) for p in places)), "")
     if refused:
         return "none", refused
     if reachable:
@@ -134,7 +155,7 @@ def _how(places: tuple[Place, ...], layout: Layout, engine: str, rest: str) -> t
     return "none", next(place.why for place in places if place.why)
 
 
-def _notes(job: Job) -> list[str]:
+def _notes(job: ExportJob) -> list[str]:
     """Where base and fine-tune differ in what no adapter can say."""
     notes = []
     removed = [name for name in job.archive.manifest.removed if job.layout.places.get(name)]

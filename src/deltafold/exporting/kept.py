@@ -49,7 +49,7 @@ def find_adapter(
     delta: str | Path,
     base: str | Path,
     *,
-    engine: str = "peft",
+    runtime: str = "peft",
     rank: int | None = None,
     workers: int | None = None,
     memory_bytes: int | None = None,
@@ -68,13 +68,13 @@ def find_adapter(
 
     with Archive(folder) as archive, open_checkpoint(base) as checkpoint:
         key = key_of([
-            VERSION, __version__, archive.identity, checkpoint.fingerprint(), engine, rank,
+            VERSION, __version__, archive.identity, checkpoint.fingerprint(), runtime, rank,
         ])  # fmt: skip
     kept = adapters_folder() / key
     if not (kept / CONFIG_FILE).is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         export(
-            folder, kept, base=base, rank=rank, engine=engine, workers=workers,
+            folder, kept, base=base, rank=rank, runtime=runtime, workers=workers,
             memory_bytes=memory_bytes, progress=progress, restart=True,
         )  # fmt: skip
     record = read_record(kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from deltafold.checkpoint import DTYPE_NAMES, DTYPES
 from deltafold.coding.counter import derive_key
 from deltafold.exporting.engines import largest_rank
-from deltafold.exporting.job import Item, Job
+from deltafold.exporting.job import ExportJob, Item
 from deltafold.exporting.methods.pairs import Pair, squared_error, stored_pair, svd_pair
 from deltafold.exporting.methods.ranks import bytes_ranks, energy_rank
 from deltafold.exporting.peft_files import pair_shapes
@@ -27,7 +28,7 @@ from deltafold.restoring.decode import (
     decoded_delta,
     stored_factors,
 )
-from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.running.engine import Resources, Task
 from deltafold.running.workspace import Workspace
 
 FACTORS = "factors"
@@ -42,31 +43,29 @@ class Factored:
     s: list[float]
 
 
-def dtype_of(item: Item, job: Job) -> torch.dtype:
+def dtype_of(item: Item, job: ExportJob) -> torch.dtype:
     """The dtype that a pair is written in: the base's, if it is an ordinary one."""
     dtype = DTYPES[job.base.tensors[item.name].dtype]
     known = dtype in (torch.float32, torch.float16, torch.bfloat16)
     return dtype if known else torch.float32
 
 
-def component_bytes(item: Item, job: Job) -> int:
+def component_bytes(item: Item, job: ExportJob) -> int:
     """Bytes of one component of a tensor's pair, at all its places."""
     return len(item.places) * sum(item.shape) * dtype_of(item, job).itemsize
 
 
-def acting_delta(item: Item, job: Job) -> torch.Tensor:
+def acting_delta(item: Item, job: ExportJob) -> torch.Tensor:
     """The delta as it acts, out features x in features, fp32."""
     delta = decoded_delta(job.archive, item.tensor, job.base)
     return delta.T.contiguous() if item.transposed else delta
 
 
 def factor(
-    job: Job,
+    job: ExportJob,
     workspace: Workspace,
     moments: Mapping[str, Moments] | None,
-    workers: int | None,
-    memory_bytes: int | None,
-    progress: Progress | None,
+    resources: Resources,
 ) -> dict[str, Factored]:
     """The first pass. Results of an earlier run are found again."""
     wanted = job.of("pair", "none")
@@ -90,18 +89,20 @@ def factor(
         workspace.save_json(f"{files[item.name]}.json", [squared, source, values])
 
     tasks = [
-        Task(item.name, lambda i=item: one(i), _memory(item, job), float(_elements(item)))  # type: ignore[misc]
+        Task(item.name, partial(one, item), _memory(item, job), float(_elements(item)))
         for item in wanted
         if not workspace.has(f"{files[item.name]}.json")
     ]
-    run_tasks("factor", tasks, workers, memory_bytes, progress)
+    resources.run("factor", tasks)
     return {
         item.name: Factored(*workspace.load_json(f"{files[item.name]}.json")) for item in wanted
     }
 
 
-def _pair(item: Item, job: Job, delta: torch.Tensor, moments: Moments | None) -> tuple[Pair, str]:
-    limit = largest_rank(job.engine)
+def _pair(
+    item: Item, job: ExportJob, delta: torch.Tensor, moments: Moments | None
+) -> tuple[Pair, str]:
+    limit = largest_rank(job.runtime)
     rank = job.choice.components(item.shape, component_bytes(item, job), limit)
     found = stored_factors(job.archive, item.tensor, job.base)
     if found is not None and (job.choice.takes_stored or job.choice.rank):
@@ -120,15 +121,17 @@ def _elements(item: Item) -> int:
     return item.shape[0] * item.shape[1]
 
 
-def _memory(item: Item, job: Job) -> int:
+def _memory(item: Item, job: ExportJob) -> int:
     held = 12 * _elements(item)
     if item.how != "pair":
         return held
-    rank = job.choice.components(item.shape, component_bytes(item, job), largest_rank(job.engine))
+    rank = job.choice.components(item.shape, component_bytes(item, job), largest_rank(job.runtime))
     return held + svd_memory_bytes(item.shape, rank)
 
 
-def choose_ranks(job: Job, factored: Mapping[str, Factored], free_bytes: int) -> dict[str, int]:
+def choose_ranks(
+    job: ExportJob, factored: Mapping[str, Factored], free_bytes: int
+) -> dict[str, int]:
     """The rank of each tensor's pair. `free_bytes` is what --bytes leaves for pairs.
 
     Raises BudgetError where that is too little.
@@ -151,7 +154,7 @@ def _total(found: Factored) -> float:
     return found.squared if found.source != "whitened" else sum(value**2 for value in found.s)
 
 
-def chosen_pair(job: Job, workspace: Workspace, item: Item, rank: int) -> tuple[Any, Any]:
+def chosen_pair(job: ExportJob, workspace: Workspace, item: Item, rank: int) -> tuple[Any, Any]:
     """(A r x i, B^T r x o) of a tensor in the dtype that is written."""
     number = next(n for n, each in enumerate(job.items) if each is item)
     loaded = workspace.load_tensors(f"{FACTORS}/{number:06d}.safetensors")
@@ -159,13 +162,13 @@ def chosen_pair(job: Job, workspace: Workspace, item: Item, rank: int) -> tuple[
     return loaded["a"][:rank].to(dtype), loaded["b"][:rank].to(dtype)
 
 
-def pair_error(job: Job, item: Item, a: torch.Tensor, b: torch.Tensor) -> float:
+def pair_error(job: ExportJob, item: Item, a: torch.Tensor, b: torch.Tensor) -> float:
     """|D - B A|^2 of what is written."""
     return squared_error(acting_delta(item, job), a, b)
 
 
 def pair_specs(
-    job: Job, item: Item, rank: int
+    job: ExportJob, item: Item, rank: int
 ) -> list[tuple[tuple[int, int], tuple[int, int], str]]:
     """(shape of PEFT's A, shape of PEFT's B, dtype) at each place of a tensor."""
     dtype = DTYPE_NAMES[dtype_of(item, job)]

@@ -70,7 +70,7 @@ def prepare(
     program = find_vllm(vllm)
     adapters = [
         find_adapter(
-            name, delta, base, engine="vllm", rank=rank, workers=workers,
+            name, delta, base, runtime="vllm", rank=rank, workers=workers,
             memory_bytes=memory_bytes, progress=progress,
         )
         for name, delta in deltas.items()
@@ -127,7 +127,7 @@ def adapter_rank(adapter: Adapter) -> int:
         return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"The config of the adapter {adapter.folder} cannot be read ({error!r}); copy it again."
+            f"The config of the adapter {adapter.folder} cannot be read ({error!r}); check it."
         ) from None
 
 
@@ -166,7 +166,7 @@ def add_adapter(
     if base is None and (Path(delta) / MANIFEST_FILE).is_file():
         base = served_base(url)
     made = find_adapter(
-        name, delta, base or "", engine="vllm", rank=rank, workers=workers,
+        name, delta, base or "", runtime="vllm", rank=rank, workers=workers,
         memory_bytes=memory_bytes, progress=progress,
     )  # fmt: skip
     if adapter_rank(made) > VLLM_RANKS[-1]:

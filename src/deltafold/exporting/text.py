@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deltafold.errors import UsageError
-from deltafold.exporting.job import Job
+from deltafold.exporting.job import ExportJob
+from deltafold.exporting.request import ExportRequest
 from deltafold.linalg.matrices import Moments
 from deltafold.restoring.decode import assembled, decoded_rows
 from deltafold.running.engine import Progress
@@ -20,26 +21,19 @@ if TYPE_CHECKING:
 Weights = Callable[[str], torch.Tensor]
 
 
-class Text:
+class ExportText:
     """Samples for the restored model, which is run as the base with other weights.
 
     Raises UsageError, CheckpointError, MismatchError where the model or the text cannot be run.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        source: str | Path,
-        samples: int,
-        max_tokens: int,
-        scratch: Path,
-        memory_bytes: int | None,
-    ):
+    def __init__(self, job: ExportJob, request: ExportRequest, scratch: Path):
         from deltafold.calibration import StreamedModel, gather_samples
 
+        source, memory_bytes = request.calibration or "general", request.memory_bytes
         if str(source) == "self":
             raise UsageError(
-                "--text self is not offered here; give a file, datasets:NAME or general."
+                "--calibration self is not offered here; give a file, datasets:NAME or general."
             )
         self.job = job
         self.model = StreamedModel(
@@ -47,7 +41,11 @@ class Text:
         )
         self.source = str(source)
         self.samples = gather_samples(
-            self.model, source, samples=samples, max_tokens=max_tokens, memory_bytes=memory_bytes
+            self.model,
+            source,
+            samples=request.samples,
+            max_tokens=request.max_tokens,
+            memory_bytes=memory_bytes,
         )
 
     def restored(self, name: str) -> torch.Tensor:

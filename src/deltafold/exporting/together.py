@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deltafold.calibration.models import load_folder
 from deltafold.checkpoint import local_folder
 from deltafold.errors import UsageError, nearest
 from deltafold.exporting.kept import Adapter, check_names, find_adapter
@@ -108,10 +109,8 @@ def load_together(
         find_adapter(name, delta, base, rank=rank, workers=workers, progress=progress)
         for name, delta in deltas.items()
     ]
-    from transformers import AutoModelForCausalLM
-
     folder = local_folder(base)
-    made = AutoModelForCausalLM.from_pretrained(folder, **({"dtype": "auto"} | from_pretrained))
+    made = load_folder(folder, str(base), **({"dtype": "auto"} | from_pretrained))
     return Together(_with_adapters(made, found), tuple(deltas))
 
 

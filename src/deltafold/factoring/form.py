@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from deltafold.composed.form import Experts, Form, Linear, Part
-from deltafold.factoring.job import Job
+from deltafold.factoring.job import FactorJob
 from deltafold.factoring.methods.units import Ranks
 
 
-def factored_form(job: Job, ranks: Ranks, share: float) -> Form:
+def factored_form(job: FactorJob, ranks: Ranks, share: float) -> Form:
     """Entries of all units that have a rank; lenders stand before those that borrow."""
     linears: dict[str, Linear] = {}
     experts: dict[str, Experts] = {}

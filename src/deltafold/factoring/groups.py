@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from deltafold.calibration import Calibration
-from deltafold.factoring.job import Job
+from deltafold.factoring.job import FactorJob
 from deltafold.factoring.methods.basis import alike, likeness
 from deltafold.factoring.methods.presets import SHARED_ROLES
 
 
-def alike_groups(job: Job, calibration: Calibration, size: int) -> Job:
+def alike_groups(job: FactorJob, calibration: Calibration, size: int) -> FactorJob:
     """The job with groups of `size` blocks with like inputs, for each kind of layer that shares.
 
     Grams are read in pairs. Blocks whose inputs are not known are like no other.

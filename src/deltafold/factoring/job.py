@@ -14,20 +14,21 @@ from torch import nn
 from deltafold.calibration.building import build, find_blocks
 from deltafold.checkpoint import DTYPES, Checkpoint
 from deltafold.composed.write import Source
-from deltafold.errors import BudgetError, MismatchError, UsageError
+from deltafold.errors import BudgetError, MismatchError
 from deltafold.factoring.methods.basis import neighbours
 from deltafold.factoring.methods.bolaco import fewest
 from deltafold.factoring.methods.matrices import Matrix, matrix_role
 from deltafold.factoring.methods.presets import SHARED_ROLES, Method
 from deltafold.factoring.methods.units import Unit, smallest
+from deltafold.factoring.request import FactorRequest
 
 
 @dataclass(frozen=True)
-class Job:
+class FactorJob:
     """What is asked for: a method, and how many of the parameters may be stored.
 
     `matrices` are by module name, in the order of blocks; `total` counts every tensor of the
-    checkpoint.
+    checkpoint. Tasks take the job along, to other processes too.
     """
 
     checkpoint: Checkpoint
@@ -36,9 +37,13 @@ class Job:
     matrices: dict[str, Matrix]
     units: list[Unit]
     total: int
-    asked: float
     blocks: int
-    centred: bool
+    request: FactorRequest
+
+    @property
+    def centred(self) -> bool:
+        """Whether the mean of outputs is kept by a bias."""
+        return _is_centred(self.request, self.method)
 
     @property
     def dense(self) -> int:
@@ -48,9 +53,9 @@ class Job:
     @property
     def budget(self) -> int:
         """Parameters that the units may have."""
-        return int(self.asked * self.total + 1e-6) - (self.total - self.dense)
+        return int(self.request.parameters * self.total + 1e-6) - (self.total - self.dense)
 
-    def regrouped(self, groups: dict[str, list[tuple[int, ...]]]) -> Job:
+    def regrouped(self, groups: dict[str, list[tuple[int, ...]]]) -> FactorJob:
         """The job with other groups of blocks for each kind of layer."""
         return replace(self, units=_units(self.matrices, self.method, groups, self.centred))
 
@@ -60,16 +65,8 @@ class Job:
         return (self.total - self.dense + least) / self.total
 
 
-def make_job(
-    checkpoint: Checkpoint, method: Method, parameters: float, centred: bool, group: int
-) -> Job:
-    """The job. Raises UsageError, BudgetError, MismatchError, each with what would be possible."""
-    if not 0 < parameters < 1:
-        raise UsageError(
-            f"The share of parameters kept lies between 0 and 1, and {parameters:g} does not."
-        )
-    if group < 1:
-        raise UsageError(f"{group} blocks make no group; give at least 1.")
+def make_job(checkpoint: Checkpoint, method: Method, request: FactorRequest) -> FactorJob:
+    """The job. Raises BudgetError, MismatchError, each with what would be possible."""
     if "quantization_config" in checkpoint.config():
         raise MismatchError(
             f"{checkpoint.label} holds quantised weights; factor it unquantised, then quantise."
@@ -84,25 +81,30 @@ def make_job(
     by_kind: dict[str, list[tuple[int, ...]]] = {}
     for local in {matrix.local for matrix in chosen.values()}:
         same = [m for m in chosen.values() if m.local == local]
-        by_kind[local] = neighbours([m.block for m in same], _group_size(method, same[0], group))
-    job = Job(
+        by_kind[local] = neighbours(
+            [m.block for m in same], _group_size(method, same[0], request.group)
+        )
+    job = FactorJob(
         checkpoint,
         source,
         method,
         chosen,
-        _units(chosen, method, by_kind, centred),
+        _units(chosen, method, by_kind, _is_centred(request, method)),
         sum(info.elements for info in checkpoint.tensors.values()),
-        parameters,
         len(names),
-        centred,
+        request,
     )
     least = job.least_share()
-    if parameters < least:
+    if request.parameters < least:
         raise BudgetError(
             f"{checkpoint.label} keeps at least {least:.1%} of its parameters by method "
-            f"{method.name}, with every rank 1, not {parameters:.1%}; ask for a larger share."
+            f"{method.name}, with every rank 1, not {request.parameters:.1%}; ask for a larger share."
         )
     return job
+
+
+def _is_centred(request: FactorRequest, method: Method) -> bool:
+    return request.centre and method.whitened
 
 
 def _is_wanted(matrix: Matrix, method: Method) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltafold.factoring.job import Job
+from deltafold.factoring.job import FactorJob
 from deltafold.factoring.methods.units import Ranks, Unit, rank_share, total
-from deltafold.factoring.store import Store
+from deltafold.factoring.store import FactorStore
 from deltafold.running.record import Record
 
 
-def summary(job: Job, ranks: Ranks | None) -> Record:
+def summary(job: FactorJob, ranks: Ranks | None) -> Record:
     """What is known before any work; without ranks only what is asked for and possible.
 
     The share of a rank and the share of parameters are two things, and both are stated.
@@ -18,7 +18,7 @@ def summary(job: Job, ranks: Ranks | None) -> Record:
     parameters: dict[str, Any] = {
         "total": job.total,
         "factorable": job.dense,
-        "asked_share": job.asked,
+        "asked_share": job.request.parameters,
         "least_share": job.least_share(),
     }
     found: Record = {
@@ -26,6 +26,7 @@ def summary(job: Job, ranks: Ranks | None) -> Record:
         "method": {"name": job.method.name, "paper": job.method.paper},
         "blocks": job.blocks,
         "parameters": parameters,
+        "left_out": job.checkpoint.left_out,
     }
     if ranks is None:
         parameters["kept_at_most"] = job.total - job.dense + job.budget
@@ -40,7 +41,7 @@ def summary(job: Job, ranks: Ranks | None) -> Record:
     return found | {"roles": _roles(job, ranks), "units": _units(job, ranks)}
 
 
-def _roles(job: Job, ranks: Ranks) -> list[Record]:
+def _roles(job: FactorJob, ranks: Ranks) -> list[Record]:
     """Counts by role, in the order in which roles come."""
     found = []
     for role in dict.fromkeys(unit.role for unit in job.units):
@@ -63,7 +64,7 @@ def _roles(job: Job, ranks: Ranks) -> list[Record]:
     return found
 
 
-def _units(job: Job, ranks: Ranks) -> list[Record]:
+def _units(job: FactorJob, ranks: Ranks) -> list[Record]:
     return [
         {
             "name": unit.name,
@@ -81,7 +82,7 @@ def _share_of_rank(unit: Unit, rank: int | None) -> float:
     return 1.0 if rank is None else rank / unit.full
 
 
-def outcome(job: Job, ranks: Ranks, store: Store) -> Record:
+def outcome(job: FactorJob, ranks: Ranks, store: FactorStore) -> Record:
     """What factors lose of outputs (of weights, by methods that see no inputs), by unit and role."""
     units = _units(job, ranks)
     lost: dict[str, list[float]] = {}

@@ -1,137 +1,152 @@
-"""The pass that factors: block after block, on what the factored blocks before make of the text.
-
-    text -> embedding -> block 0 as it was     moments of its inputs -> factors
-                      -> block 0, factored  -> block 1 as it was     -> ...
-
-So later factors are fitted to the inputs that they will see. Not `sequential`, all moments are those
-of the model as it was; then any blocks can be in one group. Memory holds one span of blocks' moments.
-"""
+"""The steps of one `factor` run, and the text and model that they share."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Protocol
+import functools
+from pathlib import Path
 
-from torch import nn
+import torch
 
-from deltafold.calibration import Sample, StreamedModel, make_batches
-from deltafold.calibration.accumulate import Entries, Watch
-from deltafold.errors import NonFiniteError
-from deltafold.factoring.job import Job
-from deltafold.factoring.parts import MomentsOf, Settings, make_unit
-from deltafold.factoring.store import Candidate, Store
-from deltafold.linalg.decomposition import svd_memory_bytes
-from deltafold.linalg.matrices import Moments
-from deltafold.running.engine import Resources, Step, Task, run_tasks
-
-Ranks = Sequence[int | None]
-
-
-class Watching:
-    """A visitor of blocks that gathers the moments of what enters their matrices."""
-
-    def __init__(self, model: StreamedModel, allowance_bytes: int):
-        self.model, self.entries = model, Entries(True, allowance_bytes)
-        self.found: dict[str, Moments] = {}
-
-    def running(
-        self, number: int, parameters: dict[str, nn.Parameter]
-    ) -> contextlib.AbstractContextManager[object]:
-        return Watch(self.entries, parameters, self.model.skeleton.matrix_names)
-
-    def finished(self, number: int) -> None:
-        """Sums become means, and make room for the next block. Raises NonFiniteError."""
-        made = [each.moments() for each in self.entries.sums]
-        if not all(each.second.isfinite().all() for each in made):
-            raise NonFiniteError(
-                f"{self.model.label} gives NaN or infinite values in block {number}; its weights "
-                "are damaged."
-            )
-        self.found |= {name: made[entry] for name, entry in self.entries.of_tensor.items()}
-        self.entries = Entries(True, self.entries.allowance_bytes)
+from deltafold.calibration import Calibration, StreamedModel, calibrate, gather_samples
+from deltafold.calibration.batches import Sample
+from deltafold.calibration.probe import Probe, few, parted
+from deltafold.factoring.groups import alike_groups
+from deltafold.factoring.job import FactorJob
+from deltafold.factoring.methods.units import Ranks
+from deltafold.factoring.ranks import (
+    SplitSearch,
+    depth_ranks,
+    shared_ranks,
+    threshold_ranks,
+    unit_spectra,
+)
+from deltafold.factoring.request import FactorRequest
+from deltafold.factoring.store import Candidate, FactorStore
+from deltafold.factoring.units import UnitFactorer
+from deltafold.running.engine import Resources
+from deltafold.running.record import Record
+from deltafold.running.workspace import Workspace
 
 
-class Moment(Protocol):
-    """Where moments come from when they do not change: a calibration on disk."""
-
-    def moments(self, name: str) -> Moments | None: ...
-
-
-class Run:
-    """Factors every unit that has a rank into the store; finished units are kept."""
+class FactorRun:
+    """One run's text, model and steps."""
 
     def __init__(
-        self, job: Job, store: Store, ranks: Ranks, settings: Settings, resources: Resources
+        self, job: FactorJob, request: FactorRequest, workspace: Workspace, resources: Resources
     ):
-        self.job, self.store, self.ranks = job, store, ranks
-        self.settings, self.resources = settings, resources
-        self._done = 0
+        self.job, self.request, self.workspace, self.resources = job, request, workspace, resources
+        self.samples: list[Sample] = []
+        self.measured: list[Sample] = []
 
-    def at_once(self, calibration: Moment | None) -> None:
-        """All units, by moments of the model as it was; None: without any."""
-        moments: MomentsOf = (lambda name: None) if calibration is None else calibration.moments
-        self._factor(range(len(self.job.units)), moments)
+    @property
+    def sizes(self) -> dict[str, int] | None:
+        """Samples and tokens that were run through the model."""
+        if not self.samples:
+            return None
+        tokens = sum(len(sample.ids) for sample in self.samples)
+        return {"samples": len(self.samples), "tokens": tokens}
 
-    def block_by_block(self, model: StreamedModel, samples: Sequence[Sample]) -> None:
-        """Units in the order of blocks, by moments of what factored blocks lead to."""
-        whole = model.with_weights(Candidate(self.job, None, self.ranks).tensor)
-        made = model.with_weights(Candidate(self.job, self.store, self.ranks).tensor)
-        whole.label = made.label = self.job.checkpoint.label
-        entering = whole.forward(make_batches(samples, padded=False), blocks=[])
-        try:
-            for span in self.spans():
-                numbers = [n for n, u in enumerate(self.job.units) if u.blocks[0] in span]
-                if any(self._is_open(number) for number in numbers):
-                    watching = Watching(model, model.memory_bytes)
-                    whole.resume(entering, -1, span, watching).close()
-                    self._factor(numbers, watching.found.get)
-                else:
-                    self._factor(numbers, lambda name: None)
-                if span[-1] + 1 < self.job.blocks:
-                    leaving = made.resume(entering, -1, span)
-                    entering.close()
-                    entering = leaving
-        finally:
-            entering.close()
+    @functools.cached_property
+    def model(self) -> StreamedModel:
+        """The model, to be run block by block; layers that gain a bias have it."""
+        model = StreamedModel(
+            self.job.checkpoint,
+            memory_bytes=self.resources.memory_bytes,
+            scratch=self.workspace.folder,
+        )
+        for matrix in self.job.matrices.values():
+            if self.job.centred and matrix.bias is None and not matrix.stacked:
+                model.skeleton.add_bias(matrix.module)
+        return model
 
-    def spans(self) -> list[list[int]]:
-        """Stretches of blocks such that each unit lies within one."""
-        found: list[list[int]] = []
-        last = -1
-        for block in range(self.job.blocks):
-            reach = max((u.blocks[-1] for u in self.job.units if u.blocks[0] == block), default=0)
-            if block > last:
-                found.append([])
-            found[-1].append(block)
-            last = max(last, reach)
-        return found
+    def read(self) -> None:
+        """Samples, before any work: a bad text is told of first."""
+        if self.request.text is not None:
+            self.measured = self._gather(self.request.text)
+        if self.job.method.looks:
+            self.samples = self._gather(self.request.calibration)
 
-    def _is_open(self, number: int) -> bool:
-        return self.ranks[number] is not None and not self.store.has(number)
+    def _gather(self, source: str | Path) -> list[Sample]:
+        return gather_samples(
+            self.model,
+            source,
+            samples=self.request.samples,
+            max_tokens=self.request.max_tokens,
+            seed=self.request.seed,
+            memory_bytes=self.resources.memory_bytes,
+        )
 
-    def _factor(self, numbers: Sequence[int], moments_of: MomentsOf) -> None:
-        def work(number: int) -> int:
-            rank = self.ranks[number]
-            assert rank is not None
-            made = make_unit(self.job, self.job.units[number], rank, moments_of, self.settings)
-            return self.store.save(number, made.tensors, {"lost": made.lost, "whole": made.whole})
+    @property
+    def is_sequential(self) -> bool:
+        grouped_alike = self.job.method.grouped and self.request.grouping == "alike"
+        return self.request.sequential and not grouped_alike
 
-        tasks = []
-        for number in filter(self._is_open, numbers):
-            unit = self.job.units[number]
-            shape = (sum(unit.rows), unit.columns)
-            needed = svd_memory_bytes(shape, self.ranks[number] or 1) + 40 * unit.dense
-            tasks.append(
-                Task(unit.name, lambda n=number: work(n), needed, float(unit.dense))  # type: ignore[misc]
-            )
-        before, total = self._done, self.job.dense
-        self._done += sum(self.job.units[number].dense for number in numbers)
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """Moments of the model as it was, on disk."""
+        return self._calibrated(self.samples)
 
-        def advance(step: Step) -> None:
-            if self.resources.progress:
-                self.resources.progress(
-                    Step(step.stage, step.name, before + step.done, total, step.made_bytes)
-                )
+    def _calibrated(self, samples: list[Sample]) -> Calibration:
+        return calibrate(
+            self.job.checkpoint.path,
+            samples,
+            memory_bytes=self.resources.memory_bytes,
+            progress=self.resources.progress,
+        )
 
-        run_tasks("factor", tasks, self.resources.workers, self.resources.memory_bytes, advance)
+    def ranks(self) -> tuple[FactorJob, Ranks, Record]:
+        """The job with its groups, a rank for each unit, and how they were found."""
+        method, notes = self.job.method, Record()
+        if method.grouped and self.request.grouping == "alike":
+            self.job = alike_groups(self.job, self.calibration, self.request.group)
+        if method.ranking == "search":
+            ranks, notes = self._searched()
+        elif method.ranking == "threshold":
+            ranks, notes = threshold_ranks(self.job, self._spectra())
+        elif method.ranking == "depth":
+            ranks, notes = depth_ranks(self.job, self._spectra())
+        else:
+            ranks = shared_ranks(self.job)
+        return self.job, ranks, notes
+
+    def _spectra(self) -> list[torch.Tensor]:
+        return unit_spectra(self.job, self.workspace, self.resources)
+
+    def _searched(self) -> tuple[Ranks, Record]:
+        """Trials are judged on samples that their factors have not seen."""
+        if self.workspace.has("search.json"):
+            found = self.workspace.load_json("search.json")
+            return found["ranks"], found["notes"]
+        whole = Candidate(self.job, None, [])
+        seen, held = parted(self.samples)
+        with contextlib.closing(Probe(self.model, whole, few(held))) as probe:
+            reach = FactorStore(self.job, self.workspace, "reach")
+            search = SplitSearch(self.job, probe, reach)
+            search.prepare(self._calibrated(seen).moments, self.resources)
+            ranks, notes = search.run(self.resources.progress)
+        self.workspace.save_json("search.json", {"ranks": ranks, "notes": notes})
+        return ranks, notes
+
+    def factored(self, ranks: Ranks) -> FactorStore:
+        """Factors of every unit."""
+        store = FactorStore(self.job, self.workspace)
+        factorer = UnitFactorer(self.job, store, ranks, self.resources)
+        if not self.job.method.whitened:
+            factorer.at_once(None)
+        elif self.is_sequential:
+            factorer.block_by_block(self.model, self.samples)
+        else:
+            factorer.at_once(self.calibration)
+        return store
+
+    def quality(self, ranks: Ranks, store: FactorStore) -> Record:
+        """Perplexity, KL to the model, and agreement with it; nothing without a text."""
+        if not self.measured:
+            return {}
+        whole, made = Candidate(self.job, None, ranks), Candidate(self.job, store, ranks)
+        with contextlib.closing(Probe(self.model, whole, self.measured)) as probe:
+            return {
+                "model": probe.measure(whole) | {"tokens": probe.tokens},
+                "factored": probe.measure(made) | {"tokens": probe.tokens},
+            }

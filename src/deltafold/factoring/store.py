@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 
 from deltafold.checkpoint import Checkpoint
-from deltafold.factoring.job import Job
+from deltafold.factoring.job import FactorJob
 from deltafold.factoring.methods.matrices import Matrix
-from deltafold.factoring.methods.units import Unit
+from deltafold.factoring.methods.units import Ranks, Unit
 from deltafold.running.workspace import Workspace
 
-Ranks = Sequence[int | None]
 
-
-class Store:
+class FactorStore:
     """Factors of finished units in a workspace, one file each; `figures` beside them.
 
     A tensor is found by its name in the form.
     """
 
-    def __init__(self, job: Job, workspace: Workspace, folder: str = "factors"):
+    def __init__(self, job: FactorJob, workspace: Workspace, folder: str = "factors"):
         self.job, self.workspace, self.folder = job, workspace, folder
         self._unit_of = {
             module: number for number, unit in enumerate(job.units) for module in unit.modules
@@ -80,7 +77,7 @@ class Candidate:
     MODULE.bias, zero until factors say otherwise.
     """
 
-    def __init__(self, job: Job, store: Store | None, ranks: Ranks):
+    def __init__(self, job: FactorJob, store: FactorStore | None, ranks: Ranks):
         self.job, self.store, self.ranks = job, store, ranks
         self.checkpoint: Checkpoint = job.checkpoint
         self.numbers = list(range(job.blocks))

@@ -14,7 +14,8 @@ from deltafold.folding.methods.draft import Draft
 from deltafold.folding.methods.presets import Method
 from deltafold.folding.methods.selection import Part, Step
 from deltafold.folding.methods.similarity import ABSENCES, SIMILARITIES, cosines
-from deltafold.folding.states import Pool, States
+from deltafold.folding.request import Pool
+from deltafold.folding.states import States
 
 
 class DraftEvidence:

@@ -12,10 +12,11 @@ from deltafold.blocks.units import Units
 from deltafold.checkpoint import Checkpoint
 from deltafold.errors import BudgetError, MismatchError, UsageError
 from deltafold.folding.methods.presets import Method
+from deltafold.folding.request import FoldRequest
 
 
 @dataclass(frozen=True)
-class Job:
+class FoldJob:
     """A model's blocks, and how many of which are to go.
 
     `count` blocks; where attention and MLP go apart, twice as many of these, or with a `goal` the
@@ -44,13 +45,12 @@ class Job:
 def make_job(
     checkpoint: Checkpoint,
     method: Method,
-    blocks: int | None,
-    parameters: float | None,
-    protect: Sequence[int],
-) -> Job:
+    request: FoldRequest,
+) -> FoldJob:
     """The job. Raises UsageError, BudgetError, MismatchError, each with what would be possible."""
     layout, units = read_layout(checkpoint)
-    protected = _protected(protect, layout.depth, checkpoint.label)
+    blocks, parameters = request.blocks, request.parameters
+    protected = _protected(request.protect, layout.depth, checkpoint.label)
     # A block that is kept must stand before those that it takes in.
     takes_in = method.rule.patch != "none" or (
         method.rule.merges and method.preset.selection in ("lowest", "contiguous", "stretch", "greedy", "lazy",
@@ -66,7 +66,7 @@ def make_job(
             f"{checkpoint.label}: the output projections of attention and MLP are not known by "
             "their names, so neither can be dropped alone; choose another method."
         )
-    job = Job(layout, units, method, count, frozenset(fixed))
+    job = FoldJob(layout, units, method, count, frozenset(fixed))
     if job.is_joint and parameters is not None:
         # Which sub-layers go is known once they are ranked, and they are not of one size.
         goal = math.ceil((1 - parameters) * layout.total - 1e-6)

@@ -8,14 +8,21 @@ Unlike the rest of `fold` this holds the whole folded model in memory, as transf
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deltafold.calibration.batches import Sample
-from deltafold.calibration.building import first_line, quiet
+from deltafold.calibration.models import (
+    check_keys,
+    class_of,
+    config_of,
+    first_line,
+    load_folder,
+    quiet,
+)
+from deltafold.checkpoint.beside import copy_beside
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import DeltafoldError, UsageError, nearest
 
@@ -50,36 +57,32 @@ def _config(kind: str) -> Any:
 
 def quantize_folder(folder: Path, target: Path, kind: str) -> None:
     """The model of `folder`, quantised, into `target`, with the same tokenizer. Raises DeltafoldError."""
-    from transformers import AutoModelForCausalLM
-
+    config = config_of(folder)
+    made = class_of(config, str(folder))
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", quantization_config=_config(kind), local_files_only=True
+            model, info = made.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto",
+                quantization_config=_config(kind),
+                local_files_only=True,
+                output_loading_info=True,
             )
+            check_keys(model, info, str(folder))
             guard_storage(target, lambda: model.save_pretrained(target))
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
         raise DeltafoldError(
             f"torchao cannot quantise this model to {kind} ({first_line(error)}); fold it without "
             "--quantize."
         ) from error
-    copy_side_files(folder, target)
-
-
-def copy_side_files(folder: Path, target: Path, replace: bool = False) -> None:
-    """Everything but weights that `target` lacks; with `replace` also what it has."""
-    for file in folder.iterdir():
-        if (replace or not (target / file.name).exists()) and ".safetensors" not in file.name:
-            guard_storage(target, lambda f=file: shutil.copy2(f, target / f.name))  # type: ignore[misc]
+    copy_beside(folder, target)
 
 
 @torch.no_grad()
 def perplexity_of(folder: Path, samples: list[Sample]) -> float:
     """Perplexity of a folder's model, loaded by transformers, on samples."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model = load_folder(folder, dtype="auto")
     lost, count = 0.0, 0
     for sample in samples:
         ids = torch.tensor([sample.ids])

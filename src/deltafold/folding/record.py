@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from deltafold.checkpoint import Checkpoint
-from deltafold.folding.job import Job
+from deltafold.folding.job import FoldJob
 from deltafold.folding.work import Folded
 from deltafold.running.record import Record
 
 
-def summary(job: Job, checkpoint: Checkpoint) -> Record:
+def summary(job: FoldJob, checkpoint: Checkpoint) -> Record:
     """What is known before any work."""
     layout = job.layout
     return {
@@ -22,10 +22,11 @@ def summary(job: Job, checkpoint: Checkpoint) -> Record:
             "layer_share": None if job.goal else job.count / layout.depth,
             "parameter_share": job.share_removed,
         },
+        "left_out": checkpoint.left_out,
     }
 
 
-def outcome(job: Job, folded: Folded) -> Record:
+def outcome(job: FoldJob, folded: Folded) -> Record:
     """What went: by blocks, and by parameters. Silenced sub-layers are still stored, as zeros."""
     layout, draft = job.layout, folded.draft
     gone = [number for number in range(layout.depth) if number not in draft.numbers]
@@ -48,7 +49,7 @@ def outcome(job: Job, folded: Folded) -> Record:
     }
 
 
-def _first_matrix(job: Job, folded: Folded) -> Record | None:
+def _first_matrix(job: FoldJob, folded: Folded) -> Record | None:
     """The similarity matrix over the model's states, before any step."""
     if not folded.matrices:
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 
@@ -13,10 +12,8 @@ from deltafold.calibration.store import TensorStore
 from deltafold.calibration.stream import Pass, StreamedModel
 from deltafold.folding.methods.draft import Draft
 from deltafold.folding.methods.similarity import Similarity
+from deltafold.folding.request import Pool
 from deltafold.running.engine import one_core_each
-
-Pool = Literal["last", "mean"]
-POOLS: tuple[Pool, ...] = ("last", "mean")
 
 ROWS = 256
 """Rows that a manifold or a kernel wants. Where there are fewer samples each gives several."""

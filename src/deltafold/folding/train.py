@@ -1,4 +1,4 @@
-"""`--heal STEPS`: what is left of a folded model, trained towards the whole one.
+"""`--steps`: what is left of a folded model, trained towards the whole one.
 
     loss   mean over tokens of KL(p || q)      p: the model's next token, q: the folded model's
 
@@ -9,23 +9,20 @@ stored in bf16 runs in bf16 on a GPU, and on a CPU that is built for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltafold.blocks.layout import Read
-from deltafold.calibration import Sample
-from deltafold.calibration.building import quiet
+from deltafold.calibration.models import quiet
 from deltafold.calibration.stream import is_bf16, multiplies_bf16
 from deltafold.checkpoint import Checkpoint
+from deltafold.checkpoint.beside import copy_beside
 from deltafold.checkpoint.writer import guard_storage
-from deltafold.folding.methods.draft import Block, Draft
-from deltafold.folding.quantize import copy_side_files
+from deltafold.folding.run import FoldRun
 from deltafold.running.devices import here
-from deltafold.running.engine import Progress, Step
+from deltafold.running.engine import Step
 from deltafold.running.record import Record
 from deltafold.running.workspace import Workspace
 from deltafold.training import Masters, Settings, State, forward_tokens, pack, train
@@ -61,26 +58,19 @@ class _Folded:
         self.masters.round()
 
 
-def distill_folder(
-    whole: Path,
-    folder: Path,
-    target: Path,
-    samples: Sequence[Sample],
-    steps: int,
-    seed: int,
-    workspace: Workspace,
-    shard_bytes: int,
-    progress: Progress | None = None,
-) -> Record:
-    """Train the model of `folder` towards that of `whole`, into `target`; rows for the record.
+def heal_folder(run: FoldRun, folder: Path, target: Path, workspace: Workspace) -> Record:
+    """Train the model of `folder` towards the run's whole one, into `target`; rows for the record.
 
     A run that was broken off goes on from its last look at held-out text. Raises UsageError for too
     little text, CheckpointError, NonFiniteError, StorageError.
     """
+    assert run.states is not None
+    request, samples = run.request, run.states.samples
+    steps, seed, progress = request.steps, request.seed, request.progress
     with Checkpoint(folder) as stored:
         short = is_bf16(stored) and (here().type != "cpu" or multiplies_bf16(here()))
     dtype = torch.bfloat16 if short else torch.float32
-    teacher, model = (load_model(each, dtype, here()) for each in (whole, folder))
+    teacher, model = (load_model(each, dtype, here()) for each in (run.checkpoint.path, folder))
     student = _Folded(model)
     learn, held = pack(samples, ROW_TOKENS).split(seed)
     settings = Settings(
@@ -105,7 +95,7 @@ def distill_folder(
         report=report,
     )
     student.masters.round()
-    _write(model, folder, target, shard_bytes)
+    _write(model, folder, target, request.shard_bytes)
     return {
         "steps": state.step,
         "best_step": state.best_step,
@@ -113,20 +103,6 @@ def distill_folder(
         "training_tokens": learn.tokens,
         "exams": [{"step": int(step), "ce": ce, "kl": kl} for step, ce, kl in state.exams],
     }
-
-
-def draft_of(folded: Draft, checkpoint: Checkpoint) -> Draft:
-    """The draft `folded` with the tensors of what was written of it, to be measured like others."""
-    layout = folded.layout
-
-    def reader(place: int) -> Read:
-        return lambda local: checkpoint.tensor(layout.name(place, local))
-
-    blocks = tuple(
-        Block(block.number, reader(place), block.parts, changed=True)
-        for place, block in enumerate(folded.blocks)
-    )
-    return Draft(layout, checkpoint.tensor, blocks)
 
 
 def _write(model: Any, folder: Path, target: Path, shard_bytes: int) -> None:
@@ -140,4 +116,4 @@ def _write(model: Any, folder: Path, target: Path, shard_bytes: int) -> None:
             target,
             lambda: model.to(dtype).save_pretrained(target, max_shard_size=shard_bytes),
         )
-    copy_side_files(folder, target, replace=True)
+    copy_beside(folder, target, replace=True)

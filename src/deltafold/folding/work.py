@@ -12,13 +12,13 @@ from deltafold.calibration.probe import Probe
 from deltafold.coding.counter import derive_key
 from deltafold.errors import MismatchError
 from deltafold.folding.evidence import DraftEvidence
-from deltafold.folding.job import Job
+from deltafold.folding.job import FoldJob
 from deltafold.folding.methods.draft import Draft
 from deltafold.folding.methods.mka import reference_ratio
 from deltafold.folding.methods.selection import Step
 from deltafold.folding.methods.similarity import SIMILARITIES
-from deltafold.folding.states import Pool, States
-from deltafold.running.engine import Progress
+from deltafold.folding.request import FoldRequest
+from deltafold.folding.states import States
 from deltafold.running.engine import Step as Told
 
 Row = dict[str, Any]
@@ -43,20 +43,17 @@ class Folded:
     notes: Row = field(default_factory=dict)
 
 
-class Folder:
+class BlockFolder:
     """Carries out a job on a model; `states` and `probe` run text where the method needs it."""
 
     def __init__(
         self,
-        job: Job,
+        job: FoldJob,
         states: States | None,
         probe: Callable[[], Probe],
-        seed: int = 0,
-        pool: Pool = "last",
-        progress: Progress | None = None,
+        request: FoldRequest,
     ):
-        self.job, self.states, self.probe = job, states, probe
-        self.seed, self.pool, self.progress = seed, pool, progress
+        self.job, self.states, self.probe, self.request = job, states, probe, request
 
     def fold(self, whole: Draft, count: int | None = None) -> Folded:
         """Fold until `count` blocks have gone. Raises MismatchError where no choice is left."""
@@ -83,11 +80,11 @@ class Folder:
             draft,
             self.job.method,
             frozenset(places),
-            derive_key(self.seed, "fold"),
+            derive_key(self.request.seed, "fold"),
             self.states,
             self.probe,
             lambda base, step: self._carried(base, step, HALF),
-            self.pool,
+            self.request.pool,
         )
         try:
             chosen = self.job.method.chooser.choose(evidence, left)
@@ -176,5 +173,7 @@ class Folder:
         done.draft = done.draft.without(both)
 
     def _tell(self, whole: Draft, done: int, total: int) -> None:
-        if self.progress:
-            self.progress(Told("fold", f"{done} of {total} blocks", float(done), float(total), 0))
+        if self.request.progress:
+            self.request.progress(
+                Told("fold", f"{done} of {total} blocks", float(done), float(total), 0)
+            )

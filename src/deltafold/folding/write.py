@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
+from functools import partial
 from pathlib import Path
 
-from deltafold.blocks.configs import shortened
 from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
+from deltafold.checkpoint.beside import write_beside
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import NonFiniteError
+from deltafold.folding.config import CONFIG, Shortened, config_bytes
 from deltafold.folding.methods.draft import Draft
-from deltafold.running.engine import Progress, Task, run_tasks
-
-CONFIG = "config.json"
+from deltafold.running.engine import Resources, Task
 
 
 def new_names(draft: Draft, checkpoint: Checkpoint) -> dict[str, str]:
@@ -35,28 +34,30 @@ def new_names(draft: Draft, checkpoint: Checkpoint) -> dict[str, str]:
 def write_draft(
     draft: Draft,
     checkpoint: Checkpoint,
+    found: Shortened,
     folder: Path,
     shard_bytes: int,
-    workers: int | None = None,
-    memory_bytes: int | None = None,
-    progress: Progress | None = None,
+    resources: Resources,
 ) -> None:
-    """Weights in the model's dtypes, config of the new depth, and every side file as it was.
+    """Weights in the model's dtypes, the config of what is left, and every side file as it was.
 
     Raises NonFiniteError, StorageError.
     """
     guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
     names = new_names(draft, checkpoint)
-    specs = [
-        (name, checkpoint.tensors[old].dtype, tuple(checkpoint.tensors[old].shape))
-        for name, old in names.items()
-    ]
+    shapes = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
+    shapes |= {name: part.shape(shapes[name]) for name, part in found.grown.items()}
+    specs = [(name, checkpoint.tensors[old].dtype, shapes[old]) for name, old in names.items()]
     writer = CheckpointWriter(
-        folder, plan_shards(specs, shard_bytes), checkpoint.metadata or {"format": "pt"}
+        folder,
+        plan_shards(specs, shard_bytes, checkpoint.inner_files),
+        checkpoint.metadata or {"format": "pt"},
     )
 
     def write(name: str, old: str) -> None:
         tensor = draft.tensor(old)
+        if old in found.grown:
+            tensor = found.grown[old].cut(tensor)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NonFiniteError(f"{old} of {checkpoint.label}, folded, holds NaN or infinity.")
         writer.write(name, tensor.to(DTYPES[checkpoint.tensors[old].dtype]).contiguous())
@@ -64,21 +65,15 @@ def write_draft(
     tasks = [
         Task(
             name,
-            lambda n=name, o=old: write(n, o),  # type: ignore[misc]
+            partial(write, name, old),
             memory_bytes=16 * math.prod(checkpoint.tensors[old].shape),
             work=float(math.prod(checkpoint.tensors[old].shape)),
         )
         for name, old in names.items()
     ]
     try:
-        run_tasks("write", tasks, workers, memory_bytes, progress)
+        resources.run("write", tasks)
         writer.finish()
     finally:
         writer.close()
-    for file in checkpoint.side_files:
-        data = file.read_bytes()
-        if file.name == CONFIG:
-            config = shortened(dict(checkpoint.config()), draft.numbers)
-            data = (json.dumps(config, indent=2) + "\n").encode()
-        path = folder / file.name
-        guard_storage(path, lambda p=path, d=data: p.write_bytes(d))  # type: ignore[misc]
+    write_beside(checkpoint, folder, {CONFIG: config_bytes(found.config)})

@@ -8,19 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltafold.archive import is_archive
+from deltafold.archive import Archive, is_archive
 from deltafold.errors import NonFiniteError, UsageError, nearest
 from deltafold.evaluation.loading import choose_device, choose_dtype, load_tokenizer
-from deltafold.evaluation.plan import DEFAULT_ANSWERS, Request
+from deltafold.evaluation.plan import Request
 from deltafold.evaluation.scoring import Metrics, Scoring, best_of, mean_loss, share_right
 from deltafold.merging.as_archive import merge_to_archive
-from deltafold.merging.merge import merge as merge_verb
-from deltafold.merging.recipe import Recipe
+from deltafold.merging.merge import Wish, merge_models
+from deltafold.merging.recipe import Model, Recipe
+from deltafold.merging.recipe_files import read_recipe
+from deltafold.merging.request import MergeRequest, parse_value
 from deltafold.merging.search import Formed
-from deltafold.running.devices import computes
 from deltafold.running.engine import Progress, Step
+from deltafold.running.front import front
 from deltafold.running.record import Meter, Record, record_path, write_record
-from deltafold.running.stored import storable
 
 # The papers' values: Yadav et al. 2023 and Yang et al. 2025 (ImPart, table 8).
 USUAL: dict[str, tuple[float, ...]] = {
@@ -29,92 +30,108 @@ USUAL: dict[str, tuple[float, ...]] = {
 }
 
 
-@storable
-@computes
-def merge(
-    base: str | Path,
-    recipe: Recipe,
-    output: str | Path,
-    *,
-    search: Mapping[str, Sequence[float]] | None = None,
-    search_on: Sequence[str | Path] = (),
-    tasks: Sequence[str | Path] = (),
-    texts: Sequence[str | Path] = (),
-    limit: int | None = None,
-    answers: int = DEFAULT_ANSWERS,
-    batch_size: int = 8,
-    dtype: str = "auto",
-    device: str | None = None,
-    as_archive: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> Record:
-    """Merge the models of a recipe, all fine-tunes of `base`, into the folder `output`.
-
-    Args:
-        base: a local Hugging Face folder or a hub id; the recipe's models are such, or archives.
-        search: values of `scale` and `density` to try, each with each. An empty sequence stands for
-            the usual values.
-        search_on: what the search chooses by: tasks (`.jsonl`) and texts. By default `tasks` and
-            `texts`, whose figures then flatter what was chosen by them.
-        tasks, texts: files to score base, models and result on, as `evaluate` takes them; at most
-            `limit` rows of each. The record keeps what the models wrote to the first `answers` rows.
-        as_archive: write the result as an archive on `base` in place of a checkpoint: what
-            `compress` takes, like `{"file_ratio": 32}`.
-        settings: `seed`, `shard_bytes`, `dry_run`, `overwrite`, `restart`, `workers`,
-            `memory_bytes`, `progress`, `record`; see `deltafold.merging.merge.merge`.
-
-    Returns the record. Raises DeltafoldError; nothing is left under `output` then.
-
-    >>> made = Recipe((Model("math.delta"), Model("chat/")), "ties")            # doctest: +SKIP
-    >>> merge("base/", made, "merged/", search={"scale": []}, tasks=["sums.jsonl"])  # doctest: +SKIP
-    """
-    scoring = guide = None
-    if tasks or texts:
-        scoring = guide = _scoring(tasks, texts, limit, batch_size, dtype, device, answers)
-    if search_on:
-        rows = [path for path in search_on if str(path).endswith(".jsonl")]
-        rest = [path for path in search_on if path not in rows]
-        guide = _scoring(rows, rest, limit, batch_size, dtype, device)
+def run_merge(request: MergeRequest) -> Record:
+    """Merge; search numbers, score models, make an archive, as the request says."""
+    base, recipe = recipe_of(request)
+    scoring = guide = _scoring(request, request.tasks, request.texts, request.answers)
+    if request.search_on:
+        rows = [path for path in request.search_on if str(path).endswith(".jsonl")]
+        rest = [path for path in request.search_on if path not in rows]
+        guide = _scoring(request, rows, rest)
     if guide is not None:
         _check_tokenizers(base, recipe)
-    if search is not None:
-        settings |= _searching(recipe, search, guide, settings.get("progress"))
-    elif search_on:
+    wish = Wish(base, recipe)
+    if request.search is not None:
+        wish = _searching(wish, request, guide)
+    elif request.search_on:
         raise UsageError("--search-on is for a search; say what to try with --search.")
-    if as_archive is not None:
-        record = merge_to_archive(base, recipe, Path(output), dict(as_archive), settings)
-    else:
-        record = merge_verb(base, recipe, output, **settings)
-    if scoring is not None and not settings.get("dry_run"):
+    record = (merge_to_archive if request.as_archive else merge_models)(request, wish)
+    if scoring is not None and not request.dry_run:
+        output = Path(request.output)
         with Meter() as meter:
-            scores = _scores(base, recipe, output, record, scoring, settings.get("progress"))
+            scores = _scores(wish, output, record, scoring, request.progress)
         record["scores"], record["score_seconds"] = scores, meter.seconds
-        write_record(record, Path(settings.get("record") or record_path(Path(output))))
+        write_record(record, Path(request.record or record_path(output)))
     return record
 
 
+merge = front("merge", MergeRequest, run_merge)
+
+
+def recipe_of(request: MergeRequest) -> tuple[str, Recipe]:
+    """(base, recipe) of a file, of a `Recipe`, or of models and numbers. Raises UsageError."""
+    base, models = request.base, request.models
+    if request.config is not None:
+        if base is not None or models:
+            raise UsageError("--config names base and models; drop them from the command line.")
+        found, recipe = read_recipe(Path(request.config))
+        tokenizer = request.tokenizer
+        return found, replace(recipe, tokenizer=tokenizer) if tokenizer else recipe
+    if isinstance(models, str | Path):
+        raise UsageError(f"{models} is one model; give a list of fine-tunes to merge.")
+    if not models:
+        raise UsageError("Name the base and at least one fine-tune, or give --config.")
+    recipe = models if isinstance(models, Recipe) else _recipe(request)
+    return str(base or base_named_by(recipe)), recipe
+
+
+def _recipe(request: MergeRequest) -> Recipe:
+    given = list(request.models)
+    weights = _each("--weight", request.weight, len(given), 1.0)
+    densities = _each("--density", request.density, len(given), None)
+    models = [
+        each if isinstance(each, Model) else Model(str(each), weight, density)
+        for each, weight, density in zip(given, weights, densities, strict=True)
+    ]
+    return Recipe(
+        tuple(models), request.method, request.sparsify, request.consensus, request.scale,
+        dict(request.method_settings), request.tokenizer,
+    )  # fmt: skip
+
+
+def _each(option: str, given: Sequence[Any] | None, count: int, usual: Any) -> list[Any]:
+    """One value a model. Raises UsageError for any other number of values."""
+    if not given:
+        return [usual] * count
+    values = [parse_value(each, option) if isinstance(each, str) else each for each in given]
+    if len(values) not in (1, count):
+        raise UsageError(
+            f"{option} is given {len(values)} times for {count} models; give one for all or one each."
+        )
+    return values * count if len(values) == 1 else values
+
+
+def base_named_by(recipe: Recipe) -> str:
+    """The base that the archives among the models name, beside them or by its id.
+
+    Raises UsageError where none does.
+    """
+    for model in recipe.models:
+        if is_archive(model.path):
+            with Archive(Path(model.path)) as archive:
+                label = archive.manifest.base.label
+            beside = Path(model.path).absolute().parent / label
+            return str(beside) if beside.is_dir() else label
+    raise UsageError("No archive is among the models that would name the base; give it.")
+
+
 def _scoring(
+    request: MergeRequest,
     tasks: Sequence[str | Path],
     texts: Sequence[str | Path],
-    limit: int | None,
-    batch_size: int,
-    dtype: str,
-    device: str | None,
     answers: int = 0,
-) -> Scoring:
+) -> Scoring | None:
+    if not tasks and not texts:
+        return None
     from deltafold.evaluation.data import read_tasks, read_texts
 
-    wanted = choose_dtype(dtype)
-    request = Request(
-        tuple(map(str, tasks)),
-        tuple(map(str, texts)),
-        batch_size=batch_size,
-        limit=limit,
-        answers=answers,
-    )
-    read_tasks(request.tasks, limit)  # a broken file is told of before any work
-    read_texts(request.texts)
-    return Scoring(request, wanted, choose_device(device))
+    asked = Request(
+        tuple(map(str, tasks)), tuple(map(str, texts)), batch_size=request.batch_size,
+        limit=request.limit, answers=answers,
+    )  # fmt: skip
+    read_tasks(asked.tasks, request.limit)  # a broken file is told of before any work
+    read_texts(asked.texts)
+    return Scoring(asked, choose_dtype(request.dtype), choose_device(request.device))
 
 
 def _check_tokenizers(base: str | Path, recipe: Recipe) -> None:
@@ -147,18 +164,15 @@ def candidates_of(recipe: Recipe, search: Mapping[str, Sequence[float]]) -> list
     return found
 
 
-def _searching(
-    recipe: Recipe,
-    search: Mapping[str, Sequence[float]],
-    scoring: Scoring | None,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """What the verb is given so that it searches."""
+def _searching(wish: Wish, request: MergeRequest, scoring: Scoring | None) -> Wish:
+    """The wish with candidates, and what chooses among them."""
     if scoring is None:
         raise UsageError(
             "--search needs something to choose by; give --search-on, --task or --text."
         )
-    recipes = candidates_of(recipe, search)
+    search, progress = request.search, request.progress
+    assert isinstance(search, Mapping)
+    recipes = candidates_of(wish.recipe, search)
 
     guide = replace(scoring, request=replace(scoring.request, answers=0))
 
@@ -187,7 +201,7 @@ def _searching(
         on = [*scoring.request.tasks, *scoring.request.texts]
         return best, {"criterion": criterion, "on": on, "tried": rows}
 
-    return {"candidates": recipes, "choose": choose}
+    return replace(wish, candidates=recipes, choose=choose)
 
 
 def _tried(measure: Any, formed: Formed, number: int) -> dict[str, Any]:
@@ -206,18 +220,14 @@ def _searched(recipe: Recipe, name: str) -> float:
 
 
 def _scores(
-    base: str | Path,
-    recipe: Recipe,
-    output: str | Path,
-    record: Record,
-    scoring: Scoring,
-    progress: Progress | None,
+    wish: Wish, output: Path, record: Record, scoring: Scoring, progress: Progress | None
 ) -> list[dict[str, Any]]:
     """Figures of base, single models and the result, on all tasks and texts."""
-    sources = [("base", record["base"], base)]
+    base = wish.base
+    sources: list[tuple[str, str, str | Path]] = [("base", record["base"], base)]
     sources += [
         ("model", label, model.path)
-        for label, model in zip(record["models"], recipe.models, strict=True)
+        for label, model in zip(record["models"], wish.recipe.models, strict=True)
     ]
     sources.append(("merged", str(output), output))
     rows = []

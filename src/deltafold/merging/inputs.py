@@ -17,7 +17,13 @@ from deltafold.dtypes import stored_bytes
 from deltafold.errors import MismatchError, UsageError, nearest
 from deltafold.merging.recipe import Recipe
 from deltafold.merging.sources import Header, Renamed, Source, config_of
-from deltafold.merging.tokenizers import Files, merged_files, untied, vocabulary_of
+from deltafold.merging.tokenizers import (
+    Files,
+    adopted_files,
+    merged_files,
+    untied,
+    vocabulary_of,
+)
 from deltafold.merging.vocabulary import Settled, Vocabulary, settle
 from deltafold.names import block_of, role_of
 
@@ -71,7 +77,10 @@ def settle_inputs(base: Source, models: Sequence[Source], recipe: Recipe) -> Inp
     made = merged_files(files[0], files[1:], settled, owner) if rows else dict(files[0])
     if parted and "config.json" in made:
         made["config.json"] = untied(made["config.json"])
-    inputs = Inputs(base, tuned, layout, by_row, settled, made, notes + settled.notes)
+    labelled = [(source.label, each) for source, each in zip(tuned, files[1:], strict=True)]
+    more, told = adopted_files({**files[0], **made}, labelled)
+    notes = notes + settled.notes + told
+    inputs = Inputs(base, tuned, layout, by_row, settled, made | more, notes)
     if recipe.blocks not in (None, inputs.n_blocks):
         raise MismatchError(
             f"{base.label} has {inputs.n_blocks} blocks, but the slices take {recipe.blocks}; a merge "

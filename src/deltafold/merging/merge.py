@@ -7,138 +7,113 @@ one name, whatever the models' size; random choices follow from seed, tensor and
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from deltafold.calibration.opens import check_opens
 from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
-from deltafold.checkpoint.writer import guard_storage
-from deltafold.errors import UsageError
+from deltafold.checkpoint.beside import is_own_index
+from deltafold.checkpoint.writer import guard_storage, put_file
 from deltafold.merging.inputs import Inputs, settle_inputs
 from deltafold.merging.recipe import Recipe
+from deltafold.merging.request import MergeRequest
 from deltafold.merging.search import Choose, Formed
-from deltafold.merging.sources import CheckpointSource, open_source
+from deltafold.merging.sources import CheckpointSource, Source, open_source
 from deltafold.merging.tensors import Tensors, agreement, scaled_figures
-from deltafold.running.cluster import check_engine, open_engine
-from deltafold.running.engine import Progress, Resources, Task
-from deltafold.running.record import (
-    RECORD_VERSION,
-    Meter,
-    Record,
-    check_record_path,
-    machine,
-    record_path,
-    write_record,
-)
-from deltafold.running.stored import storable
-from deltafold.running.workspace import Workspace, check_output, check_space
+from deltafold.running.engine import Resources, Task
+from deltafold.running.record import RECORD_VERSION, Record
+from deltafold.running.run import Run
+from deltafold.running.workspace import Workspace, check_space
 
-SHARD_BYTES = 5_000_000_000
+FOLDER = "merged"
 
 
-@storable
-def merge(
-    base: str | Path,
-    recipe: Recipe,
-    output: str | Path,
-    *,
-    seed: int = 0,
-    shard_bytes: int = SHARD_BYTES,
-    candidates: Sequence[Recipe] = (),
-    choose: Choose | None = None,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    restart: bool = False,
-    workers: int | None = None,
-    memory_bytes: int | None = None,
-    engine: str = "threads",
-    progress: Progress | None = None,
-    record: str | Path | None = None,
-) -> Record:
-    """Merge the models of a recipe, all fine-tunes of `base`, into the folder `output`.
+@dataclass(frozen=True)
+class Wish:
+    """A merge settled in words: the base, the recipe, and where several are tried, which and by what.
 
-    Models are checkpoints (folders, files, hub ids) or archives. With `candidates`, recipes of the
-    same models in place of `recipe`, all are formed in one pass over the models; `choose` is given
-    them (see `Formed`) and says which one is written, and what to say of it in the record.
-    `dry_run`: read headers and tokenizers, settle what differs, write nothing. `engine`: `threads`, or
-    `ray` for a cluster; it changes no byte.
-
-    Returns the record: norms, cosines and agreement of the deltas, tensor by tensor. Raises
-    MismatchError where the models do not fit the base; nothing is left under `output` then.
+    With `candidates`, recipes of the same models in place of `recipe`, all are formed in one pass over
+    the models; `choose` is given them (see `Formed`) and says which one is written, and what to say of
+    it in the record.
     """
-    out = Path(output)
-    check_output(out, overwrite, [base, *(model.path for model in recipe.models)])
-    check_record_path(record)
-    check_engine(engine)
-    if not 0 <= seed < 1 << 63:
-        raise UsageError(f"seed must lie between 0 and 2^63 - 1, not {seed}.")
-    with contextlib.ExitStack() as stack:
-        meter = stack.enter_context(Meter())
-        ground = stack.enter_context(contextlib.closing(open_checkpoint(base)))
-        sources = [
-            stack.enter_context(contextlib.closing(open_source(model.path, ground)))
-            for model in recipe.models
-        ]
-        inputs = settle_inputs(CheckpointSource(ground), sources, recipe)
-        result = _result(inputs, out, recipe, seed)
-        if dry_run:
-            return result
-        check_space(out, inputs.total_bytes)
+
+    base: str
+    recipe: Recipe
+    candidates: Sequence[Recipe] = ()
+    choose: Choose | None = None
+
+    @property
+    def sources(self) -> list[str]:
+        """Everything that is read."""
+        return [self.base, *(model.path for model in self.recipe.models)]
+
+
+def merge_models(request: MergeRequest, wish: Wish) -> Record:
+    """Merge the models of a recipe, all fine-tunes of the base, into the request's output."""
+    with MergeRun("merge", request, wish.sources) as run:
+        ground = run.opened(open_checkpoint(wish.base))
+        sources = [run.opened(open_source(m.path, ground)) for m in wish.recipe.models]
+        inputs = settle_inputs(CheckpointSource(ground), sources, wish.recipe)
+        content = _content(inputs, [CheckpointSource(ground), *sources], request, wish.recipe)
+        if request.dry_run:
+            return content
         identity = {
             "command": "merge",
             "base": ground.fingerprint(),
             "models": [source.fingerprint() for source in sources],
-            "recipe": recipe.to_json(),
-            "candidates": [each.to_json() for each in candidates],
-            "seed": seed,
-            "shards": shard_bytes,
+            "recipe": wish.recipe.to_json(),
+            "candidates": [each.to_json() for each in wish.candidates],
+            **request.identity(),
         }
-        workspace = stack.enter_context(Workspace(out, identity, restart))
-        runner = stack.enter_context(open_engine(engine, workers, memory_bytes))
-        resources = Resources(workers, memory_bytes, progress, runner)
-        formed = None
-        if choose is not None:
-            formed = Formed(Tensors(inputs, seed), candidates, workspace)
-            check_space(out, inputs.total_bytes + formed.disk_bytes)
-            formed.form(resources)
-            chosen, result["search"] = choose(formed)
-            recipe = candidates[chosen]
-            result["recipe"] = recipe.to_json()
-        work = _Merge(Tensors(inputs, seed), recipe, workspace, shard_bytes, formed)
-        work.run(resources, ground.metadata or {"format": "pt"})
-        result["tensors"] = work.rows()
-        workspace.publish("merged", overwrite)
-    result |= {
-        "seconds": meter.seconds,
-        "peak_memory_bytes": meter.peak_memory_bytes,
-        "machine": machine(),
-    }
-    if runner:
-        result["engine"] = runner.to_record()
-    write_record(result, Path(record) if record else record_path(out))
-    return result
+        workspace, recipe = run.begin(identity, inputs.total_bytes), wish.recipe
+        tensors, formed = Tensors(inputs, request.seed), None
+        if wish.choose is not None:
+            formed = Formed(tensors, wish.candidates, workspace)
+            check_space(run.output, inputs.total_bytes + formed.disk_bytes)
+            formed.form(run.resources)
+            chosen, content["search"] = wish.choose(formed)
+            recipe = wish.candidates[chosen]
+            content["recipe"] = recipe.to_json()
+        inner = ground.inner_files
+        work = TensorMerge(tensors, recipe, workspace, request.shard_bytes, formed, inner)
+        work.run(run.resources, ground.metadata or {"format": "pt"})
+        checked = check_opens(work.folder, ground.label, ground.path)
+        run.publish(FOLDER)
+        return run.record(content | {"tensors": work.figures, "checked": checked})
 
 
-def _result(inputs: Inputs, out: Path, recipe: Recipe, seed: int) -> Record:
+class MergeRun(Run):
+    """A dry run too refuses an output that exists: it says what the same command would do."""
+
+    checks_dry_runs = True
+
+
+def _content(
+    inputs: Inputs, sources: Sequence[Source], request: MergeRequest, recipe: Recipe
+) -> Record:
     """What is known before any work."""
     return {
         "record_version": RECORD_VERSION,
         "kind": "merge",
         "base": inputs.base.label,
-        "output": str(out),
+        "output": str(request.output),
         "output_bytes": inputs.total_bytes,
         "recipe": recipe.to_json(),
-        "settings": {"seed": seed},
+        "settings": request.settings(),
         "models": [source.label for source in inputs.models],
         "vocabulary": {"choice": inputs.settled.choice, "rows": inputs.settled.rows},
         "notes": inputs.notes,
+        "left_out": [
+            {**each, "of": source.label} for source in sources for each in source.left_out
+        ],
         "tensors": [],
     }
 
 
-class _Merge:
-    """One run: its inputs, and the tasks."""
+class TensorMerge:
+    """The tasks of one merge, a tensor each."""
 
     def __init__(
         self,
@@ -147,14 +122,18 @@ class _Merge:
         workspace: Workspace,
         shard_bytes: int,
         formed: Formed | None,
+        inner: Mapping[str, str],
     ):
         self.tensors, self.recipe, self.formed = tensors, recipe, formed
         self.inputs, self.workspace = tensors.inputs, workspace
+        self.figures: list[dict[str, Any]] = []
         self.names = list(self.inputs.layout)
-        self.folder = workspace.folder / "merged"
+        self.folder = workspace.folder / FOLDER
         guard_storage(self.folder, lambda: self.folder.mkdir(exist_ok=True))
         self.layout = plan_shards(
-            [(n, dtype, shape) for n, (dtype, shape) in self.inputs.layout.items()], shard_bytes
+            [(n, dtype, shape) for n, (dtype, shape) in self.inputs.layout.items()],
+            shard_bytes,
+            inner,
         )
 
     def run(self, resources: Resources, metadata: dict[str, str]) -> None:
@@ -163,7 +142,7 @@ class _Merge:
         tasks = [
             Task(
                 name,
-                lambda n=name, k=number: self._one(n, k, writer),  # type: ignore[misc]
+                partial(self._one, name, number, writer),
                 memory_bytes=self.tensors.memory_bytes(name, self.recipe),
                 work=float(self.tensors.elements(name)),
             )
@@ -175,9 +154,10 @@ class _Merge:
             writer.finish()
         finally:
             writer.close()
+        self.figures = self.rows()
         for name, data in sorted(self.inputs.files.items()):
-            path = self.folder / name
-            guard_storage(path, lambda p=path, d=data: p.write_bytes(d))  # type: ignore[misc]
+            if not is_own_index(name):
+                put_file(self.folder, name, data)
 
     def rows(self) -> list[dict[str, Any]]:
         """What was measured of each tensor, in the base's order."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Formed:
         tasks = [
             Task(
                 name,
-                lambda n=name: self._form(n),  # type: ignore[misc]
+                partial(self._form, name),
                 memory_bytes=self.tensors.memory_bytes(name, self.recipes[0]),
                 work=float(self.tensors.elements(name)),
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ import torch
 
 from deltafold.archive import Archive, is_archive
 from deltafold.checkpoint import Checkpoint, open_checkpoint
-from deltafold.errors import CheckpointError
+from deltafold.checkpoint.json_files import parse_object
 from deltafold.restoring.decode import assembled, check_base_headers, check_codecs, checked_rows
 
 Header = tuple[str, tuple[int, ...]]
@@ -26,6 +25,11 @@ class Source(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor in its stored dtype. Raises ArchiveError, MismatchError."""
+        ...
+
+    @property
+    def left_out(self) -> list[dict[str, object]]:
+        """Files that are not taken along."""
         ...
 
     def side_files(self) -> Iterator[tuple[str, bytes]]:
@@ -49,9 +53,13 @@ class CheckpointSource:
     def tensor(self, name: str) -> torch.Tensor:
         return self.checkpoint.tensor(name)
 
+    @property
+    def left_out(self) -> list[dict[str, object]]:
+        return self.checkpoint.left_out
+
     def side_files(self) -> Iterator[tuple[str, bytes]]:
         for path in self.checkpoint.side_files:
-            yield path.name, path.read_bytes()
+            yield self.checkpoint.relative(path), path.read_bytes()
 
     def fingerprint(self) -> object:
         return self.checkpoint.fingerprint()
@@ -78,6 +86,10 @@ class ArchiveSource:
         entry = self.archive.by_name[name]
         return assembled(entry, checked_rows(self.archive, entry, self.base))
 
+    @property
+    def left_out(self) -> list[dict[str, object]]:
+        return []
+
     def side_files(self) -> Iterator[tuple[str, bytes]]:
         for entry in self.archive.manifest.files:
             yield entry.name, self.archive.side_file(entry, self.base)
@@ -103,6 +115,10 @@ class Renamed:
     def tensor(self, name: str) -> torch.Tensor:
         return self._source.tensor(self._twins.get(name, name))
 
+    @property
+    def left_out(self) -> list[dict[str, object]]:
+        return self._source.left_out
+
     def side_files(self) -> Iterator[tuple[str, bytes]]:
         return self._source.side_files()
 
@@ -122,9 +138,4 @@ def open_source(path: str | Path, base: Checkpoint) -> Source:
 
 def config_of(label: str, files: dict[str, bytes]) -> dict[str, Any]:
     """`config.json` of a model's side files; empty if there is none. Raises CheckpointError."""
-    try:
-        return dict(json.loads(files.get("config.json", b"{}")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"config.json of {label} is not valid JSON ({error}); copy it again."
-        ) from None
+    return parse_object(files.get("config.json", b"{}"), f"config.json of {label}")

@@ -11,14 +11,18 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
+from deltafold.checkpoint.contents import is_index
+from deltafold.checkpoint.json_files import parse_object
 from deltafold.errors import CheckpointError
 from deltafold.merging.vocabulary import Settled, Vocabulary
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "*.model", "chat_template*",
+    "merges.txt", "*.model", "chat_template*", "additional_chat_templates/*", "tekken.json",
+    "*.tiktoken", "*.spm", "bpe.codes", "vocab.bpe", "*.vocab",
 )  # fmt: skip
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NOT_ADOPTED = ("config.json", "generation_config.json", "README.md")
 Files = dict[str, bytes]
 
 
@@ -26,7 +30,7 @@ def vocabulary_of(label: str, rows: int, files: Mapping[str, bytes]) -> Vocabula
     """The vocabulary of a model with so many rows. Raises CheckpointError for a broken file."""
     if "tokenizer.json" not in files:
         return Vocabulary(label, rows, known=False)
-    found = _json(files["tokenizer.json"], label, "tokenizer.json")
+    found = parse_object(files["tokenizer.json"], f"tokenizer.json of {label}")
     try:
         proper = found["model"]["vocab"]
         if isinstance(proper, dict):
@@ -36,7 +40,8 @@ def vocabulary_of(label: str, rows: int, files: Mapping[str, bytes]) -> Vocabula
         added = {int(each["id"]): str(each["content"]) for each in found.get("added_tokens") or []}
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(
-            f"tokenizer.json of {label} cannot be read ({error!r}); copy it again."
+            f"tokenizer.json of {label} is not one of the tokenizers library ({error!r}); put a "
+            "proper one in its place."
         ) from None
     return Vocabulary(label, rows, tokens | added, frozenset(added.values()))
 
@@ -64,6 +69,34 @@ def merged_files(
 
 def is_tokenizer_file(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)
+
+
+def adopted_files(
+    base: Mapping[str, bytes], models: Sequence[tuple[str, Mapping[str, bytes]]]
+) -> tuple[Files, list[str]]:
+    """Files that the base lacks and models have: modules, processors, code; and notes on the rest.
+
+    A file that models have with different content comes from the first of them. Tokenizer, card and
+    generation settings are the base's, or of the model whose tokenizer is asked for.
+    """
+    files: Files = {}
+    left: dict[str, list[str]] = {}
+    owners: dict[str, str] = {}
+    notes = []
+    for label, theirs in models:
+        for name, data in sorted(theirs.items()):
+            if name in base:
+                continue
+            if is_tokenizer_file(name) or name in NOT_ADOPTED or is_index(name):
+                left.setdefault(label, []).append(name)
+            elif name not in files:
+                files[name], owners[name] = data, label
+            elif files[name] != data:
+                notes.append(f"{name} differs between models: that of {owners[name]} is taken.")
+    for label, names in left.items():
+        named = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        notes.append(f"not taken from {label}: {named}; the base's tokenizer files are kept.")
+    return files, notes
 
 
 def _config(
@@ -111,15 +144,6 @@ def _add_tokens(files: Files, models: Sequence[Mapping[str, bytes]], settled: Se
         files["tokenizer_config.json"] = _dumped(settings)
     if plain is not None:
         files["added_tokens.json"] = _dumped(plain)
-
-
-def _json(data: bytes, label: str, name: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(data))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{name} of {label} is not valid JSON ({error}); copy it again."
-        ) from None
 
 
 def _dumped(value: object) -> bytes:

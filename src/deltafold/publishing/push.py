@@ -12,7 +12,13 @@ from typing import Any
 from deltafold.archive import MANIFEST_FILE, Archive
 from deltafold.archive.reader import FILES_FOLDER
 from deltafold.checkpoint import Checkpoint
-from deltafold.checkpoint.hub import ARCHIVE_PATTERNS, CHECKPOINT_PATTERNS, unreachable
+from deltafold.checkpoint.contents import INDEX_FILE
+from deltafold.checkpoint.hub import (
+    ARCHIVE_PATTERNS,
+    CHECKPOINT_PATTERNS,
+    FETCHED_PATTERNS,
+    unreachable,
+)
 from deltafold.errors import DeltafoldError, HubError, UsageError
 from deltafold.publishing.card import card, license_of
 from deltafold.running.record import Record, read_record
@@ -90,14 +96,15 @@ def packed(folder: Path) -> Parcel:
             return Parcel(True, files, manifest.base.label, manifest.finetuned.label)
     checkpoint = Checkpoint(folder)
     checkpoint.close()
+    found = [*checkpoint.shards, *checkpoint.side_files]
+    if (folder / INDEX_FILE).is_file():
+        found.append(folder / INDEX_FILE)
+    # What is public is what readers fetch; notes that lie about in a folder stay there.
     files = {
-        file.name: file
-        for pattern in CHECKPOINT_PATTERNS
-        for file in sorted(folder.glob(pattern))
-        if file.is_file()
+        checkpoint.relative(file): file
+        for file in found
+        if any(fnmatch(checkpoint.relative(file), pattern) for pattern in FETCHED_PATTERNS)
     }
-    if (folder / CARD_FILE).is_file():
-        files[CARD_FILE] = folder / CARD_FILE
     return Parcel(False, files, *_origins(folder))
 
 

@@ -8,10 +8,11 @@ whatever torch is set to (`running/neutral.py`), so that other bits are a fault.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 from deltafold.archive import Archive, Piece, Tensor, TensorDigest
+from deltafold.archive.manifest import Manifest
 from deltafold.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -22,7 +23,7 @@ from deltafold.codecs.base import DeltaCodec
 from deltafold.coding.counter import derive_key
 from deltafold.coding.sums import rounded_sum
 from deltafold.dtypes import ITEM_BYTES, held_shape
-from deltafold.errors import ArchiveError, MismatchError, UsageError
+from deltafold.errors import ArchiveError, MismatchError, UsageError, nearest
 from deltafold.lazy import torch
 from deltafold.running.neutral import undisturbed
 
@@ -105,6 +106,19 @@ def check_base_headers(archive: Archive, base: Checkpoint) -> None:
                 f"{base.label} is not the base of {archive.folder}: tensor {tensor.name} has shape "
                 f"{list(found.shape)} there; give {archive.manifest.base.label}."
             )
+
+
+def named_tensors(manifest: Manifest, wanted: Iterable[str] | None) -> list[Tensor]:
+    """The tensors of these names, each once, or all. Raises UsageError with the nearest name."""
+    if wanted is None:
+        return list(manifest.tensors)
+    wanted = list(wanted)
+    known = {tensor.name: tensor for tensor in manifest.tensors}
+    for name in wanted:
+        if name not in known:
+            close = nearest(name, sorted(known)).partition("Known:")[0]
+            raise UsageError(f"The archive has no tensor {name!r}; {close}see deltafold inspect.")
+    return [known[name] for name in dict.fromkeys(wanted)]
 
 
 @undisturbed

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deltafold.archive import Archive, Tensor
+from deltafold.calibration.models import config_of, load_weights
 from deltafold.checkpoint import open_checkpoint
+from deltafold.checkpoint.writer import put_file
 from deltafold.dtypes import native
 from deltafold.errors import MismatchError
 from deltafold.lazy import torch
@@ -20,12 +23,13 @@ from deltafold.restoring.decode import (
     check_codecs,
     checked_rows,
     decoded_rows,
+    named_tensors,
 )
 from deltafold.running.engine import Progress, Task, run_tasks
-from deltafold.running.neutral import as_at_start
+from deltafold.running.neutral import undisturbed
 
 
-@as_at_start
+@undisturbed
 def load_state(
     archive: str | Path,
     base: str | Path,
@@ -46,11 +50,34 @@ def load_state(
                 state[tensor.name] = native(whole, tensor.dtype)
 
         tasks = [
-            Task(t.name, lambda t=t: one(t), 200 << 20, float(torch.Size(t.shape).numel()))  # type: ignore[misc]
+            Task(t.name, partial(one, t), 200 << 20, float(torch.Size(t.shape).numel()))
             for t in opened.manifest.tensors
         ]
         run_tasks("load", tasks, workers, None, progress)
         return {tensor.name: state[tensor.name] for tensor in opened.manifest.tensors}
+
+
+def tensors(
+    archive: str | Path, base: str | Path, *, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of each restored tensor, in the checkpoint's order, one in memory at a time.
+
+    In the shapes and dtypes that `restore` writes, and checked as `restore` checks: the base by its
+    hashes, each part by its checksum, and what is stored exactly by the fine-tune's digest.
+
+    Args:
+        names: only these tensors; default: all.
+
+    Raises ArchiveError, MismatchError, and UsageError for a name that the archive does not have.
+
+    >>> for name, tensor in tensors("math.delta", base="base/"):                # doctest: +SKIP
+    ...     print(name, tuple(tensor.shape))
+    """
+    with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
+        check_codecs(opened)
+        check_base_headers(opened, checkpoint)
+        for tensor in named_tensors(opened.manifest, names):
+            yield tensor.name, assembled(tensor, checked_rows(opened, tensor, checkpoint))
 
 
 @contextlib.contextmanager
@@ -76,20 +103,22 @@ def side_files(archive: str | Path, base: str | Path, folder: Path) -> None:
     """Write config, tokenizer and the like of the fine-tune into `folder`."""
     with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
         for entry in opened.manifest.files:
-            (folder / entry.name).write_bytes(opened.side_file(entry, checkpoint))
+            put_file(folder, entry.name, opened.side_file(entry, checkpoint))
 
 
 def load_archive(
     archive: str | Path,
     base: str | Path,
     *,
+    causal: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
     **from_pretrained: Any,
 ) -> Any:
-    """A ready `transformers` model: the fine-tune of `archive` on `base`.
+    """A ready `transformers` model: the fine-tune of `archive` on `base`, of its own class.
 
-    Raises ArchiveError, MismatchError.
+    With `causal` it must be a causal language model. Raises ArchiveError, CheckpointError,
+    MismatchError.
     """
     state = load_state(archive, base, workers=workers, progress=progress)
     with tempfile.TemporaryDirectory() as name:
@@ -99,29 +128,26 @@ def load_archive(
             raise MismatchError(
                 f"{archive} carries no config.json, so no model can be built; use restore."
             )
-        return model_of(folder, state, **from_pretrained)
+        return model_of(folder, state, str(archive), causal, **from_pretrained)
 
 
-def model_of(folder: Path, state: dict[str, torch.Tensor], **from_pretrained: Any) -> Any:
-    """A ready `transformers` model of a folder's config and of tensors in memory."""
-    from transformers import AutoConfig, GenerationConfig
+def model_of(
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    label: str | None = None,
+    causal: bool = True,
+    **from_pretrained: Any,
+) -> Any:
+    """A ready `transformers` model of a folder's config and of tensors in memory.
 
-    config = AutoConfig.from_pretrained(folder)
-    model = _model_class(config).from_pretrained(
-        None, config=config, state_dict=state, **({"dtype": "auto"} | from_pretrained)
-    )
+    Raises CheckpointError, MismatchError.
+    """
+    from transformers import GenerationConfig
+
+    label = label or str(folder)
+    options = {"dtype": "auto"} | from_pretrained
+    model = load_weights(config_of(folder, label), state, label, causal=causal, **options)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     return model
-
-
-def _model_class(config: Any) -> Any:
-    """The causal language model class of a configuration (the auto class wants a folder)."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise MismatchError(
-            f"transformers has no causal language model for {config.model_type!r}; use restore."
-        )
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -22,7 +22,7 @@ def archive_totals(archive: Archive) -> dict[str, Any]:
         "nominal_ratio": nominal_ratio(archive),
         "payload_bytes": sum(entry.n_bytes for entry in archive.manifest.payload),
         "manifest_bytes": (archive.folder / MANIFEST_FILE).stat().st_size,
-        "files_bytes": sum(f.stat().st_size for f in files.glob("*")) if files.is_dir() else 0,
+        "files_bytes": sum(f.stat().st_size for f in files.rglob("*") if f.is_file()),
     }
 
 

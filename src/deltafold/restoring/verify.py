@@ -19,25 +19,17 @@ from deltafold.restoring.decode import (
     check_digest,
     decoded_rows,
 )
-from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.restoring.request import VerifyRequest
+from deltafold.running.engine import Task, run_tasks
+from deltafold.running.front import front
 from deltafold.running.record import RECORD_VERSION, Meter, Record, machine
 
 TASK_MEMORY_BYTES = 250 << 20
 
 
-def verify(
-    archive: str | Path,
-    base: str | Path | None = None,
-    against: str | Path | None = None,
-    *,
-    workers: int | None = None,
-    memory_bytes: int | None = None,
-    progress: Progress | None = None,
-) -> Record:
-    """Check every part's checksum; with `base`, that it is the base and that everything decodes;
-    with `against` (the fine-tune), that exact tensors come back bit for bit, and how far the others
-    are off. Raises ArchiveError or MismatchError on the first fault; returns the record.
-    """
+def run_verify(request: VerifyRequest) -> Record:
+    """Verify what a request names; see `VerifyRequest`."""
+    archive, base, against = request.archive, request.base, request.against
     if against is not None and base is None:
         raise MismatchError("--against compares restored weights; give --base too.")
     results: dict[str, dict[str, Any]] = {}
@@ -62,12 +54,17 @@ def verify(
             with lock:
                 results[tensor.name] = found
 
-        decodes = base_checkpoint is not None
         tasks = [
-            Task(t.name, partial(one, t), TASK_MEMORY_BYTES, float(math.prod(t.shape)), decodes)
+            Task(
+                t.name,
+                partial(one, t),
+                TASK_MEMORY_BYTES,
+                float(math.prod(t.shape)),
+                tensors=base_checkpoint is not None,
+            )
             for t in opened.manifest.tensors
         ]
-        run_tasks("verify", tasks, workers, memory_bytes, progress)
+        run_tasks("verify", tasks, request.workers, request.memory_bytes, request.progress)
         for entry in opened.manifest.files:
             if base_checkpoint or entry.stored == "zstd":
                 opened.side_file(entry, base_checkpoint)
@@ -85,6 +82,9 @@ def verify(
         "settings": {},
         "machine": machine(),
     }
+
+
+verify = front("verify", VerifyRequest, run_verify)
 
 
 def _check_same_tensors(archive: Archive, tuned: Checkpoint) -> None:

@@ -14,7 +14,6 @@ weighs (see `calibration/precision.py`).
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -127,21 +126,6 @@ def computing(asked: str | None) -> Iterator[Place]:
             yield chosen
     finally:
         _PLACE.reset(token)
-
-
-def computes(verb: Callable[P, T]) -> Callable[P, T]:
-    """For a verb with an argument `device`: its heavy steps compute there.
-
-    And torch is as at its start, whatever the caller has set.
-    """
-
-    @functools.wraps(verb)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        device: Any = kwargs.get("device")
-        with neutral(grad=True), computing(device):
-            return verb(*args, **kwargs)
-
-    return run
 
 
 def _described(name: str) -> Place:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from deltafold.lazy import torch
@@ -167,7 +168,7 @@ def spread(run: Callable[[int], None], count: int) -> None:
                 run(number)
             return
         with _pool(workers) as pool:
-            done = [pool.submit(handed_on(lambda n=number: run(n))) for number in range(count)]  # type: ignore[misc]
+            done = [pool.submit(handed_on(partial(run, number))) for number in range(count)]
             try:
                 for each in done:
                     each.result()

@@ -14,10 +14,11 @@ inside: the last to leave puts it back, so that threads cannot undo one another.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from deltafold.errors import UsageError
@@ -115,15 +116,12 @@ def _check(made: torch.Tensor) -> None:
         )
 
 
-def as_at_start(verb: Callable[P, T]) -> Callable[P, T]:
-    """For a verb: all of it runs inside `neutral`, gradients allowed for what trains."""
+def as_at_start() -> AbstractContextManager[None]:
+    """For a verb: all of it runs inside `neutral`, gradients allowed for what trains.
 
-    @functools.wraps(verb)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        with neutral(grad=True):
-            return verb(*args, **kwargs)
-
-    return run
+    Where torch is not imported yet nobody can have set anything, and it need not be.
+    """
+    return neutral(grad=True) if "torch" in sys.modules else nullcontext()
 
 
 def undisturbed(function: Callable[P, T]) -> Callable[P, T]:

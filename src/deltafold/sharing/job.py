@@ -12,7 +12,9 @@ from deltafold.checkpoint import local_folder
 from deltafold.composed.load import is_shared
 from deltafold.errors import CheckpointError, MismatchError
 from deltafold.running.record import Record
-from deltafold.sharing.methods.plan import Plan, Request, make_plan
+from deltafold.sharing.methods.plan import make_plan
+from deltafold.sharing.record import plan_record
+from deltafold.sharing.request import ShareRequest
 
 
 def structure_of(source: str | Path) -> Structure:
@@ -40,15 +42,9 @@ def _structure(folder: Path, label: str) -> Structure:
     return read_structure(model, blocks, names, label)
 
 
-def plan_sharing(source: str | Path, request: Request) -> Record:
-    """What `share` would do, with exact counts. Raises DeltafoldError.
+def plan_sharing(request: ShareRequest) -> Record:
+    """What `share` would do, with exact counts, from the config alone. Raises DeltafoldError.
 
-    >>> plan_sharing("phi-3/config.json", Request(shared=13, rank=100))         # doctest: +SKIP
+    >>> plan_sharing(ShareRequest("phi-3/config.json", "out", shared=13, rank=100))  # doctest: +SKIP
     """
-    plan = make_plan(structure_of(source), request)
-    return plan_record(plan)
-
-
-def plan_record(plan: Plan) -> Record:
-    """The plan as records hold it."""
-    return {"kind": "share-plan", "model": plan.structure.label, **plan.to_json()}
+    return plan_record(make_plan(structure_of(request.model), request))

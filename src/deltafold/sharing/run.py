@@ -2,198 +2,134 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+import functools
+from dataclasses import replace
 
 import torch
 
 from deltafold.blocks.structure import Structure
-from deltafold.calibration import Sample, calibrate, gather_samples
+from deltafold.calibration import calibrate
 from deltafold.calibration.building import find_blocks
 from deltafold.composed.write import Source
-from deltafold.running.engine import Progress, Step
+from deltafold.running.engine import Resources, Step
 from deltafold.running.record import Record
 from deltafold.running.workspace import Workspace
 from deltafold.sharing.fit import fit
-from deltafold.sharing.methods.plan import DELTA, Place, Plan, make_plan
-from deltafold.sharing.search import Numbers, search
-from deltafold.sharing.start import FIT, Start
-from deltafold.sharing.train import Model, quality, rounded, set_values, whole_quality
-from deltafold.training import Processes, Rows, Settings, State, exam, forward_tokens, pack, train
+from deltafold.sharing.methods.plan import Place, Plan, make_plan
+from deltafold.sharing.record import training_record
+from deltafold.sharing.request import DELTA, FIT, ShareRequest
+from deltafold.sharing.search import Numbers, NumberSearch
+from deltafold.sharing.start import Start
+from deltafold.sharing.text import CALIBRATION_SAMPLES, ShareText
+from deltafold.sharing.train import ShareModel, quality, rounded, set_values, whole_quality
+from deltafold.training import Processes, Rows, Settings, State, exam, forward_tokens, train
 
-OWN_TEXT = "self"
-OWN_SAMPLES, ALL_SAMPLES = 256, 1_000_000
-CALIBRATION_SAMPLES, FIT_TOKENS = 128, 16_384
 STATE, TRIALS = "training.safetensors", "trials.json"
 COST_ROWS = 8  # held-out rows on which the placement `searched` judges a block
-
 
 Tensors = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Where text comes from: to train on, and to measure on."""
+class ShareRun:
+    """After `do`: `plan`, `values` of the factors, and `changed`, other parameters that moved.
 
-    train: str | Path | None
-    measure: str | Path | None
-    samples: int | None
-    max_tokens: int
-
-
-class Run:
-    """After `do`: `plan`, `values` of the factors, and `changed`, other parameters that moved."""
+    The workspace is the main process's; the others have none.
+    """
 
     plan: Plan
 
     def __init__(
         self,
+        request: ShareRequest,
         structure: Structure,
         source: Source,
-        numbers: Numbers,
-        texts: Texts,
-        settings: Record,
-        workspace: Workspace | None,
         processes: Processes,
-        workers: int | None,
-        memory_bytes: int | None,
-        progress: Progress | None,
+        resources: Resources,
+        workspace: Workspace | None,
     ):
-        self.structure, self.source, self.numbers, self.texts = structure, source, numbers, texts
-        self.settings, self.workspace, self.processes = settings, workspace, processes
-        self.workers, self.memory_bytes = workers, memory_bytes
-        self.progress = progress if processes.is_main else None
+        self.request, self.structure, self.source = request, structure, source
+        self.processes, self.resources, self.workspace = processes, resources, workspace
+        self.numbers = Numbers.of(request)
+        self.text = ShareText(source.checkpoint.path, request, processes)
         self.device = processes.device()
-        self.values: dict[str, torch.Tensor] = {}
-        self.changed: dict[str, torch.Tensor] = {}
-        self._model: Model | None = None
+        self.values: Tensors = {}
+        self.changed: Tensors = {}
 
-    @property
-    def steps(self) -> int:
-        return int(self.settings["steps"])
-
-    @property
-    def model(self) -> Model:
+    @functools.cached_property
+    def model(self) -> ShareModel:
         """The model in memory, loaded when it is first needed."""
-        if self._model is None:
-            folder = self.source.checkpoint.path
-            self._model = Model.load(
-                folder, self.settings["bf16"], self.device, self.settings["recompute"]
-            )
-        return self._model
+        folder, request = self.source.checkpoint.path, self.request
+        return ShareModel.load(folder, request.bf16, self.device, request.recompute)
 
     def do(self) -> Record:
         """Everything but writing; what the record says of it."""
-        rows = self._rows(self._train_text()) if self._wants_text() else None
-        learn, held = rows.split(self.numbers.settings.seed) if rows is not None else (None, None)
-        judged = held
-        if self.texts.measure is not None:
-            judged = self._rows(self.texts.measure)
+        rows = self.text.training()
+        learn, held = rows.split(self.request.seed) if rows is not None else (None, None)
+        measured = self.text.measured()
+        found: Record = {}
         costs = None
-        if self.numbers.request.placement == "searched":
+        if self.request.placement == "searched":
             assert held is not None
             costs = self._costs(held.chosen(range(min(COST_ROWS, len(held)))))
-        found: Record = {}
-        if self.settings["search"] and learn is not None and held is not None:
+            found["costs"] = [{"block": block, "kl": kl} for block, kl in sorted(costs.items())]
+        if self.request.trials and learn is not None and held is not None:
             found["search"] = self._search(costs, learn, held)
         self.plan = make_plan(self.structure, self.numbers.request, costs)
         self.values, self.changed = self._start(self.plan)
-        if self.settings["start"] == FIT:
+        if self.request.start == FIT:
             self.values |= self._fitted(self.plan, learn)
-        if costs is not None:
-            found["costs"] = [{"block": block, "kl": kl} for block, kl in sorted(costs.items())]
+        judged = held if measured is None else measured
         if judged is not None:
             found |= self._trained(learn, held, judged)
-        if rows is not None and learn is not None and held is not None:
-            found["text"] = {
-                "source": str(self._train_text()), "rows": len(rows), "tokens": rows.tokens,
-                "held_out_rows": len(held), "row_tokens": rows.ids.shape[1],
-                "tokens_trained": self.steps * self.numbers.settings.batch_rows * rows.ids.shape[1],
-            }  # fmt: skip
+        if rows is not None and held is not None:
+            found["text"] = self.text.to_record(rows, held)
         return found | {"numbers": self.numbers.to_json()}
-
-    # --- text ---------------------------------------------------------------------------------
-
-    def _wants_text(self) -> bool:
-        return self.steps > 0 or self.numbers.request.placement == "searched"
-
-    def _train_text(self) -> str | Path:
-        return OWN_TEXT if self.texts.train is None else self.texts.train
-
-    def _rows(self, source: str | Path, most: int | None = None) -> Rows:
-        """Rows of a text, of `most` samples if that is given."""
-        samples = most or self.texts.samples
-        if samples is None:
-            samples = OWN_SAMPLES if str(source) == OWN_TEXT else ALL_SAMPLES
-        found: list[Sample] = []
-        if self.processes.is_main:
-            found = gather_samples(
-                self.source.checkpoint.path,
-                source,
-                samples=samples,
-                max_tokens=self.texts.max_tokens,
-                seed=self.numbers.settings.seed,
-                memory_bytes=self.memory_bytes,
-            )
-        return pack(self.processes.shared(found), self.texts.max_tokens)
 
     # --- start --------------------------------------------------------------------------------
 
     def _start(self, plan: Plan) -> tuple[Tensors, Tensors]:
         """(factors, biases that moved with their neurons), made by the main process for all."""
         found: tuple[Tensors, Tensors] = ({}, {})
-        if self.processes.is_main:
+        if self.workspace is not None:
             start = self._starter(plan)
-            found = (start.factors(self.workers, self.memory_bytes, self.progress), start.changed)
+            found = (start.factors(self.workspace, self.resources), start.changed)
         return self.processes.shared(found)
 
     def _starter(self, plan: Plan) -> Start:
-        calibration = None
-        how = self.settings["start"]
-        if how in ("activation", FIT):
+        request, calibration = self.request, None
+        if request.start in ("activation", FIT):
             calibration = calibrate(
                 self.source.checkpoint.path,
-                self._calibration_text(),
+                self.text.calibration,
                 samples=CALIBRATION_SAMPLES,
-                max_tokens=self.texts.max_tokens,
-                seed=self.numbers.settings.seed,
-                memory_bytes=self.memory_bytes,
-                progress=self.progress,
+                max_tokens=request.max_tokens,
+                seed=request.seed,
+                memory_bytes=request.memory_bytes,
+                progress=request.progress,
             )
         return Start(
-            self.source, plan, "activation" if how == FIT else how,
-            self.settings["align"] and plan.request.method in (DELTA, "tie"),
-            calibration, self.numbers.settings.seed,
+            self.source, plan, "activation" if request.start == FIT else request.start,
+            request.align and plan.request.method in (DELTA, "tie"), calibration, request.seed,
         )  # fmt: skip
 
-    def _calibration_text(self) -> str | Path:
-        return "pages" if self.texts.train is None else self.texts.train
-
     def _fitted(self, plan: Plan, learn: Rows | None) -> Tensors:
-        """Values of what writes, fitted to the original's outputs by the main process.
-
-        Never on held-out rows: those could not tell then whether training gains.
-        """
-        rows = learn
-        if rows is None:
-            rows = self._rows(self._calibration_text(), CALIBRATION_SAMPLES)
-        rows = rows.chosen(range(min(len(rows), max(1, FIT_TOKENS // rows.ids.shape[1]))))
+        """Values of what writes, fitted to the original's outputs by the main process."""
+        rows = self.text.fitting(learn)
         found: Tensors = {}
         if self.processes.is_main:
             student = self.model.student(
                 plan, self.values, self.changed, self.numbers.schedule, 1, 0
             )
             blocks, _ = find_blocks(self.model.model, self.source.checkpoint.path)
-            found = fit(
-                student, blocks, plan, rows, self.device, self.numbers.settings.seed, self.progress
-            )
+            progress, seed = self.request.progress, self.request.seed
+            found = fit(student, blocks, plan, rows, self.device, seed, progress)
             self.model.close()
         return self.processes.shared(found)
 
     def _costs(self, rows: Rows) -> dict[int, float]:
         """KL that each block costs when it alone shares, with the block before it as its anchor."""
-        request = replace(self.numbers.request, method=DELTA)
-        sample = make_plan(self.structure, replace(request, placement="alternating")).places[0]
+        request = self.request.but(method=DELTA)
+        sample = make_plan(self.structure, request.but(placement="alternating")).places[0]
         depth = self.structure.depth
         kept = {number % depth for number in request.protect}
         free = [number for number in range(1, depth) if number not in kept]
@@ -211,58 +147,53 @@ class Run:
     # --- training -----------------------------------------------------------------------------
 
     def _search(self, costs: dict[int, float] | None, learn: Rows, held: Rows) -> list[Record]:
-        workspace, steps = self.workspace, self.settings["search_steps"]
+        workspace, trials = self.workspace, self.request.trials
         done = workspace.load_json(TRIALS) if workspace and workspace.has(TRIALS) else []
 
         def short(numbers: Numbers) -> float:
-            plan = make_plan(self.structure, numbers.request, costs)
+            plan, settings = make_plan(self.structure, numbers.request, costs), numbers.settings
             student = self.model.student(
-                plan, *self._start(plan), numbers.schedule, steps, numbers.settings.seed
+                plan, *self._start(plan), numbers.schedule, settings.steps, settings.seed
             )
             state = train(
-                student, self.model.teacher(student), learn, held, self._roomy(numbers.settings),
+                student, self.model.teacher(student), learn, held, self._sized(settings),
                 processes=self.processes,
             )  # fmt: skip
             self.model.close()
             return float(state.exams[-1][2])
 
-        self.numbers, rows = search(
-            self.settings["search"], self.numbers, steps, short, done=done,
+        search = NumberSearch(
+            self.processes,
+            done,
             save=lambda rows: workspace.save_json(TRIALS, rows) if workspace else None,
-            report=lambda n, kl: self._tell("search", f"KL {kl:.3g}", n, self.settings["search"]),
-            processes=self.processes,
-        )  # fmt: skip
+            report=lambda n, kl: self._tell("search", f"KL {kl:.3g}", n, trials),
+        )
+        self.numbers, rows = search.run(self.numbers, short)
         return rows
 
     def _trained(self, learn: Rows | None, held: Rows | None, judged: Rows) -> Record:
         """Train, if asked; measure the whole model, the start, and what is written."""
         settings, form = self.numbers.settings, self.plan.form()
-        tune = self.settings["tune"] if self.steps else "delta"
+        tune = self.request.tune if self.request.steps else "delta"
         student = self.model.student(
             self.plan, self.values, self.changed, self.numbers.schedule, settings.steps,
             settings.seed, tune,
         )  # fmt: skip
         teacher = self.model.teacher(student)
         found: Record = {"quality": {"whole": whole_quality(teacher, judged, self.device)}}
-        begin = rounded(
-            {name: p.detach().clone() for name, p in student.parameters.items()}, self.source, form
-        )
         exact = {name: p.detach().clone() for name, p in student.parameters.items()}
-        set_values(student, begin)
+        set_values(student, rounded(exact, self.source, form))
         found["quality"]["start"] = quality(student, teacher, judged, self.device)
         set_values(student, exact)
-        del begin, exact
-        if self.steps and learn is not None and held is not None:
+        del exact
+        if self.request.steps and learn is not None and held is not None:
             state = train(
-                student, teacher, learn, held, self._roomy(settings), state=self._saved(), save=self._save,
-                report=self._report, processes=self.processes,
+                student, teacher, learn, held, self._sized(settings), state=self._saved(),
+                save=self._save, report=self._report, processes=self.processes,
             )  # fmt: skip
-            found |= self._curves(state)
-            values = rounded(
-                {name: p.detach().cpu() for name, p in student.parameters.items()},
-                self.source,
-                form,
-            )
+            found |= training_record(state, self.plan, self.numbers, self.processes.world)
+            trained = {name: p.detach().cpu() for name, p in student.parameters.items()}
+            values = rounded(trained, self.source, form)
             set_values(student, values)
             found["quality"]["trained"] = quality(student, teacher, judged, self.device)
             factors = set(form.factors())
@@ -271,7 +202,7 @@ class Run:
         self.model.close()
         return found
 
-    def _roomy(self, settings: Settings) -> Settings:
+    def _sized(self, settings: Settings) -> Settings:
         """With as many tokens at a time as suit the processor."""
         return replace(settings, forward_tokens=forward_tokens(self.model.model, self.device))
 
@@ -289,34 +220,8 @@ class Run:
     def _report(self, state: State) -> None:
         words = f"loss {state.curve[-1][1]:.3f}, held-out KL {state.best_kl:.3f}"
         speed = state.tokens_per_second * self.processes.world
-        self._tell("train", f"{words}, {speed:.0f} tokens/s", state.step, self.steps)
+        self._tell("train", f"{words}, {speed:.0f} tokens/s", state.step, self.request.steps)
 
     def _tell(self, stage: str, words: str, done: int, total: int) -> None:
-        if self.progress:
-            self.progress(Step(stage, words, done, total, 0))
-
-    def _curves(self, state: State) -> Record:
-        """What figures are drawn from. Of a long run every so many steps' means."""
-        each = max(1, len(state.curve) // 200)
-        curve = []
-        for first in range(0, len(state.curve), each):
-            rows = state.curve[first : first + each]
-            means = [sum(values) / len(rows) for values in zip(*rows, strict=True)]
-            curve.append(
-                {"step": int(rows[-1][0]), "loss": means[1], "ce": means[2], "kl": means[3]}
-            )
-        schedule = self.numbers.schedule
-        return {
-            "steps_done": state.step,
-            "best_step": state.best_step,
-            "rate_scale": state.scale,
-            "tokens_per_second_training": state.tokens_per_second * self.processes.world,
-            "trained_parameters": sum(value.numel() for value in state.best.values()),
-            "curve": curve,
-            "exams": [{"step": int(s), "ce": ce, "kl": kl} for s, ce, kl in state.exams],
-            "replacement": {
-                "modules": list(self.plan.groups),
-                "steps": self.steps,
-                "points": schedule.table(len(self.plan.groups), self.steps),
-            },
-        }
+        if self.request.progress:
+            self.request.progress(Step(stage, words, done, total, 0))

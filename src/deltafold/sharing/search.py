@@ -9,10 +9,14 @@ from typing import Any
 
 from deltafold.errors import UsageError
 from deltafold.running.record import Record
-from deltafold.sharing.methods.plan import Request
 from deltafold.sharing.methods.replacing import Schedule
+from deltafold.sharing.request import ShareRequest
 from deltafold.training import Settings
 from deltafold.training.processes import Processes
+
+SEARCHED = (
+    "rate", "kl_share", "temperature", "replace_from", "replace_until", "replace_stagger", "split",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,32 +25,36 @@ class Numbers:
 
     settings: Settings
     schedule: Schedule
-    request: Request
+    request: ShareRequest
+
+    @classmethod
+    def of(cls, request: ShareRequest) -> Numbers:
+        """As they are asked for."""
+        settings = Settings(
+            max(1, request.steps), request.rate, request.batch, request.kl_share, request.temperature,
+            check_steps=request.check_steps, patience=request.patience,
+            earliest_stop=round(request.replace_until * request.steps), seed=request.seed,
+        )  # fmt: skip
+        return cls(settings, _schedule(request), request)
 
     def to_json(self) -> Record:
         """The searched ones, for records."""
-        return {
-            "rate": self.settings.rate,
-            "kl_share": self.settings.kl_share,
-            "temperature": self.settings.temperature,
-            "replace_from": self.schedule.start,
-            "replace_until": self.schedule.until,
-            "replace_stagger": self.schedule.stagger,
-            "split": self.request.split,
-        }
+        return {name: getattr(self.request, name) for name in SEARCHED}
 
     def changed(self, found: Record) -> Numbers:
         """With numbers that a trial proposes."""
-        return Numbers(
-            replace(
-                self.settings,
-                rate=found["rate"],
-                kl_share=found["kl_share"],
-                temperature=found["temperature"],
-            ),
-            Schedule(found["replace_from"], found["replace_until"], found["replace_stagger"]),
-            replace(self.request, split=found["split"]),
+        request = self.request.but(**{name: found[name] for name in SEARCHED})
+        settings = replace(
+            self.settings,
+            rate=request.rate,
+            kl_share=request.kl_share,
+            temperature=request.temperature,
         )
+        return Numbers(settings, _schedule(request), request)
+
+
+def _schedule(request: ShareRequest) -> Schedule:
+    return Schedule(request.replace_from, request.replace_until, request.replace_stagger)
 
 
 def check_search() -> None:
@@ -59,42 +67,52 @@ def check_search() -> None:
         ) from None
 
 
-def search(
-    trials: int,
-    numbers: Numbers,
-    steps: int,
-    train: Callable[[Numbers], float],
-    *,
-    done: list[Record],
-    save: Callable[[list[Record]], None],
-    report: Callable[[int, float], None],
-    processes: Processes,
-) -> tuple[Numbers, list[Record]]:
-    """The best of `trials` trainings of `steps` steps, by the KL on held-out text; and all of them.
+class NumberSearch:
+    """A search over numbers of the training, on held-out text, by all processes together.
 
-    The first trial is what was asked for. `done` are trials of an interrupted run: they are told to
-    the sampler again, which then proposes what it would have.
+    `done` are trials of an interrupted run: they are told to the sampler again, which then proposes
+    what it would have. `save` keeps the trials so far, `report` is told how many there are and the
+    least KL.
     """
-    study = _study(numbers.settings.seed) if processes.is_main else None
-    if study is not None:
-        study.enqueue_trial(numbers.to_json())
-    rows: list[Record] = []
-    for number in range(trials):
-        trial = None if study is None else study.ask()
-        found: Record = processes.shared({} if trial is None else _propose(trial))
-        earlier = processes.shared(done[number]["kl"] if number < len(done) else None)
-        short = numbers.changed(found)
-        kl = earlier
-        if kl is None:
-            kl = train(replace(short, settings=replace(short.settings, steps=steps)))
+
+    def __init__(
+        self,
+        processes: Processes,
+        done: list[Record],
+        save: Callable[[list[Record]], None],
+        report: Callable[[int, float], None],
+    ):
+        self.processes, self.done, self.save, self.report = processes, done, save, report
+
+    def run(
+        self, numbers: Numbers, train: Callable[[Numbers], float]
+    ) -> tuple[Numbers, list[Record]]:
+        """The best of so many trainings as the request asks for, by their KL; and all of them.
+
+        The first trial is what was asked for.
+        """
+        request, processes = numbers.request, self.processes
+        study = _study(request.seed) if processes.is_main else None
         if study is not None:
-            study.tell(trial, kl)
-        rows.append({"kl": kl, "steps": steps, **found})
-        if processes.is_main:
-            save(rows)
-            report(number + 1, min(row["kl"] for row in rows))
-    best = min(rows, key=lambda row: row["kl"])
-    return numbers.changed(best), rows
+            study.enqueue_trial(numbers.to_json())
+        rows: list[Record] = []
+        for number in range(request.trials):
+            trial = None if study is None else study.ask()
+            found: Record = processes.shared({} if trial is None else _propose(trial))
+            kl = processes.shared(self.done[number]["kl"] if number < len(self.done) else None)
+            if kl is None:
+                short = numbers.changed(found)
+                kl = train(
+                    replace(short, settings=replace(short.settings, steps=request.steps_of_trial))
+                )
+            if study is not None:
+                study.tell(trial, kl)
+            rows.append({"kl": kl, "steps": request.steps_of_trial, **found})
+            if processes.is_main:
+                self.save(rows)
+                self.report(number + 1, min(row["kl"] for row in rows))
+        best = min(rows, key=lambda row: row["kl"])
+        return numbers.changed(best), rows
 
 
 def _study(seed: int) -> Any:

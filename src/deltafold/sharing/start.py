@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from deltafold.blocks.align import match
 from deltafold.blocks.layout import Layout
 from deltafold.blocks.reading import read_layout
-from deltafold.blocks.structure import Layer
 from deltafold.blocks.units import Units, features, rearranged
 from deltafold.calibration import Calibration
 from deltafold.composed.form import Linear
 from deltafold.composed.write import Source
-from deltafold.errors import UsageError, nearest
-from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.running.engine import Resources, Task
+from deltafold.running.workspace import Workspace
 from deltafold.sharing.methods.initialise import INITIALISATIONS, least_scale
 from deltafold.sharing.methods.plan import Place, Plan
 
-FIT = "fit"
 SCALE_ROUNDS = 3
-STARTS = (*INITIALISATIONS, FIT)
+RESULTS = "start"
 Tensors = dict[str, torch.Tensor]
 
 
-def check_start(how: str, align: bool, plan_parts: Sequence[str]) -> None:
-    """Raises UsageError for a start that cannot be."""
-    if how not in STARTS:
-        raise UsageError(f"There is no start {how!r}; {nearest(how, list(STARTS))}")
-    if align and "mlp" not in plan_parts:
-        raise UsageError(
-            "Only neurons of MLPs are aligned, and none are shared; leave out --align."
-        )
+@dataclass(frozen=True)
+class Alignment:
+    """The order of a block's neurons, by kind, that brings them nearest to its anchor's."""
+
+    layout: Layout
+    units: list[Units]
+    orders: dict[str, torch.Tensor]
+
+    def ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the block, of any shape, with its neurons in that order."""
+        split = self.layout.split(name)
+        assert split is not None
+        kinds = [kind for kind in self.units if kind.name in self.orders]
+        return rearranged(kinds, self.orders, split[1], tensor)
 
 
 @dataclass
 class Start:
-    """Makes the factors of a plan. `changed` collects biases whose neurons were put in order."""
+    """Makes the factors of a plan. `changed` collects biases whose neurons were put in order.
+
+    What a layer becomes goes through the workspace, so that layers may be made elsewhere.
+    """
 
     source: Source
     plan: Plan
@@ -46,63 +53,67 @@ class Start:
     align: bool = False
     calibration: Calibration | None = None
     seed: int = 0
-    changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    changed: Tensors = field(default_factory=dict)
 
-    def factors(
-        self,
-        workers: int | None = None,
-        memory_bytes: int | None = None,
-        progress: Progress | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """All factors by name, fp32."""
-        form, made = self.plan.form(), {}
+    def factors(self, workspace: Workspace, resources: Resources | None = None) -> Tensors:
+        """All factors by name, fp32: A (rank, in), B (rows, rank), scales (out,)."""
+        form = self.plan.form()
         layout, units = read_layout(self.source.checkpoint) if self.align else (None, [])
-        orders = {place: self._orders(place, layout, units) for place in self.plan.places}
+        tasks: list[Task] = []
+        files: list[str] = []
+        for place in self.plan.places:
+            alignment = self._alignment(place, layout, units)
+            for layer in self.plan.structure.of(place.block, self.plan.parts):
+                path = self.plan.structure.path(place.block, layer.local)
+                entry, moved = form.linears[path], layer.bias and alignment is not None
+                if not moved and not list(entry.factors(path)):
+                    continue
+                files.append(f"{RESULTS}/{len(files):05d}.safetensors")
+                tasks.append(
+                    Task(
+                        path,
+                        partial(self._save, workspace, files[-1], path, entry, alignment),
+                        memory_bytes=32 * layer.weights,
+                        work=float(layer.weights * max(1, place.read_rank)),
+                    )
+                )
+        (resources or Resources()).run("start", tasks)
+        made = {n: each for file in files for n, each in workspace.load_tensors(file).items()}
+        factors = {name: made.pop(name) for name in form.factors()}
+        self.changed |= made
+        return factors
 
-        def one(place: Place, layer: Layer) -> None:
-            path = self.plan.structure.path(place.block, layer.local)
-            weight = self._weight(path, orders[place], layout, units)
-            if layer.bias and orders[place]:
-                name = self.source.tensor_of(f"{path}.bias")
-                held = self.source.checkpoint.tensor(name)
-                self.changed[f"{path}.bias"] = _ordered(name, held, orders[place], layout, units)
-            made.update(self._layer(path, form.linears[path], weight, orders[place]))
+    def _save(
+        self,
+        workspace: Workspace,
+        file: str,
+        path: str,
+        entry: Linear,
+        alignment: Alignment | None,
+    ) -> None:
+        """What one layer becomes: its factors, and its bias if that has moved with its neurons."""
+        made = self._layer(path, entry, alignment)
+        if entry.bias and alignment is not None:
+            name = self.source.tensor_of(f"{path}.bias")
+            made[f"{path}.bias"] = alignment.ordered(name, self.source.checkpoint.tensor(name))
+        tensors = {name: each.cpu().contiguous() for name, each in made.items()}
+        workspace.save_tensors(file, tensors)
 
-        tasks = [
-            Task(
-                self.plan.structure.path(place.block, layer.local),
-                lambda p=place, e=layer: one(p, e),  # type: ignore[misc]
-                memory_bytes=32 * layer.weights,
-                work=float(layer.weights * max(1, place.read_rank)),
-            )
-            for place in self.plan.places
-            for layer in self.plan.structure.of(place.block, self.plan.parts)
-        ]
-        run_tasks("start", tasks, workers, memory_bytes, progress)
-        return {name: made[name] for name in form.factors()}
-
-    def _weight(
-        self, path: str, orders: dict[str, torch.Tensor], layout: Layout | None, units: list[Units]
-    ) -> torch.Tensor:
+    def _layer(self, path: str, entry: Linear, alignment: Alignment | None) -> Tensors:
         name = self.source.tensor_of(f"{path}.weight")
-        held = self.source.checkpoint.tensor(name).float()
-        return _ordered(name, held, orders, layout, units) if orders else held
-
-    def _layer(
-        self, path: str, entry: Linear, weight: torch.Tensor, orders: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+        weight = self.source.checkpoint.tensor(name).float()
+        if alignment is not None:
+            weight = alignment.ordered(name, weight)
         anchor = None
         if entry.weight is not None:
             name = self.source.tensor_of(f"{entry.weight}.weight")
             anchor = self.source.checkpoint.tensor(name).float()
             anchor = anchor.T if entry.transposed else anchor
         weight = weight.T if entry.transposed else weight
-        second = self._second(path, entry, orders)
+        second = self._second(path, entry, alignment)
         return composed_values(path, entry, weight, anchor, second, self.how, self.seed)
 
-    def _second(
-        self, path: str, entry: Linear, orders: dict[str, torch.Tensor]
-    ) -> torch.Tensor | None:
+    def _second(self, path: str, entry: Linear, alignment: Alignment | None) -> torch.Tensor | None:
         """E[x x^T] of the layer's inputs, its neurons in the order that they are put in."""
         if self.calibration is None:
             return None
@@ -110,7 +121,7 @@ class Start:
         if moments is None:
             return None
         second = moments.second
-        for order in orders.values():
+        for order in alignment.orders.values() if alignment is not None else ():
             writes = any(
                 layer.writes and path.endswith(f".{layer.local}")
                 for layer in self.plan.structure.layers[0]
@@ -119,15 +130,14 @@ class Start:
                 second = second[order] if second.ndim == 1 else second[order][:, order]
         return second
 
-    def _orders(
+    def _alignment(
         self, place: Place, layout: Layout | None, units: list[Units]
-    ) -> dict[str, torch.Tensor]:
-        """For each kind of neuron the order that brings it nearest to the anchor's."""
+    ) -> Alignment | None:
         if layout is None or place.anchor is None:
-            return {}
+            return None
         read = self.source.checkpoint.tensor
         here, there = place.block, place.anchor
-        return {
+        orders = {
             kind.name: match(
                 features(kind, lambda local: read(layout.name(there, local))),
                 features(kind, lambda local: read(layout.name(here, local))),
@@ -135,6 +145,7 @@ class Start:
             for kind in units
             if kind.name != "heads"
         }
+        return Alignment(layout, units, orders) if orders else None
 
 
 def composed_values(
@@ -187,17 +198,3 @@ def _factors(
         made |= {f"{name}.a": a, f"{name}.b": b}
         start += part.rows
     return made
-
-
-def _ordered(
-    name: str,
-    tensor: torch.Tensor,
-    orders: dict[str, torch.Tensor],
-    layout: Layout | None,
-    units: list[Units],
-) -> torch.Tensor:
-    assert layout is not None
-    split = layout.split(name)
-    assert split is not None
-    kinds = [kind for kind in units if kind.name in orders]
-    return rearranged(kinds, orders, split[1], tensor)

@@ -15,24 +15,15 @@ from deltafold.checkpoint import DTYPES
 from deltafold.composed.form import Form
 from deltafold.composed.modeling import compose, put
 from deltafold.composed.write import Source
-from deltafold.errors import UsageError, nearest
 from deltafold.running.record import Record
 from deltafold.sharing.methods.plan import Plan
 from deltafold.sharing.methods.replacing import Schedule, SharedStudent, Swap
 from deltafold.training import Masters, Rows, exam
 from deltafold.training.loading import load_model
 
-TUNES = ("delta", "all")
-
-
-def check_tune(tune: str) -> None:
-    """Raises UsageError."""
-    if tune not in TUNES:
-        raise UsageError(f"There is no tune {tune!r}; {nearest(tune, list(TUNES))}")
-
 
 @dataclass
-class Model:
+class ShareModel:
     """A model that can be given composed layers, and its own back."""
 
     folder: Path
@@ -42,7 +33,9 @@ class Model:
     whole: Any = None  # a second copy as the teacher, where the first one's weights are trained
 
     @classmethod
-    def load(cls, folder: Path, bf16: bool, device: torch.device, recompute: bool = False) -> Model:
+    def load(
+        cls, folder: Path, bf16: bool, device: torch.device, recompute: bool = False
+    ) -> ShareModel:
         """In bf16, or in fp32."""
         dtype = torch.bfloat16 if bf16 else torch.float32
         made = cls(folder, load_model(folder, dtype, device), device)

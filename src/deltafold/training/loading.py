@@ -7,22 +7,10 @@ from typing import Any
 
 import torch
 
-from deltafold.calibration.building import first_line, quiet
-from deltafold.errors import CheckpointError
+from deltafold.calibration.models import load_folder
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """A whole model, frozen. Raises CheckpointError."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True
-            )
-    except Exception as error:  # the many ways in which a folder can be broken
-        raise CheckpointError(
-            f"{folder} cannot be loaded as a causal language model ({first_line(error)}); check its "
-            "config.json and weight files."
-        ) from error
+    """A whole model, frozen. Raises CheckpointError, MismatchError."""
+    model = load_folder(folder, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)

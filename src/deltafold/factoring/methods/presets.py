@@ -36,6 +36,11 @@ class Method:
     mean: bool = False
     roles: frozenset[str] | None = None
 
+    @property
+    def looks(self) -> bool:
+        """Whether it runs text through the model."""
+        return self.whitened or self.ranking == "search"
+
     @classmethod
     def of(cls, name: str) -> Method:
         """The row of a name. Raises UsageError with the nearest names."""

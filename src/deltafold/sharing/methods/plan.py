@@ -21,74 +21,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deltafold.blocks.structure import PARTS, Structure
+from deltafold.blocks.structure import Layer, Structure
 from deltafold.composed.form import Form, Linear, Part
-from deltafold.errors import BudgetError, MismatchError, UsageError, nearest
+from deltafold.errors import BudgetError, MismatchError, UsageError
+from deltafold.sharing.request import DELTA, MATRICES, ShareRequest
 
-DELTA = "deltallm"
-METHODS = (DELTA, "no-anchor", "drop-mlp", "tie")
-PLACEMENTS = ("alternating", "sequential", "searched")
-MATRICES = {"mlp": ("mlp",), "attention": ("attention",), "both": PARTS}
-PROTECTED = (0, 1, -2, -1)
 WIDTH_A_RANK = 3
 """With a share of parameters alone, so many blocks share that a rank of width / 3 is left to each.
 
 Of SmolLM2-135M at 88 % of its parameters, before training: KL 0.66 with 13 MLPs of rank 222, 0.94 with
 7 of rank 54 (factors without anchors).
 """
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for: two of `shared` (blocks), `rank` and `parameters` (share kept), or the last.
-
-    `split` is the rank of what writes into the hidden states (down, o) over that of what reads.
-    `scale` gives each row of a shared matrix a number of its own that the anchor's row is scaled by.
-    """
-
-    method: str = DELTA
-    shared: int | None = None
-    rank: int | None = None
-    parameters: float | None = None
-    placement: str = "alternating"
-    matrices: str = "mlp"
-    protect: tuple[int, ...] = PROTECTED
-    split: float = 1.0
-    scale: bool = False
-
-    def check(self) -> None:
-        """Raises UsageError."""
-        for name, value, known in (
-            ("method", self.method, list(METHODS)),
-            ("placement", self.placement, list(PLACEMENTS)),
-            ("choice of matrices", self.matrices, list(MATRICES)),
-        ):
-            if value not in known:
-                raise UsageError(f"There is no {name} {value!r}; {nearest(value, known)}")
-        if self.parameters is not None and not 0 < self.parameters < 1:
-            raise UsageError(
-                f"The share of parameters kept lies between 0 and 1, and {self.parameters} does not."
-            )
-        for name, number in (("shared", self.shared), ("rank", self.rank)):
-            if number is not None and number < 1:
-                raise UsageError(f"{name} must be at least 1, not {number}.")
-        given = sum(each is not None for each in (self.shared, self.rank, self.parameters))
-        if given == 3 or (self.parameters is None and given < 2):
-            raise UsageError(
-                "Say how much is stored: the share of parameters kept (0.88), alone or with one of "
-                "shared and rank, or shared (blocks) and rank together."
-            )
-        if not 0.05 <= self.split <= 20:
-            raise UsageError(f"split lies between 0.05 and 20, and {self.split:g} does not.")
-        if self.method == "drop-mlp" and self.matrices != "mlp":
-            raise UsageError(
-                "drop-mlp drops MLPs, so it shares no attention; leave out --matrices."
-            )
-
-
-def wants_scale(scale: bool | None, rank: int | None) -> bool:
-    """Whether anchors are scaled: as asked, else unless a rank is named, which is the paper's form."""
-    return rank is None if scale is None else scale
 
 
 @dataclass(frozen=True)
@@ -106,7 +49,7 @@ class Plan:
     """Where what is shared, and what that comes to."""
 
     structure: Structure
-    request: Request
+    request: ShareRequest
     places: tuple[Place, ...]
 
     @property
@@ -116,7 +59,7 @@ class Plan:
     @property
     def scaled(self) -> bool:
         """Whether anchors' rows are scaled: those of the controls are not."""
-        return self.request.scale and self.request.method == DELTA
+        return self.request.scales_rows and self.request.method == DELTA
 
     @property
     def shared_parameters(self) -> int:
@@ -209,13 +152,12 @@ class Plan:
 
 
 def make_plan(
-    structure: Structure, request: Request, costs: Mapping[int, float] | None = None
+    structure: Structure, request: ShareRequest, costs: Mapping[int, float] | None = None
 ) -> Plan:
     """The plan of a request. `costs` of each block are needed by the placement `searched`.
 
     Raises UsageError, BudgetError, MismatchError, each with what would be possible.
     """
-    request.check()
     pairs = _pairs(structure, request, costs)
     parts = MATRICES[request.matrices]
     for block, anchor in pairs:
@@ -250,17 +192,17 @@ def _control(plan: Plan) -> Plan:
         for place in sorted(plan.places, key=lambda place: -place.block)
     ]
     each = sum(layer.weights for layer in plan.structure.of(bare[0].block, plan.parts))
-    main = replace(plan, request=replace(plan.request, method=DELTA))
+    main = replace(plan, request=plan.request.but(method=DELTA))
     gone = plan.structure.parameters - main.parameters
     count = math.ceil(gone / each)
     left = count * each - gone
-    rank = _rank_for(plan.structure, plan.parts, bare[count - 1].block, left)
+    rank = _rank_for(plan.structure.of(bare[count - 1].block, plan.parts), left)
     places = [*bare[: count - 1], replace(bare[count - 1], read_rank=rank, write_rank=rank)]
     return replace(plan, places=tuple(sorted(places, key=lambda place: place.block)))
 
 
 def _pairs(
-    structure: Structure, request: Request, costs: Mapping[int, float] | None
+    structure: Structure, request: ShareRequest, costs: Mapping[int, float] | None
 ) -> list[tuple[int, int]]:
     """(delta, anchor) in the order in which they are taken: the deepest, or the cheapest, first."""
     depth = structure.depth
@@ -295,63 +237,85 @@ def _before(deltas: Sequence[int]) -> list[tuple[int, int]]:
     return [(block, max(set(range(block)) - set(deltas))) for block in deltas]
 
 
-def _sequential_count(structure: Structure, request: Request, free: Sequence[int]) -> int:
+def _sequential_count(structure: Structure, request: ShareRequest, free: Sequence[int]) -> int:
     """How many follow one anchor: it stands before them, so their number must be known first."""
     pairs = [(block, free[0]) for block in free[1:]][::-1]
     return _count_and_rank(structure, request, pairs)[0] if pairs else 0
 
 
 def _count_and_rank(
-    structure: Structure, request: Request, pairs: Sequence[tuple[int, int]]
+    structure: Structure, request: ShareRequest, pairs: Sequence[tuple[int, int]]
 ) -> tuple[int, int]:
-    """Blocks that share, and the rank of each."""
-    parts = MATRICES[request.matrices]
-    most = len(pairs)
+    """Blocks that share, and the rank of each: as asked, or what the share of parameters affords."""
+    most, block = len(pairs), pairs[0][0]
+    layers = structure.of(block, MATRICES[request.matrices])
     if request.shared is not None and request.shared > most:
         raise BudgetError(
             f"{structure.label} has {structure.depth} blocks, of which at most {most} can refer to "
             f"another ({request.placement}, {len(request.protect)} protected), not {request.shared}; "
             "ask for fewer, or protect fewer."
         )
-    layers = structure.of(pairs[0][0], parts)
-    each = sum(layer.weights - request.scale * layer.shape[0] for layer in layers)
-    largest = max(min(*layer.shape) for layer in layers)
-    if request.rank is not None and request.rank > largest:
-        raise UsageError(f"rank {request.rank} is more than these matrices have ({largest}).")
+    if request.rank is not None and request.rank > _largest_rank(layers):
+        raise UsageError(
+            f"rank {request.rank} is more than these matrices have ({_largest_rank(layers)})."
+        )
     if request.parameters is None:
         assert request.shared is not None and request.rank is not None
         return request.shared, request.rank
-    target = math.floor(request.parameters * structure.parameters)
     counts = range(1, most + 1) if request.shared is None else [request.shared]
+    affordable = _affordable_ranks(structure, request, layers, counts)
     wanted = request.rank or max(1, round(structure.width / WIDTH_A_RANK))
-    fitting: list[tuple[int, int]] = []
-    for count in counts:
-        left = (target - structure.parameters + count * each) // count
-        rank = min(largest, _rank_for(structure, parts, pairs[0][0], left))
-        if rank >= 1:
-            fitting.append((count, rank))
+    for count, rank in affordable.items():
         if rank >= wanted:
             return count, request.rank or rank
+    fitting = [(count, rank) for count, rank in affordable.items() if rank >= 1]
     if fitting and request.rank is None:
         return fitting[-1]
-    least = structure.parameters - counts[-1] * (
-        each - sum(layer.factor_cost(request.rank or 1) for layer in layers)
-    )
-    raise BudgetError(
-        f"{counts[-1]} blocks that share leave {least / structure.parameters:.1%} of the parameters of "
-        f"{structure.label} at rank {request.rank or 1}, not {request.parameters:.1%}; ask for a larger "
+    raise _too_small(structure, request, layers, counts[-1])
+
+
+def _affordable_ranks(
+    structure: Structure, request: ShareRequest, layers: Sequence[Layer], counts: Sequence[int]
+) -> dict[int, int]:
+    """For each count of blocks the greatest rank that keeps the share of parameters; 0: none does."""
+    assert request.parameters is not None
+    target = math.floor(request.parameters * structure.parameters)
+    each = _saved(request, layers)
+    return {
+        count: _rank_for(layers, (target - structure.parameters + count * each) // count)
+        for count in counts
+    }
+
+
+def _too_small(
+    structure: Structure, request: ShareRequest, layers: Sequence[Layer], count: int
+) -> BudgetError:
+    rank = request.rank or 1
+    cost = sum(layer.factor_cost(rank) for layer in layers)
+    least = structure.parameters - count * (_saved(request, layers) - cost)
+    return BudgetError(
+        f"{count} blocks that share leave {least / structure.parameters:.1%} of the parameters of "
+        f"{structure.label} at rank {rank}, not {request.parameters:.1%}; ask for a larger "
         "share, protect fewer blocks, or share --matrices both."
     )
 
 
-def _rank_for(structure: Structure, parts: Sequence[str], block: int, numbers: int) -> int:
+def _saved(request: ShareRequest, layers: Sequence[Layer]) -> int:
+    """Parameters that one block is rid of, before factors: its weights, less scales."""
+    return sum(layer.weights - request.scales_rows * layer.shape[0] for layer in layers)
+
+
+def _largest_rank(layers: Sequence[Layer]) -> int:
+    return max(min(*layer.shape) for layer in layers)
+
+
+def _rank_for(layers: Sequence[Layer], numbers: int) -> int:
     """The greatest rank whose factors in one block are no more than so many numbers."""
-    layers = structure.of(block, parts)
     rank = max(0, numbers) // sum(layer.factor_cost(1) for layer in layers)
-    return min(rank, max(min(*layer.shape) for layer in layers))
+    return min(rank, _largest_rank(layers))
 
 
-def _split(structure: Structure, request: Request, block: int, rank: int) -> tuple[int, int]:
+def _split(structure: Structure, request: ShareRequest, block: int, rank: int) -> tuple[int, int]:
     """(rank of what reads, of what writes) that cost together no more than `rank` for both."""
     if request.split == 1:
         return rank, rank

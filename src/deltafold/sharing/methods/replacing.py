@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from deltafold.coding.counter import derive_key, random_u64
-from deltafold.errors import UsageError
 from deltafold.training.masters import Masters
 
 
@@ -30,18 +29,6 @@ class Schedule:
     start: float = 0.3
     until: float = 0.5
     stagger: float = 0.5
-
-    def check(self) -> None:
-        """Raises UsageError for shares that cannot be."""
-        for name, value, most in (
-            ("start", self.start, 1.0),
-            ("until", self.until, 1.0),
-            ("stagger", self.stagger, 0.99),
-        ):
-            if not 0 <= value <= most:
-                raise UsageError(
-                    f"The schedule's {name} lies between 0 and {most:g}, and {value:g} does not."
-                )
 
     def probability(self, step: int, place: int, modules: int, steps: int) -> float:
         """p_j(t) of the module at `place` j of `modules`, at `step` t of `steps`.

@@ -1,0 +1,75 @@
+"""What `restore`, `verify` and `inspect` are asked: every option once. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltafold.running.engine import Progress
+from deltafold.running.request import (
+    OUTPUT,
+    WHAT,
+    WHERE,
+    Clustered,
+    Request,
+    Writing,
+    argument,
+    asked,
+    option,
+    parse_bytes,
+)
+
+
+@asked
+class RestoreRequest(Clustered, Writing):
+    """Restore an archive to an ordinary Hugging Face folder.
+
+    The weight files are laid out as the fine-tune's were (same names, order and metadata), unless
+    `shard_bytes` says otherwise. Returns the record. Raises MismatchError for a wrong base, ArchiveError
+    for a damaged archive; nothing is left under `output` then.
+
+    Example: deltafold restore math.delta --base base/ -o restored/
+    """
+
+    archive: str | Path = argument("Archive folder.", kw_only=False)
+    base: str | Path = argument("The base: folder or hub id.", kw_only=False, flag="--base")
+    output: str | Path = argument(
+        "Folder to write.", kw_only=False, flag="--output", flags=("-o",), panel=OUTPUT
+    )
+    tensors: Sequence[str] | None = option(
+        "Restore this tensor alone, into one file (repeatable).", default=None, flag="--tensor"
+    )
+    shard_bytes: int | None = option(
+        "Largest weight file, e.g. 5GB. Default: as the fine-tune's.",
+        default=None, panel=OUTPUT, flag="--shard-size", parse=parse_bytes, low=1,
+    )  # fmt: skip
+
+
+@asked
+class VerifyRequest(Request):
+    """Check an archive: every checksum; with --base that all decodes; with --against how close.
+
+    With `against` (the fine-tune) exact tensors must come back bit for bit, and how far the others are
+    off is measured. Returns the record. Raises ArchiveError or MismatchError on the first fault.
+
+    Example: deltafold verify math.delta --base base/
+    """
+
+    archive: str | Path = argument("Archive folder.", kw_only=False)
+    base: str | Path | None = argument(
+        "The base, to check that it is.", default=None, kw_only=False, flag="--base", panel=WHAT
+    )
+    against: str | Path | None = argument(
+        "The fine-tune, to measure the distance.",
+        default=None, kw_only=False, flag="--against", panel=WHAT,
+    )  # fmt: skip
+    workers: int | None = option(
+        "Threads. Default: one a core.", default=None, panel=WHERE, flags=("-j",), low=1
+    )
+    memory_bytes: int | None = option(
+        "Memory that running tasks may hold together, e.g. 2GB.",
+        default=None, panel=WHERE, flag="--memory", parse=parse_bytes, low=1,
+    )  # fmt: skip
+    progress: Progress | None = option(
+        "Called with a `Step` as the work goes on.", default=None, panel=WHERE, cli=False
+    )

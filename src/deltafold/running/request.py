@@ -1,0 +1,370 @@
+"""Requests: all that a verb is asked, as a frozen dataclass in which every option is written once.
+
+    @asked
+    class FoldRequest(Request, ...):
+        blocks: int | None = option("Blocks that go.", default=None, panel=SIZE, flags=("-n",))
+
+Command line, grouped help, the Python front, the option table of the docs, the record's settings and
+the identity of unfinished work are all made from these fields. Nothing heavy is imported here, so that
+what is asked is checked before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform, get_type_hints
+
+from deltafold.errors import UsageError, nearest
+from deltafold.running.engine import Progress
+
+WHAT, SIZE, TEXT, TRAINING, WHERE, OUTPUT = (
+    "What", "How much", "Text", "Training", "Where it runs", "Output",
+)  # fmt: skip
+PANELS = (WHAT, SIZE, TEXT, TRAINING, WHERE, OUTPUT)
+SHARD_BYTES = 5_000_000_000
+_KEY = "deltafold"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is said of one field.
+
+    `doc` is its line in help and docs. `low` and `high` may be reached, `above` and `below` may not.
+    `choices` are names, or a function that gives them; `noun` says what they are in a message. `wrong`
+    is the sentence for a value out of bounds, with `{value}` in it. `parse` turns text into the value.
+    `old` are former names in Python, `old_flags` on the command line. `identity` is False where the
+    option changes no byte of the result, `record` where the record does not list it as a setting.
+    """
+
+    doc: str
+    panel: str = WHAT
+    flag: str | None = None
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    is_argument: bool = False
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: Sequence[str] | Callable[[], Sequence[str]] | None = None
+    noun: str = ""
+    wrong: str = ""
+    parse: Callable[[str, str], Any] | None = None
+    shown_default: str | None = None
+    old: tuple[str, ...] = ()
+    old_flags: tuple[str, ...] = ()
+    identity: bool = True
+    record: bool = True
+    cli: bool = True
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises UsageError for a value out of bounds, and for one that is no choice."""
+        if value is None:
+            return
+        if self.choices is not None:
+            known = list(self.choices() if callable(self.choices) else self.choices)
+            if value not in known:
+                raise UsageError(
+                    f"There is no {self.noun or name} {value!r}; {nearest(str(value), known)}"
+                )
+            return
+        bounds = (self.low, self.high, self.above, self.below)
+        if all(bound is None for bound in bounds):
+            return
+        if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+            raise UsageError(f"{name} must be a number, not {value!r}.")
+        if (
+            (self.low is not None and value < self.low)
+            or (self.high is not None and value > self.high)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+        ):
+            raise UsageError(self.wrong.format(value=value) or self._out_of_bounds(name, value))
+
+    def _out_of_bounds(self, name: str, value: Any) -> str:
+        flag = self.flag or flag_of(name)
+        if self.low is not None and value < self.low:
+            return f"{flag} {value} is too small; give at least {self.low:g}."
+        if self.high is not None and value > self.high:
+            return f"{flag} {value} is too large; give at most {self.high:g}."
+        if self.above is not None and value <= self.above:
+            return f"{flag} {value} is too small; give a number above {self.above:g}."
+        return f"{flag} {value} is too large; give a number below {self.below:g}."
+
+
+def option(
+    doc: str, *, default: Any = dataclasses.MISSING, kw_only: bool = True, **said: Any
+) -> Any:
+    """A field of a request; without `default` it has to be given. `said`: see `Option`."""
+    kind: dict[str, Any] = {"metadata": {_KEY: Option(doc, **said)}, "kw_only": kw_only}
+    return dataclasses.field(default=default, **kind)
+
+
+def argument(
+    doc: str, *, default: Any = dataclasses.MISSING, kw_only: bool = False, **said: Any
+) -> Any:
+    """A field that Python may be given by place: a source, an output, a method.
+
+    No setting of the record, as inputs are known by their content. With a `flag` it is an option on the
+    command line. A type checker wants to read `kw_only=False` where it is called.
+    """
+    more: dict[str, Any] = {
+        "identity": False, "record": False, "is_argument": "flag" not in said,
+    } | said  # fmt: skip
+    return option(doc, default=default, kw_only=kw_only, **more)
+
+
+@dataclass_transform(
+    kw_only_default=True,
+    frozen_default=True,
+    field_specifiers=(option, argument, dataclasses.field),
+)
+def asked(kind: type[T]) -> type[T]:
+    """The decorator of a request: a frozen dataclass, whose options are keywords."""
+    return dataclass(frozen=True)(kind)
+
+
+@asked
+class Request:
+    """The base of all requests. Made, every field has been parsed and checked."""
+
+    def __post_init__(self) -> None:
+        for name, found in options_of(type(self)).items():
+            value = getattr(self, name)
+            if found.parse is not None and isinstance(value, str):
+                value = found.parse(value, found.flag or flag_of(name))
+                object.__setattr__(self, name, value)
+            found.check(name, value)
+        self.check()
+
+    def check(self) -> None:
+        """What no single field can tell. Raises UsageError."""
+
+    @classmethod
+    def former(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call in a former form, in today's words."""
+        return args, kwargs
+
+    def settings(self) -> dict[str, Any]:
+        """What the record says was asked."""
+        return {n: plain(getattr(self, n)) for n, o in options_of(type(self)).items() if o.record}
+
+    def identity(self) -> dict[str, Any]:
+        """What unfinished work is bound to, beside the inputs."""
+        return {n: plain(getattr(self, n)) for n, o in options_of(type(self)).items() if o.identity}
+
+    def but(self, **changes: Any) -> Any:
+        """The same request with some fields other."""
+        return dataclasses.replace(self, **changes)
+
+
+def options_of(request: type[Request]) -> dict[str, Option]:
+    """Every option of a request by its name: the verb's own first, then what it shares with others."""
+    found = {f.name: f.metadata[_KEY] for f in dataclasses.fields(request) if _KEY in f.metadata}
+    own = inspect.get_annotations(request)
+    return dict(sorted(found.items(), key=lambda pair: pair[0] not in own))
+
+
+def types_of(request: type[Request]) -> dict[str, Any]:
+    """The type of every field."""
+    return get_type_hints(request)
+
+
+def default_of(request: type[Request], name: str) -> Any:
+    """The default of a field; `dataclasses.MISSING` where it has to be given."""
+    field = next(f for f in dataclasses.fields(request) if f.name == name)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def flag_of(name: str) -> str:
+    """`max_tokens` -> `--max-tokens`."""
+    return "--" + name.replace("_", "-")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(each) for each in value]
+    return value
+
+
+def joined(name: str, today: Any, former: Any) -> list[Any]:
+    """What was given under an option's name and under a former one, where it may be several values.
+
+    Raises UsageError where it is one.
+    """
+    if any(isinstance(each, list | tuple) for each in (today, former)):
+        both = (each if isinstance(each, list | tuple) else [each] for each in (former, today))
+        return [value for each in both for value in each]
+    raise UsageError(f"{name} is given twice, once by its former name; give it once.")
+
+
+# --- how text is read ------------------------------------------------------------------------------
+
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """`8MB`, `1.5GiB`, `120000` to bytes. Raises UsageError.
+
+    >>> parse_bytes("8MB", "--bytes")
+    8000000
+    """
+    number = text.strip().rstrip("BKMGTIbkmgti ")
+    unit = text.strip()[len(number) :].strip().upper()
+    unit += "B" if unit in ("K", "M", "G", "T", "KI", "MI", "GI", "TI") else ""
+    try:
+        value = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        raise UsageError(f"{name} {text!r} is no size; write it like 8MB or 120000.") from None
+    if not 1 <= value < math.inf:
+        raise UsageError(f"{name} must be at least 1 byte, not {text!r}.")
+    return int(value)
+
+
+def parse_numbers(text: str, name: str) -> list[int]:
+    """`0,1,-1` as numbers. Raises UsageError.
+
+    >>> parse_numbers("0, 1,-1", "--protect")
+    [0, 1, -1]
+    """
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(
+            f"{name} {text!r} names no blocks; write their numbers, like 0,1,-1."
+        ) from None
+
+
+# --- what many verbs are asked ---------------------------------------------------------------------
+
+
+@asked
+class Running(Request):
+    """Where and how the work is done. None of it changes a byte, but for the device."""
+
+    device: str | None = option(
+        "Where heavy steps compute: cpu (the default), cuda, cuda:N, or auto: cuda if there is one.",
+        default=None, panel=WHERE, identity=False, record=False,
+    )  # fmt: skip
+    workers: int | None = option(
+        "Threads. Default: one a core.",
+        default=None, panel=WHERE, flags=("-j",), low=1, identity=False, record=False,
+    )  # fmt: skip
+    memory_bytes: int | None = option(
+        "Memory that running tasks may hold together, e.g. 2GB.",
+        default=None, panel=WHERE, flag="--memory", parse=parse_bytes, low=1, identity=False, record=False,
+    )  # fmt: skip
+    restart: bool = option(
+        "Drop unfinished work of an earlier run.",
+        default=False, panel=WHERE, identity=False, record=False,
+    )  # fmt: skip
+    progress: Progress | None = option(
+        "Called with a `Step` as the work goes on.",
+        default=None, panel=WHERE, identity=False, record=False, cli=False,
+    )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A request that goes to other processes with a task leaves its progress bar behind."""
+        return {**self.__dict__, "progress": None}
+
+
+@asked
+class Clustered(Running):
+    """Work whose tasks may run on a cluster."""
+
+    engine: str = option(
+        "What runs the work: threads of this process, or a Ray cluster.",
+        default="threads", panel=WHERE, metavar="threads|ray", choices=("threads", "ray"), noun="engine",
+        identity=False, record=False,
+    )  # fmt: skip
+
+
+@asked
+class Writing(Request):
+    """A verb that writes an output, and a record beside it."""
+
+    overwrite: bool = option(
+        "Replace an existing output.", default=False, panel=OUTPUT, identity=False, record=False
+    )
+    record: str | Path | None = option(
+        "Where the record goes. Default: beside the output.",
+        default=None, panel=OUTPUT, identity=False, record=False,
+    )  # fmt: skip
+    dry_run: bool = option(
+        "Say what would be done; read headers only, write nothing.",
+        default=False, panel=OUTPUT, identity=False, record=False,
+    )  # fmt: skip
+
+
+@asked
+class Sharded(Writing):
+    """A verb that writes a checkpoint."""
+
+    shard_bytes: int = option(
+        "Largest weight file, e.g. 5GB.",
+        default=SHARD_BYTES, panel=OUTPUT, flag="--shard-size", parse=parse_bytes, low=1, shown_default="5GB",
+        record=False,
+    )  # fmt: skip
+
+
+@asked
+class Seeded(Request):
+    """A verb with random choices."""
+
+    seed: int = option(
+        "Seed of random choices.", default=0, panel=WHAT, low=0, below=1 << 63,
+        wrong="seed must lie between 0 and 2^63 - 1, not {value}.",
+    )  # fmt: skip
+
+
+@asked
+class Scored(Request):
+    """A verb that can answer tasks and measure texts, before and after. Nothing of it is stored."""
+
+    tasks: Sequence[str | Path] = option(
+        "Rows to answer before and after, as evaluate takes them.",
+        default=(), panel=TEXT, flag="--task", identity=False, record=False,
+    )  # fmt: skip
+    limit: int | None = option(
+        "Only the first rows of a task.",
+        default=None,
+        panel=TEXT,
+        low=1,
+        identity=False,
+        record=False,
+    )
+    answers: int = option(
+        "Rows of each task of which the record keeps what models wrote.",
+        default=4, panel=TEXT, low=0, identity=False, record=False,
+    )  # fmt: skip
+    batch_size: int = option(
+        "Rows answered at a time, at most.",
+        default=8,
+        panel=TEXT,
+        low=1,
+        identity=False,
+        record=False,
+    )
+    dtype: str = option(
+        "To answer in: auto (the model's own), fp32, bf16 or fp16.",
+        default="auto", panel=TEXT, choices=("auto", "fp32", "bf16", "fp16"), noun="dtype",
+        identity=False, record=False,
+    )  # fmt: skip
