@@ -462,6 +462,11 @@ def restore(archive: Path, base_folder: Path) -> Parts:
     assert all(entry["version"] == 1 for entry in manifest["codecs"].values())
     payload = read_folder(archive)
     base = read_folder(base_folder)
+    base |= {
+        entry["name"]: joined(base, entry["counterpart"])
+        for entry in manifest["tensors"]
+        if "counterpart" in entry
+    }
     entries = {entry["name"]: entry for entry in manifest["tensors"]}
     restored = {}
     for name, entry in entries.items():
@@ -476,6 +481,17 @@ def restore(archive: Path, base_folder: Path) -> Parts:
         elif manifest["format_version"] > 1:
             assert digest(restored[name], 16) == source["restored"], f"{name} came back otherwise"
     return restored
+
+
+def joined(base: Parts, counterpart: list[dict]) -> Stored:
+    """Rows of the base's tensors, one after the other."""
+    sources = [base[entry["name"]] for entry in counterpart]
+    spans = [entry["rows"] for entry in counterpart]
+    if len(sources) == 1 and spans[0] == [0, len(sources[0].matrix())]:
+        return sources[0]
+    rows = [s.matrix()[start:stop] for s, (start, stop) in zip(sources, spans, strict=True)]
+    matrix = np.concatenate(rows)
+    return Stored(sources[0].dtype, matrix.shape, matrix.tobytes())
 
 
 def pieces(entry: dict) -> list[dict]:

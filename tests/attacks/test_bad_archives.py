@@ -43,7 +43,7 @@ def copy_tensor(raw: dict[str, Any]) -> None:
 
 # what is edited -> words that the one sentence must hold
 EDITS: dict[str, tuple[Change, tuple[str, ...]]] = {
-    "newer format": (lambda raw: raw.update(format_version=99), ("version 99", "upgrade")),
+    "newer format": (lambda raw: raw.update(format_version=3), ("version 3", "upgrade")),
     "format is text": (lambda raw: raw.update(format_version="x"), ("format_version",)),
     "another format": (lambda raw: raw.update(format="zip"), ("not a deltafold manifest",)),
     "newer codec": (
@@ -141,6 +141,14 @@ EDITS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "weight file not listed": (change_tensor(QUERY, file=3), (QUERY, "not listed")),
     "negative size": (change_tensor(QUERY, shape=[-64, 64]), ("shape",)),
     "size beyond all disks": (change_tensor(QUERY, shape=[1 << 60, 64]), ("shape",)),
+    "counterpart before its version": (
+        change_tensor(QUERY, counterpart=[{"name": QUERY, "rows": [0, 64]}]),
+        (QUERY, "counterpart"),
+    ),
+    "counterpart ends before it starts": (
+        change_tensor(QUERY, counterpart=[{"name": QUERY, "rows": [64, 0]}]),
+        (QUERY, "counterpart"),
+    ),
     "unknown dtype": (change_tensor(QUERY, dtype="F17"), (QUERY, "'F17'")),
     "tensor twice": (copy_tensor, ("listed twice",)),
     "reserved name": (change_tensor(QUERY, name="__metadata__"), ("__metadata__",)),

@@ -37,8 +37,8 @@ def test_other_model_type(tmp_path: Path) -> None:
 
 def test_no_name_in_common(tmp_path: Path) -> None:
     def rename(base: Tensors, tuned: Tensors) -> None:
-        for name in list(tuned):
-            tuned[f"transformer.{name}"] = tuned.pop(name)
+        for number, name in enumerate(list(tuned)):
+            tuned[f"weight{number}"] = tuned.pop(name)[..., :8].contiguous()
 
     pair = make_pair(tmp_path, edit=rename)
     refuse_compress(pair, tmp_path / "x.delta", MismatchError, "no tensor name in common")
@@ -219,10 +219,14 @@ def test_missing_inputs(pair: PairFiles, tmp_path: Path) -> None:
     nothing_left(out)
 
 
-def test_swapped_base_and_finetune_is_a_pair_too(pair: PairFiles, tmp_path: Path) -> None:
-    """Nothing tells base from fine-tune, so it works; the result restores the base."""
+def test_swapped_base_and_finetune_is_asked_about(pair: PairFiles, tmp_path: Path) -> None:
+    """Only one side has a chat template. If it is meant, it works; the result restores the base."""
     out = tmp_path / "x.delta"
-    compress(pair.finetuned, pair.base, out, "lossless")
+    message = refused(UsageError, lambda: compress(pair.finetuned, pair.base, out), "chat template")
+    assert "--as-given" in message
+    nothing_left(out)
+    assert "chat template" in plan(pair.finetuned, pair.base)["looks_swapped"]
+    compress(pair.finetuned, pair.base, out, "lossless", as_given=True)
     restore(out, pair.finetuned, tmp_path / "restored")
     restored = (tmp_path / "restored" / "model.safetensors").read_bytes()
     assert restored == (pair.base / "model.safetensors").read_bytes()

@@ -4,6 +4,7 @@ from deltafold.archive.digest import TensorDigest, file_digest
 from deltafold.archive.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
+    BaseRows,
     CodecEntry,
     Manifest,
     Piece,
@@ -18,6 +19,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_FILE",
     "Archive",
+    "BaseRows",
     "CodecEntry",
     "Manifest",
     "Piece",

@@ -57,6 +57,13 @@ class Piece(_Strict):
     error: float | None = None  # ||D - D^|| / ||D||; None: exact
 
 
+class BaseRows(_Strict):
+    """Rows of one of the base's tensors, seen as a matrix."""
+
+    name: str
+    rows: tuple[Size, Size]
+
+
 class Tensor(_Strict):
     """One tensor of the fine-tune."""
 
@@ -65,6 +72,7 @@ class Tensor(_Strict):
     shape: tuple[Size, ...]
     file: Size  # which of the fine-tune's weight files held it
     base: Digest | None = None
+    counterpart: tuple[BaseRows, ...] = ()  # what `base` is of; (): the base's of the same name
     tuned: Digest
     restored: Checksum | None = None  # what it decodes to, where that is not `tuned`
     same_as: str | None = None  # stored once, under that name
@@ -96,6 +104,8 @@ class Tensor(_Strict):
         held_shape(self.dtype, self.shape)
         if self.name == "__metadata__":
             raise ValueError("no tensor can be called __metadata__")
+        if any(each.rows[0] > each.rows[1] for each in self.counterpart):
+            raise ValueError(f"the counterpart of tensor {self.name} ends before it starts")
         if self.same_as is not None:
             return self
         at = 0
@@ -141,7 +151,7 @@ class Source(_Strict):
 
 class Manifest(_Strict):
     format: Literal["deltafold-archive"] = "deltafold-archive"
-    format_version: Literal[1, 2] = 1
+    format_version: Literal[1, 2] = 1  # see `version_of`
     tool_version: str
     method: str
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -164,7 +174,7 @@ class Manifest(_Strict):
         known = {tensor.name: tensor for tensor in self.tensors}
         if self.format_version < version_of(self.tensors):
             raise ValueError(
-                f"format version {self.format_version} has no field restored, nor newer dtypes"
+                f"format version {self.format_version} has no field restored, nor counterpart or newer dtypes"
             )
         for tensor in self.tensors:
             target = known.get(tensor.same_as) if tensor.same_as else None
@@ -185,6 +195,8 @@ class Manifest(_Strict):
                 raise ValueError(f"tensor {tensor.name} lies in a file that is not listed")
             if not tensor.name.startswith(folder_of(self.finetuned.files[tensor.file])):
                 raise ValueError(f"tensor {tensor.name} is not named after the folder of its file")
+            if tensor.counterpart and (tensor.base is None or self.format_version < 2):
+                raise ValueError(f"tensor {tensor.name} cannot have a counterpart here")
             for piece in tensor.pieces:
                 if piece.codec not in self.codecs:
                     raise ValueError(f"codec {piece.codec} of tensor {tensor.name} is not listed")
@@ -209,7 +221,8 @@ class Manifest(_Strict):
 
 def version_of(tensors: Iterable[Tensor]) -> int:
     """The oldest version of the format that can say this: readers of that version then can read it."""
-    return 2 if any(t.restored is not None or t.dtype in BITS for t in tensors) else 1
+    new = any(t.restored is not None or t.counterpart or t.dtype in BITS for t in tensors)
+    return 2 if new else 1
 
 
 def _check_files(weights: tuple[str, ...], beside: list[str]) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from deltafold.checkpoint.kinds import refuse_other_kinds
 from deltafold.checkpoint.store import Remote, is_address, shown
 from deltafold.checkpoint.view import SIDE_FILE_PATTERNS, Checkpoint
 from deltafold.errors import CheckpointError
@@ -109,5 +110,10 @@ def unreachable(error: Exception | None) -> str | None:
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open a local folder, a safetensors file, a hub id or an address."""
-    return Checkpoint(local_folder(source), label=shown(source))
+    """Open a local folder, a safetensors file, a hub id or an address.
+
+    Raises CheckpointError, also for what is no checkpoint: an archive, an adapter, a GGUF file.
+    """
+    path = local_folder(source)
+    refuse_other_kinds(path, shown(source))
+    return Checkpoint(path, label=shown(source))

@@ -9,6 +9,12 @@ from deltafold.cli.method_settings import METHOD_SETTINGS, with_method_settings
 from deltafold.compressing.request import CompressRequest
 
 
+def _announce(request: CompressRequest, as_json: bool) -> None:
+    from deltafold.cli.show import say_sides
+
+    say_sides(request.base, request.finetuned, as_json)
+
+
 def _show(record: dict[str, Any], request: CompressRequest) -> None:
     if request.dry_run:
         from deltafold.cli.plan import show_plan
@@ -39,6 +45,8 @@ def _show(record: dict[str, Any], request: CompressRequest) -> None:
         say(f"  nominal ratio, as papers count: {totals['nominal_ratio']:.1f}")
     codecs = Counter(row["codec"] for row in record["tensors"])
     say("  tensors: " + ", ".join(f"{n} {codec}" for codec, n in codecs.most_common()))
+    for line in _pairing_lines(record["pairing"]):
+        say(line)
     for tried in record.get("tried", []):
         named = ", ".join(
             f"{'C' if k == 'c' else k.replace('_', ' ')} {v:g}"
@@ -67,6 +75,21 @@ def _show(record: dict[str, Any], request: CompressRequest) -> None:
     )
 
 
+def _pairing_lines(pairing: dict[str, Any]) -> list[str]:
+    """How names were looked past, and what has no counterpart in the base, if it is notable."""
+    from rich.markup import escape
+
+    from deltafold.compressing.shortfall import NOTABLE_SHARE, in_words
+
+    lines = []
+    if rules := pairing["rules"]:
+        more = f" and {len(rules) - 6} more" if len(rules) > 6 else ""
+        lines.append("  names of the fine-tune in the base: " + "; ".join(rules[:6]) + more)
+    if (alone := pairing["only_in_finetuned"])["share"] >= NOTABLE_SHARE:
+        lines.append(f"  only in the fine-tune, stored whole: {in_words(alone)}")
+    return [escape(line) for line in lines]
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
@@ -77,4 +100,5 @@ compress = command(
     _show,
     extra=METHOD_SETTINGS,
     fold_in=with_method_settings,
+    announce=_announce,
 )

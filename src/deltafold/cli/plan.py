@@ -58,6 +58,7 @@ def plan(
         )
     if {"shared", "rank", "parameters"} & set(asked):
         raise UsageError(f"--shared, --rank and --parameters are for {', '.join(METHODS)}.")
+    from deltafold.cli.show import say_sides
     from deltafold.compressing.plan import planned
 
     given = with_method_settings(
@@ -67,6 +68,7 @@ def plan(
         base, finetuned, method, file_ratio=file_ratio, nominal_ratio=nominal_ratio,
         n_bytes=parse_bytes(n_bytes, "--bytes") if n_bytes else None, **given,
     )  # fmt: skip
+    say_sides(request.base, request.finetuned, as_json=json_output)
     found = planned(request)
     if json_output:
         import json
@@ -78,6 +80,8 @@ def plan(
 
 def show_plan(found: dict[str, Any], request: Budgeted) -> None:
     """Print a plan of `compress`."""
+    from rich.markup import escape
+
     from deltafold.cli.show import out, say, size, table
 
     rows = table("role", ">tensors", ">parameters", ">size", "stored by")
@@ -90,6 +94,10 @@ def show_plan(found: dict[str, Any], request: Budgeted) -> None:
             row["role"], str(row["tensors"]), f"{row['elements']:,}", size(row["n_bytes"]), how
         )
     out.print(rows)
+    if found["looks_swapped"]:
+        say(f"[bold]Base and fine-tune look swapped[/bold]: {escape(found['looks_swapped'])}")
+    if found["names"]:
+        say(escape("names of the fine-tune in the base: " + "; ".join(found["names"][:6])))
     for words, key in (
         ("only in the fine-tune, stored whole", "only_in_finetuned"),
         ("only in the base, marked as removed", "only_in_base"),

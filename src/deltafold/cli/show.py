@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -23,6 +24,15 @@ err = Console(stderr=True, highlight=False)
 def say(text: str) -> None:
     """One line on stdout, with markup; the terminal wraps it, so that a piped line stays whole."""
     out.print(text, soft_wrap=True)
+
+
+def say_sides(base: str | Path, finetuned: str | Path, as_json: bool = False) -> None:
+    """`base X (8.41 MB) -> fine-tune Y (8.4 MB)`, before any work; on stderr where stdout is JSON."""
+    from deltafold.compressing.order import sides
+
+    one, other = (f"{label} ({size(n_bytes)})" for label, n_bytes in sides(base, finetuned))
+    line = f"base {one} -> fine-tune {other}"
+    (err if as_json else out).print(line, soft_wrap=True, markup=False)
 
 
 def size(n_bytes: float) -> str:

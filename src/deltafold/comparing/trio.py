@@ -35,7 +35,8 @@ from deltafold.evaluation.loading import (
 )
 from deltafold.evaluation.plan import context_limit
 from deltafold.evaluation.segments import Subject
-from deltafold.restoring.decode import check_base_headers, check_codecs
+from deltafold.restoring.decode import check_codecs
+from deltafold.restoring.ground import fitted_base
 from deltafold.running.record import total_memory_bytes
 
 NAMES = ("base", "fine-tune", "restored")
@@ -77,7 +78,7 @@ class Trio:
             raise UsageError(f"{archive} is no archive; give the folder that compress wrote.")
         with Archive(archive) as opened, open_checkpoint(base) as ground:
             check_codecs(opened)
-            check_base_headers(opened, ground)
+            fitted_base(opened, ground)
             archive_bytes, base_bytes = opened.n_bytes, ground.total_bytes
             tuned_bytes = opened.manifest.finetuned.total_bytes
         self.sources = dict(zip(NAMES, (base, finetuned, archive), strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from deltafold.archive import Archive
 from deltafold.codecs import get
+from deltafold.compressing.adapter import whole_model
 from deltafold.compressing.assemble import assemble
 from deltafold.compressing.choosing import searched
 from deltafold.compressing.distill import check_distill
@@ -16,6 +17,7 @@ from deltafold.compressing.distill import distill as distill_pieces
 from deltafold.compressing.encode import encode_lossy
 from deltafold.compressing.evidence import gather_evidence
 from deltafold.compressing.job import CompressJob, budget_of
+from deltafold.compressing.order import check_order
 from deltafold.compressing.pair import open_pair
 from deltafold.compressing.plan import planned
 from deltafold.compressing.recording import compress_record
@@ -32,13 +34,15 @@ def run_compress(request: CompressRequest) -> Record:
     """Compress; find what was left open first, and answer tasks after. Raises DeltafoldError."""
     if request.dry_run:
         return planned(request)
-    if request.tasks:
-        check_tasks(request)
-    if request.open_settings or request.kl_at_most is not None:
-        record = searched(request, archive_of)
-    else:
-        record = archive_of(request)
-    return with_scores(record, request) if request.tasks else record
+    with whole_model(request.base, request.finetuned) as finetuned:
+        request = request.but(finetuned=finetuned)
+        if request.tasks:
+            check_tasks(request)
+        if request.open_settings or request.kl_at_most is not None:
+            record = searched(request, archive_of)
+        else:
+            record = archive_of(request)
+        return with_scores(record, request) if request.tasks else record
 
 
 compress = front("compress", CompressRequest, run_compress)
@@ -51,7 +55,9 @@ def archive_of(request: CompressRequest) -> Record:
         check_distill(request.steps, request.method)
         config = get(request.method).Config.from_options(request.method, request.method_settings)
         pair = run.entered(open_pair(request.base, request.finetuned))
-        known = gather_evidence(request, pair.finetuned)
+        if not request.as_given:
+            check_order(pair, run.output)
+        known = gather_evidence(request, pair.finetuned, pair.alignment.wrapped)
         job = CompressJob(pair, request, config, budget, known)
         workspace = run.begin(job.identity(), job.disk_needed_bytes)
         resources = run.resources

@@ -61,11 +61,14 @@ class Evidence:
         return told | ({"why": self.why} if self.why else {})
 
 
-def gather_evidence(request: CompressRequest, finetuned: Checkpoint) -> Evidence:
+def gather_evidence(
+    request: CompressRequest, finetuned: Checkpoint, wrapped: bool = False
+) -> Evidence:
     """Run the text that was asked for: a source as in `calibration.gather_samples`, `none`, or None.
 
     None stands for what is usual: `general` for a method that asks what errors cost, else nothing.
-    Raises DeltafoldError, but only `StorageError` for text that nobody asked for.
+    `wrapped`: the fine-tune's names carry words of a wrapper, so that it cannot be run unasked. Raises
+    DeltafoldError, but only `StorageError` for text that nobody asked for.
     """
     source, codec = request.calibration, get(request.method)
     if source is None and request.steps:
@@ -74,6 +77,8 @@ def gather_evidence(request: CompressRequest, finetuned: Checkpoint) -> Evidence
         if request.steps:
             raise UsageError("--steps trains on text; drop --calibration none.")
         return Evidence()
+    if source is None and wrapped and codec.uses_fisher:
+        return Evidence(why="a wrapper's names keep the fine-tune from being run")
     if source is None:
         return _usual(request, finetuned) if codec.uses_fisher else Evidence()
     found = Evidence(str(source))

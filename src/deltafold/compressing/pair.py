@@ -1,17 +1,22 @@
-"""A fine-tune beside its base: which tensor refers to which, decided from headers alone."""
+"""A fine-tune beside its base: which tensor refers to which, decided from headers alone.
+
+`Pair.base` has the fine-tune's names, whatever the base calls its tensors: see `alignment.py`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deltafold.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
+from deltafold.checkpoint import DTYPES, Checkpoint, Segment, TensorInfo, open_checkpoint
 from deltafold.coding.sums import rounded_sum
+from deltafold.compressing.alignment import Alignment, align
 from deltafold.dtypes import BITS, FLOATING, ITEM_BYTES
 from deltafold.errors import MismatchError
 from deltafold.lazy import torch
 from deltafold.linalg.matrices import Fisher
-from deltafold.names import is_vocabulary, quantisation, role_of
+from deltafold.names import block_of, is_vocabulary, quantisation, role_of
 
 MIN_SIDE = 16  # a matrix narrower than this is stored exactly
 MIN_ELEMENTS = 1024
@@ -40,11 +45,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Pairing:
-    """One tensor of the fine-tune and its counterpart."""
+    """One tensor of the fine-tune and its counterpart.
+
+    `vocabulary`: its rows are vocabulary entries. `found`: where the counterpart is in the base, if
+    it was found under another name. `why`: why there is none.
+    """
 
     tuned: TensorInfo
     base: TensorInfo | None
     spans: tuple[Span, ...]
+    vocabulary: bool = False
+    found: tuple[Segment, ...] = ()
+    why: str = "only in the fine-tune"
     exact: str | None = None  # why it must be exact, whatever its size and dtype
 
     @property
@@ -74,14 +86,25 @@ class Pair:
     base: Checkpoint
     finetuned: Checkpoint
     pairings: list[Pairing] = field(default_factory=list)
+    origin: Checkpoint = field(init=False)  # the base under its own names
+    alignment: Alignment = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.origin = self.base
+        self.base, self.alignment = align(self.origin, self.finetuned)
 
     @property
     def removed(self) -> list[str]:
-        """Tensors only in the base."""
-        return [name for name in self.base.tensors if name not in self.finetuned.tensors]
+        """Tensors of the base that nothing in the fine-tune refers to, by their own names."""
+        taken = self.alignment.taken()
+        return [
+            name
+            for name in self.origin.tensors
+            if name not in taken and name not in self.finetuned.tensors
+        ]
 
     def close(self) -> None:
-        self.base.close()
+        self.origin.close()
         self.finetuned.close()
 
     def __enter__(self) -> Pair:
@@ -96,16 +119,16 @@ def open_pair(base: str | Path, finetuned: str | Path) -> Pair:
     pair = Pair(open_checkpoint(base), open_checkpoint(finetuned))
     _check_configs(pair.base, pair.finetuned)
     if not set(pair.base.tensors) & set(pair.finetuned.tensors):
-        a, b = next(iter(pair.base.tensors), "-"), next(iter(pair.finetuned.tensors), "-")
+        a, b = next(iter(pair.origin.tensors), "-"), next(iter(pair.finetuned.tensors), "-")
         raise MismatchError(
             f"{pair.base.label} and {pair.finetuned.label} have no tensor name in common "
             f"({a!r}, {b!r}); give the checkpoint that was fine-tuned as the base."
         )
-    tensors = pair.finetuned.tensors
-    packed = [n for n, info in tensors.items() if _is_packed(info)]
+    grown, tensors = _vocabulary_sizes(pair), pair.finetuned.tensors
+    packed = [name for name, info in tensors.items() if _is_packed(info)]
     exact = dict.fromkeys(quantisation(tensors, packed), "belongs to quantised weights")
     for info in tensors.values():
-        pair.pairings.append(replace(_pairing(pair, info), exact=exact.get(info.name)))
+        pair.pairings.append(replace(_pairing(pair, info, grown), exact=exact.get(info.name)))
     return pair
 
 
@@ -122,37 +145,86 @@ def _check_configs(base: Checkpoint, finetuned: Checkpoint) -> None:
     ours, theirs = base.config(), finetuned.config()
     for key, words in _SAME_CONFIG.items():
         a, b = ours.get(key), theirs.get(key)
-        if a is not None and b is not None and a != b:
+        if a is not None and b is not None and _plain(a) != _plain(b):
             raise MismatchError(
                 f"The architectures don't match: {words} is {a} in {base.label} and {b} in "
                 f"{finetuned.label}; give the checkpoint that was fine-tuned as the base."
             )
 
 
-def _pairing(pair: Pair, info: TensorInfo) -> Pairing:
+def _plain(value: object) -> object:
+    """A model type without what marks the text part of a larger one."""
+    return value.removesuffix("_text") if isinstance(value, str) else value
+
+
+def _vocabulary_sizes(pair: Pair) -> set[tuple[int, int]]:
+    """(entries in the base, in the fine-tune) of vocabularies that differ, from embeddings and configs."""
+    sizes = {
+        (base.shape[0], info.shape[0])
+        for name, info in pair.finetuned.tensors.items()
+        if is_vocabulary(name)
+        and len(info.shape) == 2
+        and (base := pair.base.tensors.get(name)) is not None
+        and base.shape[1:] == info.shape[1:]
+    }
+    sizes |= {
+        (a, b)
+        for key, a in _vocabulary_entries(pair.origin.config()).items()
+        if (b := _vocabulary_entries(pair.finetuned.config()).get(key)) is not None
+    }
+    return {(a, b) for a, b in sizes if a != b}
+
+
+def _vocabulary_entries(config: Mapping[str, object], depth: int = 3) -> dict[str, int]:
+    """All `vocab_size`s of a config, by their path in it."""
+    found: dict[str, int] = {}
+    for key, value in config.items():
+        if isinstance(value, int) and key.endswith("vocab_size"):
+            found[key] = value
+        elif isinstance(value, dict) and depth:
+            inner = _vocabulary_entries(value, depth - 1)
+            found |= {f"{key}.{name}": size for name, size in inner.items()}
+    return found
+
+
+def _pairing(pair: Pair, info: TensorInfo, grown: set[tuple[int, int]]) -> Pairing:
     base = pair.base.tensors.get(info.name)
-    n_rows = info.matrix_shape[0]
+    vocabulary, found = is_vocabulary(info.name), pair.alignment.sources.get(info.name, ())
+    whole = (Span(0, info.matrix_shape[0], False),)
     if base is None:
-        return Pairing(info, None, (Span(0, n_rows, False),))
+        return Pairing(info, None, whole, vocabulary)
     if (base.dtype in FLOATING) != (info.dtype in FLOATING):
         raise MismatchError(
             f"Tensor {info.name} is {base.dtype} in {pair.base.label} and {info.dtype} in "
             f"{pair.finetuned.label}; give both unquantised."
         )
     if base.dtype != info.dtype and BITS & {base.dtype, info.dtype}:  # no values to convert
-        return Pairing(info, None, (Span(0, n_rows, False),))
-    if base.shape == info.shape:
-        return Pairing(info, base, _matrices(info))
-    if is_vocabulary(info.name) and len(info.shape) == 2 and base.shape[1:] == info.shape[1:]:
+        return Pairing(info, None, whole, vocabulary, (), f"has dtype {base.dtype} in the base")
+    if base.shape == info.shape or (found and base.matrix_shape == info.matrix_shape):
+        return Pairing(info, base, _matrices(info), vocabulary, found)
+    same_rows = len(info.shape) >= 2 and base.shape[1:] == info.shape[1:]
+    if same_rows and ((vocabulary and len(info.shape) == 2) or _sizes(base, info, grown) == {0}):
         common = min(base.shape[0], info.shape[0])
         spans = [Span(0, common, True)]
         if info.shape[0] > common:
             spans.append(Span(common, info.shape[0], False))
-        return Pairing(info, base, tuple(spans))
+        return Pairing(info, base, tuple(spans), True, found)
+    if _sizes(base, info, grown) or (block_of(info.name) is None and not vocabulary):
+        why = f"has shape {list(base.shape)} in the base"
+        return Pairing(info, None, whole, vocabulary, (), why)
     raise MismatchError(
         f"Tensor {info.name} has shape {list(base.shape)} in {pair.base.label} and "
         f"{list(info.shape)} in {pair.finetuned.label}; they are not base and fine-tune."
     )
+
+
+def _sizes(base: TensorInfo, tuned: TensorInfo, grown: set[tuple[int, int]]) -> set[int]:
+    """Dimensions that differ, if all of them are those of a vocabulary."""
+    if len(base.shape) != len(tuned.shape):
+        return set()
+    pairs = list(zip(base.shape, tuned.shape, strict=True))
+    differing = {at for at, (a, b) in enumerate(pairs) if a != b}
+    return differing if all(pairs[at] in grown for at in differing) else set()
 
 
 def _matrices(info: TensorInfo) -> tuple[Span, ...]:

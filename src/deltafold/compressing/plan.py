@@ -7,8 +7,10 @@ from typing import Any
 
 from deltafold.archive.writer import encode_side_files
 from deltafold.codecs import delta_codec, get
+from deltafold.compressing.adapter import whole_model
 from deltafold.compressing.job import CompressJob, budget_of
 from deltafold.compressing.methods.budget import Budget, Unit, allot, share_within
+from deltafold.compressing.order import looks_swapped
 from deltafold.compressing.pair import Pair, open_pair
 from deltafold.compressing.request import CompressRequest, PlanRequest
 from deltafold.compressing.triplets import factor_memory_bytes
@@ -29,7 +31,10 @@ def planned(request: Any) -> dict[str, Any]:
     budget = budget_of(method, *request.budget)
     known = {k: v for k, v in request.method_settings.items() if k not in request.open_settings}
     config = get(method).Config.from_options(method, known)
-    with open_pair(request.base, request.finetuned) as pair:
+    with (
+        whole_model(request.base, request.finetuned) as finetuned,
+        open_pair(request.base, finetuned) as pair,
+    ):
         asked = CompressRequest(request.base, request.finetuned, "", method)
         job = CompressJob(pair, asked, config, budget)
         return {
@@ -39,6 +44,8 @@ def planned(request: Any) -> dict[str, Any]:
             "budget": {"kind": budget.kind, "asked": budget.asked} if budget else {},
             "checkpoint_bytes": pair.finetuned.total_bytes,
             "roles": _roles(pair, budget is not None),
+            "looks_swapped": looks_swapped(pair),
+            "names": pair.alignment.rules,
             **_sides(pair),
             **(expected := _expected(job, pair, budget, config.to_json())),
             "memory_bytes": _memory_bytes(_largest_task_bytes(job, pair, expected["share"])),
@@ -66,7 +73,7 @@ def _sides(pair: Pair) -> dict[str, Any]:
     grown = [
         {"name": p.name, "base_rows": p.base.shape[0], "rows": p.tuned.shape[0]}
         for p in pair.pairings
-        if p.base is not None and p.base.shape != p.tuned.shape
+        if p.base is not None and p.base.matrix_shape != p.tuned.matrix_shape
     ]
     config = pair.finetuned.config()
     return {

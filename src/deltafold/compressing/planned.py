@@ -72,22 +72,30 @@ class Plan:
 
 def decide(job: CompressJob, surveys: list[TensorSurvey]) -> Plan:
     """First decision, before the budget: equal, twin, exact because it must be, or lossy."""
-    first_with: dict[str, str] = {}
+    owners = _owners(surveys)
     tensors = []
     for index, (pairing, survey) in enumerate(zip(job.pair.pairings, surveys, strict=True)):
         equal = all(span.equal for span in survey.spans)
-        twin = first_with.setdefault(survey.tuned_digest, pairing.name)
+        twin = owners[survey.tuned_digest]
         if not equal and twin != pairing.name:
             tensors.append(PlannedTensor(pairing, survey, [], same_as=twin))
             continue
         pieces: list[PlannedPiece] = []
         for number, span in enumerate(survey.spans):
-            pieces += _pieces(job, span, f"{index:06d}-{number}")
+            pieces += _pieces(job, span, f"{index:06d}-{number}", pairing.why)
         tensors.append(PlannedTensor(pairing, survey, _joined(pieces)))
     return Plan(tensors)
 
 
-def _pieces(job: CompressJob, span: SpanSurvey, stem: str) -> list[PlannedPiece]:
+def _owners(surveys: list[TensorSurvey]) -> dict[str, str]:
+    """Which tensor stores the values of a digest: the first that has a counterpart, or the first."""
+    owners: dict[str, str] = {}
+    for survey in [s for s in surveys if s.base_digest] + surveys:
+        owners.setdefault(survey.tuned_digest, survey.name)
+    return owners
+
+
+def _pieces(job: CompressJob, span: SpanSurvey, stem: str, why: str) -> list[PlannedPiece]:
     if span.stop == span.start:
         return []
     if span.equal:
@@ -98,7 +106,7 @@ def _pieces(job: CompressJob, span: SpanSurvey, stem: str) -> list[PlannedPiece]
                 job.method, span.start, span.stop, stem=stem, delta_squared=span.delta_squared
             )
         ]
-    return exact_pieces(span, span.why if span.in_base else "only in the fine-tune")
+    return exact_pieces(span, span.why if span.in_base else why)
 
 
 def exact_pieces(span: SpanSurvey, why: str | None) -> list[PlannedPiece]:

@@ -9,6 +9,7 @@ from typing import Any
 from deltafold.archive import Archive, Tensor
 from deltafold.compressing.job import CompressJob
 from deltafold.compressing.planned import Plan, PlannedTensor
+from deltafold.compressing.shortfall import no_counterpart
 from deltafold.names import block_of, role_of
 from deltafold.restoring.totals import archive_totals, codec_names, tensor_bytes
 from deltafold.running.record import Record
@@ -35,6 +36,7 @@ def compress_record(job: CompressJob, plan: Plan, archive: Archive, output: Path
         "budget": {"kind": kind, "asked": asked, "got": got.get(kind)},
         "totals": totals,
         "left_out": job.pair.finetuned.left_out,
+        "pairing": {"rules": job.pair.alignment.rules, "only_in_finetuned": no_counterpart(plan)},
         "tensors": [
             _tensor_row(planned, archive.by_name[planned.pairing.name], archive)
             for planned in plan.tensors

@@ -102,6 +102,11 @@ class CompressRequest(Budgeted, Clustered, Scored, Seeded, Writing):
     fallback: bool = option(
         "Let a tensor that the method does not suit be stored by one that suits it.", default=True
     )
+    as_given: bool = option(
+        "Base and fine-tune are not swapped, though they look like it.",
+        default=False,
+        identity=False,
+    )
     kl_at_most: float | None = option(
         "Instead of a size: the smallest archive whose KL to the fine-tune stays at or below this "
         "many nats a token.",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from deltafold.compressing.job import CompressJob
-from deltafold.compressing.methods.budget import Budget, allot, refuse, share_within
+from deltafold.compressing.methods.budget import Budget, allot, share_within
 from deltafold.compressing.pair import Pairing
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor, decide, exact_pieces
+from deltafold.compressing.shortfall import refused
 from deltafold.compressing.sizing import archive_bytes, fixed_bytes, smallest_bytes, units
 from deltafold.compressing.survey import CHUNK_BYTES, SPARSE_SHARE, TensorSurvey, survey_tensor
 from deltafold.compressing.triplets import factor_all
@@ -23,8 +24,11 @@ def schedule(job: CompressJob, workspace: Workspace, resources: Resources) -> Pl
     surveys = _survey_all(job, workspace, resources)
     plan = decide(job, surveys)
     if job.budget is None or not plan.lossy:
+        _check_exact(job, plan)
         return plan
     share = _prefer_exact(job, plan, job.budget)
+    if not plan.lossy:
+        _check_exact(job, plan)
     if not plan.lossy or job.codec(job.method).variable:
         return plan
     factor_all(job, plan, share, workspace, resources)
@@ -96,8 +100,15 @@ def _prefer_exact(job: CompressJob, plan: Plan, budget: Budget) -> float:
                 piece.codec, piece.why = "magnitude", "90 % of values equal: not low-rank"
     if plan.lossy and share <= 0:
         smallest = smallest_bytes(job, plan, units(job, plan))
-        raise refuse(budget, checkpoint_bytes, smallest, job.method)
+        raise refused(job, plan, smallest)
     return share
+
+
+def _check_exact(job: CompressJob, plan: Plan) -> None:
+    """A plan in which nothing is approximated takes what it takes. Raises BudgetError."""
+    target = job.budget.target_bytes(job.pair.finetuned.total_bytes) if job.budget else None
+    if target is not None and (needed := archive_bytes(job, plan)) > 1.01 * target:
+        raise refused(job, plan, needed)
 
 
 def _raw_bytes(tensor: PlannedTensor, piece: PlannedPiece) -> int:
@@ -130,4 +141,4 @@ def _allot(job: CompressJob, plan: Plan, share: float) -> None:
             break
     if target is not None and (share <= 0 or archive_bytes(job, plan) > 1.01 * target):
         smallest = smallest_bytes(job, plan, matrices)
-        raise refuse(job.budget, checkpoint_bytes, smallest, job.method)
+        raise refused(job, plan, smallest)

@@ -16,8 +16,8 @@ from deltafold.codecs.base import Settings, VariableCodec
 from deltafold.coding.correction import fix_bytes
 from deltafold.compressing.encode import encode_lossy, task_memory_bytes
 from deltafold.compressing.job import CompressJob
-from deltafold.compressing.methods.budget import refuse
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
+from deltafold.compressing.shortfall import refused
 from deltafold.compressing.sizing import archive_bytes
 from deltafold.names import is_vocabulary
 from deltafold.running.engine import Resources, Task
@@ -51,7 +51,7 @@ def encode_to_size(
             piece.settings |= corrections[piece.stem]
         room = _room(job, plan, target)
         if room <= 0:
-            raise refuse(job.budget, checkpoint_bytes, int(-room + (target or 0)) + 1, job.method)
+            raise refused(job, plan, int(-room + (target or 0)) + 1)
         step = _step_for(pilots, room * aim / wrong_by)
         estimates = [float(_at(pilot, step)) for pilot in pilots]
         for (_, piece), estimate in zip(plan.lossy, estimates, strict=True):
@@ -63,7 +63,7 @@ def encode_to_size(
             return
         wrong_by = used / max(1.0, _counted_sum(job, plan, estimates))
     if used > room:
-        raise refuse(job.budget, checkpoint_bytes, archive_bytes(job, plan), job.method)
+        raise refused(job, plan, archive_bytes(job, plan))
 
 
 def _fisher_scale(job: CompressJob, plan: Plan) -> float:

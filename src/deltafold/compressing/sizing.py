@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deltafold.archive import CodecEntry, Manifest, Piece, Source, Tensor, TensorDigest
+from deltafold.archive import BaseRows, CodecEntry, Manifest, Piece, Source, Tensor, TensorDigest
 from deltafold.archive.manifest import PayloadFile, version_of
 from deltafold.archive.writer import payload_bytes
 from deltafold.checkpoint import Checkpoint, tensor_bytes
@@ -95,7 +95,7 @@ def draft_manifest(job: CompressJob, plan: Plan) -> Manifest:
         seed=job.seed,
         budget={"kind": job.budget.kind, "asked": job.budget.asked} if job.budget else {},
         codecs={n: CodecEntry(version=get(n).version, config=config[n]) for n in used},
-        base=_source(pair.base),
+        base=_source(pair.origin),
         finetuned=_source(pair.finetuned),
         removed=removed,
         payload=(PayloadFile(name="payload-00001-of-00001.safetensors", n_bytes=10**9),),
@@ -105,17 +105,20 @@ def draft_manifest(job: CompressJob, plan: Plan) -> Manifest:
     )
 
 
-def _manifest_tensor(job: CompressJob, tensor: PlannedTensor, files: dict[Path, int]) -> Tensor:
+def _manifest_tensor(job: CompressJob, planned: PlannedTensor, files: dict[Path, int]) -> Tensor:
+    pairing, survey = planned.pairing, planned.survey
+    found = pairing.found if survey.base_digest else ()
     return Tensor(
-        name=tensor.pairing.name,
-        dtype=tensor.pairing.tuned.dtype,
-        shape=tensor.pairing.tuned.shape,
-        file=files[tensor.pairing.tuned.file],
-        base=tensor.survey.base_digest,
-        tuned=tensor.survey.tuned_digest,
-        restored=(tensor.restored or _DRAFT_CHECKSUM) if tensor.lossy else None,
-        same_as=tensor.same_as,
-        pieces=tuple(_manifest_piece(job, tensor, piece) for piece in tensor.pieces),
+        name=pairing.name,
+        dtype=pairing.tuned.dtype,
+        shape=pairing.tuned.shape,
+        file=files[pairing.tuned.file],
+        base=survey.base_digest,
+        counterpart=tuple(BaseRows(name=name, rows=(a, b)) for name, a, b in found),
+        tuned=survey.tuned_digest,
+        restored=(planned.restored or _DRAFT_CHECKSUM) if planned.lossy else None,
+        same_as=planned.same_as,
+        pieces=tuple(_manifest_piece(job, planned, piece) for piece in planned.pieces),
     )
 
 
@@ -149,9 +152,9 @@ def _removed_digest(job: CompressJob, name: str) -> str:
     """Digest of a tensor that only the base has (read once, kept)."""
     cache: dict[str, str] = job.__dict__.setdefault("_removed_digests", {})
     if name not in cache:
-        info = job.pair.base.tensors[name]
+        info = job.pair.origin.tensors[name]
         digest = TensorDigest(info.dtype, info.shape)
-        for _, rows in job.pair.base.row_chunks(name, CHUNK_BYTES):
+        for _, rows in job.pair.origin.row_chunks(name, CHUNK_BYTES):
             digest.update(tensor_bytes(rows))
         cache[name] = digest.identity()
     return cache[name]

@@ -23,7 +23,6 @@ from deltafold.coding.sums import squared, squared_distance
 from deltafold.compressing.pair import Pair, Pairing
 from deltafold.errors import NonFiniteError
 from deltafold.lazy import torch
-from deltafold.names import is_vocabulary
 from deltafold.restoring.decode import reference_rows
 from deltafold.running.workspace import Workspace, checksum
 
@@ -95,6 +94,11 @@ def survey_tensor(
         _read_span(pair, pairing, span, (tuned_digest, base_digest), exact_method is None)
     if pairing.base is not None and base_digest is not None:
         _digest_rest(pair, pairing, spans[-1].stop, base_digest)
+    if pairing.found and _unrelated(spans):
+        base_digest = None
+        spans = [SpanSurvey(0, spans[-1].stop, False)]
+        spans[0].changed_values = pairing.tuned.elements
+        spans[0].changed_rows = spans[0].stop
     survey = TensorSurvey(
         pairing.name,
         tuned_digest.identity(),
@@ -147,6 +151,12 @@ def _read_span(
             span.delta_squared += squared_distance(tuned, base)
 
 
+def _unrelated(spans: list[SpanSurvey]) -> bool:
+    """Whether what a name seemed to point at is farther from the tensor than zeros are."""
+    known = [span for span in spans if span.in_base]
+    return sum(s.delta_squared for s in known) > sum(s.base_squared for s in known)
+
+
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(signed[tensor.element_size()])
@@ -193,7 +203,7 @@ def _exact_candidates(pairing: Pairing, span: SpanSurvey, exact_method: str | No
     sparse = span.in_base and span.changed_values <= SPARSE_SHARE * values
     few_rows = (
         span.in_base
-        and is_vocabulary(pairing.name)
+        and pairing.vocabulary
         and span.changed_rows <= ROWS_SHARE * (span.stop - span.start)
     )
     if exact_method is None and span.lossy_allowed and not sparse and not few_rows:

@@ -16,6 +16,7 @@ import torch
 from deltafold.archive import is_archive
 from deltafold.calibration.models import first_line, load_folder, no_config
 from deltafold.checkpoint import local_folder
+from deltafold.checkpoint.kinds import refuse_other_kinds
 from deltafold.composed.load import is_shared, load_shared
 from deltafold.errors import CheckpointError, UsageError, nearest
 from deltafold.evaluation.segments import Subject
@@ -108,6 +109,7 @@ def model_folder(source: str | Path) -> Path:
     """The folder of an ordinary model, downloaded first if need be. Raises CheckpointError."""
     folder = local_folder(source)
     if not (folder / "config.json").is_file():
+        refuse_other_kinds(folder, str(source))
         raise CheckpointError(no_config(folder, str(source)))
     return folder
 

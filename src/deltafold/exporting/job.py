@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ from deltafold.errors import MismatchError, UsageError, nearest
 from deltafold.exporting.engines import refusal
 from deltafold.exporting.methods.ranks import Choice
 from deltafold.exporting.places import PAIRED, Layout, Place, find_places
-from deltafold.restoring.decode import check_base_headers, check_codecs
+from deltafold.restoring.decode import check_codecs
+from deltafold.restoring.ground import fitted_base
 
 _TALKS = re.compile(r"(CausalLM|LMHeadModel|ConditionalGeneration)$", re.I)
 Rest = Literal["lora", "fold", "drop"]
@@ -84,9 +86,10 @@ def make_job(
     if rest not in RESTS:
         raise UsageError(f"There is no way {rest!r} for --rest; {nearest(rest, list(RESTS))}")
     check_codecs(archive)
-    check_base_headers(archive, base)
+    origin, base = base, fitted_base(archive, base)
     _check_class(archive, base)
-    layout = find_places(base.path, list(base.tensors))
+    layout = find_places(base.path, list(origin.tensors))
+    layout.places.update(_places_of_renamed(archive, layout))
     items = tuple(_item(tensor, base, layout, runtime, rest) for tensor in archive.manifest.tensors)
     items = tuple(_with_module(item, items) for item in items)
     if not any(item.how in ("pair", "whole", "fold") for item in items):
@@ -115,6 +118,21 @@ def _check_class(archive: Archive, base: Checkpoint) -> None:
     )
 
 
+def _places_of_renamed(archive: Archive, layout: Layout) -> dict[str, list[Place]]:
+    """Places of tensors that the base has under another name: its own, if no other has them."""
+    tensors = archive.manifest.tensors
+    takers = Counter(
+        name for t in tensors for name in {each.name for each in t.counterpart} or {t.name}
+    )
+    found: dict[str, list[Place]] = {}
+    for tensor in tensors:
+        if tensor.counterpart:
+            name = tensor.counterpart[0].name
+            alone = len(tensor.counterpart) == 1 and takers[name] == 1
+            found[tensor.name] = layout.places.get(name, []) if alone else []
+    return found
+
+
 def _item(tensor: Tensor, base: Checkpoint, layout: Layout, runtime: str, rest: str) -> Item:
     if tensor.base is None:
         how: How = "fold" if rest == "fold" else "none"
@@ -133,13 +151,19 @@ def _item(tensor: Tensor, base: Checkpoint, layout: Layout, runtime: str, rest: 
 
 def _with_module(item: Item, items: tuple[Item, ...]) -> Item:
     """PEFT wants all parameters of a module that is given whole, those that are equal too."""
-    if item.how != "equal" or any(place.kind != "whole" for place in item.places):
+    if (
+        item.how != "equal"
+        or not item.places
+        or any(place.kind != "whole" for place in item.places)
+    ):
         return item
     given = {place.module for each in items if each.how == "whole" for place in each.places}
     return replace(item, how="whole") if item.places[0].module in given else item
 
 
 def _how(places: tuple[Place, ...], layout: Layout, runtime: str, rest: str) -> tuple[How, str]:
+    if not places:
+        return ("fold", "") if rest == "fold" else ("none", "the base's modules hold it otherwise")
     reachable = all(place.kind in PAIRED for place in places)
     if rest == "fold" and (not reachable or any(place.rest for place in places)):
         return "fold", ""

@@ -11,7 +11,8 @@ import torch
 from deltafold.archive import Archive, is_archive
 from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.checkpoint.json_files import parse_object
-from deltafold.restoring.decode import assembled, check_base_headers, check_codecs, checked_rows
+from deltafold.restoring.decode import assembled, check_codecs, checked_rows
+from deltafold.restoring.ground import fitted_base
 
 Header = tuple[str, tuple[int, ...]]
 """(dtype as in headers, shape)"""
@@ -72,10 +73,10 @@ class ArchiveSource:
     """An archive on its base; the base's tensors are hashed before they are used."""
 
     def __init__(self, folder: Path, base: Checkpoint):
-        self.archive, self.base = Archive(folder), base
+        self.archive = Archive(folder)
         try:
             check_codecs(self.archive)
-            check_base_headers(self.archive, base)
+            self.base = fitted_base(self.archive, base)
         except BaseException:
             self.archive.__exit__()
             raise

@@ -19,12 +19,12 @@ from deltafold.errors import MismatchError
 from deltafold.lazy import torch
 from deltafold.restoring.decode import (
     assembled,
-    check_base_headers,
     check_codecs,
     checked_rows,
     decoded_rows,
     named_tensors,
 )
+from deltafold.restoring.ground import fitted_base
 from deltafold.running.engine import Progress, Task, run_tasks
 from deltafold.running.neutral import undisturbed
 
@@ -42,10 +42,10 @@ def load_state(
     lock = threading.Lock()
     with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
         check_codecs(opened)
-        check_base_headers(opened, checkpoint)
+        ground = fitted_base(opened, checkpoint)
 
         def one(tensor: Tensor) -> None:
-            whole = assembled(tensor, checked_rows(opened, tensor, checkpoint))
+            whole = assembled(tensor, checked_rows(opened, tensor, ground))
             with lock:
                 state[tensor.name] = native(whole, tensor.dtype)
 
@@ -75,9 +75,9 @@ def tensors(
     """
     with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
         check_codecs(opened)
-        check_base_headers(opened, checkpoint)
+        ground = fitted_base(opened, checkpoint)
         for tensor in named_tensors(opened.manifest, names):
-            yield tensor.name, assembled(tensor, checked_rows(opened, tensor, checkpoint))
+            yield tensor.name, assembled(tensor, checked_rows(opened, tensor, ground))
 
 
 @contextlib.contextmanager
@@ -90,11 +90,11 @@ def archive_weights(
     """
     with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
         check_codecs(opened)
-        check_base_headers(opened, checkpoint)
+        ground = fitted_base(opened, checkpoint)
 
         def tensor(name: str) -> torch.Tensor:
             entry = opened.by_name[name]
-            return assembled(entry, decoded_rows(opened, entry, checkpoint))
+            return assembled(entry, decoded_rows(opened, entry, ground))
 
         yield tensor
 

@@ -12,7 +12,8 @@ from deltafold.calibration.opens import open_bare
 from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
 from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
 from deltafold.dtypes import stored_bytes
-from deltafold.restoring.decode import check_base_headers, check_codecs, checked_rows, named_tensors
+from deltafold.restoring.decode import check_codecs, checked_rows, named_tensors
+from deltafold.restoring.ground import fitted_base
 from deltafold.restoring.request import RestoreRequest
 from deltafold.restoring.totals import archive_totals
 from deltafold.running.engine import Task
@@ -31,7 +32,7 @@ def run_restore(request: RestoreRequest) -> Record:
         opened = run.entered(Archive(Path(request.archive)))
         base = run.opened(open_checkpoint(request.base))
         check_codecs(opened)
-        check_base_headers(opened, base)
+        ground = fitted_base(opened, base)
         wanted = named_tensors(opened.manifest, request.tensors)
         layout = _layout(opened.manifest, wanted, request)
         content = _content(opened, base.label, wanted) | {"output": str(run.output)}
@@ -54,7 +55,7 @@ def run_restore(request: RestoreRequest) -> Record:
 
         def one(tensor: Tensor) -> None:
             columns = tensor.matrix_shape[1]
-            for start, rows in checked_rows(opened, tensor, base):
+            for start, rows in checked_rows(opened, tensor, ground):
                 writer.write(tensor.name, rows, start * columns)
             workspace.save_json(done[tensor.name], True)
 

@@ -13,12 +13,12 @@ from deltafold.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from deltafold.coding.sums import squared_distance
 from deltafold.errors import MismatchError
 from deltafold.restoring.decode import (
-    check_base_headers,
     check_base_tensor,
     check_codecs,
     check_digest,
     decoded_rows,
 )
+from deltafold.restoring.ground import fitted_base
 from deltafold.restoring.request import VerifyRequest
 from deltafold.running.engine import Task, run_tasks
 from deltafold.running.front import front
@@ -39,7 +39,7 @@ def run_verify(request: VerifyRequest) -> Record:
         base_checkpoint = open_checkpoint(base) if base is not None else None
         tuned = open_checkpoint(against) if against is not None else None
         if base_checkpoint:
-            check_base_headers(opened, base_checkpoint)
+            base_checkpoint = fitted_base(opened, base_checkpoint)
         if tuned:
             _check_same_tensors(opened, tuned)
 

@@ -99,10 +99,12 @@ def reach(shape: Shape, share: float) -> float:
     return min(1.0, 1.7 * share + 3 * sum(shape) / (shape[0] * shape[1]))
 
 
-def refuse(budget: Budget, checkpoint_bytes: int, smallest_bytes: int, method: str) -> BudgetError:
-    """The error for a budget that cannot be met."""
+def refuse(
+    budget: Budget, checkpoint_bytes: int, smallest_bytes: int, method: str, why: str = ""
+) -> BudgetError:
+    """The error for a budget that cannot be met; `why`: what takes so much, if that is known."""
     return BudgetError(
         f"{budget.describe().capitalize()} cannot be met: for this pair the smallest archive of "
         f"method {method} takes about {smallest_bytes:,} bytes "
-        f"(file ratio {checkpoint_bytes / smallest_bytes:.1f}); ask for at most that."
+        f"(file ratio {checkpoint_bytes / smallest_bytes:.1f}); ask for at most that{why}."
     )

@@ -1,0 +1,88 @@
+"""Which side is the base: what a run says first, and pairs that look swapped."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from deltafold.archive import is_archive
+from deltafold.archive.manifest import read_manifest
+from deltafold.checkpoint import Checkpoint, local_folder, open_checkpoint
+from deltafold.checkpoint.kinds import ADAPTER_FILE, adapter_folder
+from deltafold.compressing.pair import Pair
+from deltafold.errors import ArchiveError, UsageError
+
+_CARD_BASE = re.compile(r"^base_model:[ \t]*(?:\n\s*-\s*)?[\"']?([^\s\"']+)", re.M)
+_CARD_BYTES = 1 << 16
+
+
+def sides(base: str | Path, finetuned: str | Path) -> list[tuple[str, int]]:
+    """What is shown of base and fine-tune before any work: name and bytes. Raises CheckpointError."""
+    return [_side(base), _side(finetuned)]
+
+
+def _side(source: str | Path) -> tuple[str, int]:
+    if (folder := adapter_folder(local_folder(source))) is not None:
+        return f"{source}, an adapter", (folder / ADAPTER_FILE).stat().st_size
+    with open_checkpoint(source) as opened:
+        return opened.label, opened.total_bytes
+
+
+def check_order(pair: Pair, output: Path) -> None:
+    """Ask about a pair that looks swapped. Raises UsageError."""
+    if why := looks_swapped(pair, output):
+        raise UsageError(
+            f"Base and fine-tune look swapped: {why}; give {pair.finetuned.label} as the base, or "
+            "add --as-given (as_given=True) if they are not."
+        )
+
+
+def looks_swapped(pair: Pair, output: Path | None = None) -> str | None:
+    """Why the fine-tune looks like the base of the base, if it does."""
+    base, tuned = pair.origin, pair.finetuned
+    if output is not None and _made_the_other_way(output, base, tuned):
+        return f"{output} was made with {tuned.label} as its base"
+    if _says_it_comes_from(base, tuned) and not _says_it_comes_from(tuned, base):
+        return f"{base.label} says that it was made from {tuned.label}"
+    if _has_chat_template(base) and not _has_chat_template(tuned):
+        return f"{base.label} has a chat template and {tuned.label} has none"
+    return None
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return checkpoint.path.absolute().name if checkpoint.path.exists() else checkpoint.label
+
+
+def _made_the_other_way(output: Path, base: Checkpoint, tuned: Checkpoint) -> bool:
+    """Whether the archive that is to be overwritten has the two in the other order."""
+    try:
+        manifest = read_manifest(output) if is_archive(output) else None
+    except ArchiveError:
+        return False
+    labels = (manifest.base.label, manifest.finetuned.label) if manifest else ("", "")
+    return labels == (_name(tuned), _name(base))
+
+
+def _says_it_comes_from(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether the model card or the config of one names the other as what it was made from."""
+    named = [one.config().get("_name_or_path")]
+    card = one.path / "README.md"
+    if card.is_file():
+        named += _CARD_BASE.findall(card.read_text(errors="replace")[:_CARD_BYTES])
+    wanted = {_name(other), other.label, other.label.partition("@")[0]}
+    if _name(one) == _name(other):
+        return False
+    return any(isinstance(n, str) and (n in wanted or Path(n).name in wanted) for n in named)
+
+
+def _has_chat_template(checkpoint: Checkpoint) -> bool:
+    if checkpoint.path.is_file():
+        return False
+    if any(checkpoint.path.glob("chat_template*")):
+        return True
+    config = checkpoint.path / "tokenizer_config.json"
+    try:
+        return bool(json.loads(config.read_text()).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
