@@ -76,9 +76,12 @@ def flushing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def another_seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(123)
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(123)
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)
 
 
 STATES: dict[str, Callable[[], AbstractContextManager[object]]] = {

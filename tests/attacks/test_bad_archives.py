@@ -142,8 +142,11 @@ EDITS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "negative size": (change_tensor(QUERY, shape=[-64, 64]), ("shape",)),
     "size beyond all disks": (change_tensor(QUERY, shape=[1 << 60, 64]), ("shape",)),
     "counterpart before its version": (
-        change_tensor(QUERY, counterpart=[{"name": QUERY, "rows": [0, 64]}]),
-        (QUERY, "counterpart"),
+        lambda raw: (
+            raw.update(format_version=1),
+            change_tensor(QUERY, counterpart=[{"name": QUERY, "rows": [0, 64]}])(raw),
+        ),
+        ("version 1", "counterpart"),
     ),
     "counterpart ends before it starts": (
         change_tensor(QUERY, counterpart=[{"name": QUERY, "rows": [64, 0]}]),

@@ -20,6 +20,7 @@ from deltafold.running.engine import Resources, Task
 from deltafold.running.workspace import Workspace
 
 TASK_MEMORY_BYTES = 200 << 20
+_RESTORED = "restored/{:06d}.json"
 
 
 def assemble(job: CompressJob, plan: Plan, workspace: Workspace, resources: Resources) -> Manifest:
@@ -54,7 +55,13 @@ def _restored(job: CompressJob, plan: Plan, workspace: Workspace, resources: Res
             digest = TensorDigest(tensor.dtype, tensor.shape)
             for _, rows in decoded_rows(archive, tensor, base):
                 digest.update(tensor_bytes(rows))
-            workspace.save_json(f"restored/{number:06d}.json", digest.checksum())
+            found = {"archive": archive.identity, "restored": digest.checksum()}
+            workspace.save_json(_RESTORED.format(number), found)
+
+        def known(number: int) -> bool:
+            """Whether an interrupted run has decoded it, out of the very same archive."""
+            file = _RESTORED.format(number)
+            return workspace.has(file) and workspace.load_json(file)["archive"] == archive.identity
 
         lossy = [n for n, planned in enumerate(plan.tensors) if planned.lossy]
         resources.run(
@@ -67,7 +74,8 @@ def _restored(job: CompressJob, plan: Plan, workspace: Workspace, resources: Res
                     work=float(plan.tensors[n].pairing.tuned.elements),
                 )
                 for n in lossy
+                if not known(n)
             ],
         )
     for n in lossy:
-        plan.tensors[n].restored = workspace.load_json(f"restored/{n:06d}.json")
+        plan.tensors[n].restored = workspace.load_json(_RESTORED.format(n))["restored"]
