@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
+from deltafold.calibration.models import quiet
 from deltafold.errors import MismatchError, NonFiniteError
 from deltafold.evaluation.data import read_tasks
 from deltafold.evaluation.estimate import Figure, proportion, ratio_of_sums
 from deltafold.evaluation.exact_match import ExactMatch, first_lines
-from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded, quiet
+from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded
 from deltafold.evaluation.segments import Encoder, Segment, Subject, stream_logits
 
 BATCH_ROWS = 25

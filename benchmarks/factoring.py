@@ -22,9 +22,10 @@ from typing import Any
 from folding import DTYPE, MAX_LENGTH, WINDOWS, remember, write_data
 from smollm2 import default_cache
 
+from deltafold.calibration.models import quiet
 from deltafold.errors import DeltafoldError
 from deltafold.evaluation.before_after import weight_bytes
-from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded, quiet
+from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
 from deltafold.factoring.factor import factor

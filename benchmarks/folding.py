@@ -27,9 +27,10 @@ from smollm2 import default_cache
 from tasks import Row, make_rows, write_jsonl
 
 import deltafold
+from deltafold.calibration.models import quiet
 from deltafold.errors import DeltafoldError
 from deltafold.evaluation.before_after import speed
-from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded, quiet
+from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
 from deltafold.folding.methods.presets import METHODS

@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import PairFiles, make_pair, read_checkpoint, same_bits, tree_hashes
+from checkpoints import (
+    PairFiles,
+    base_tensors,
+    make_pair,
+    read_checkpoint,
+    same_bits,
+    tree_hashes,
+    tuned_tensors,
+    write_checkpoint,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import nothing_left, refused
 
 from deltafold.cli import main
-from deltafold.cli.options import method_options, parse_bytes
+from deltafold.cli.method_settings import with_method_settings
 from deltafold.cli.show import duration, size
 from deltafold.errors import UsageError
+from deltafold.running.request import parse_bytes
 
 Result = tuple[int, str, str]
 Cli = Callable[..., Result]
@@ -353,8 +363,15 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
 
 
 def test_settings_keep_their_types() -> None:
-    found = method_options("auto", "0.5", None, ["rank=3", "share=0.25", "value-dtype=bf16"])
-    assert found == {"beta": "auto", "c": 0.5, "rank": 3, "share": 0.25, "value_dtype": "bf16"}
+    given = ["rank=3", "share=0.25", "value-dtype=bf16"]
+    found = with_method_settings({"beta": "auto", "c": "0.5", "setting": given})
+    assert found["method_settings"] == {
+        "beta": "auto",
+        "c": 0.5,
+        "rank": 3,
+        "share": 0.25,
+        "value_dtype": "bf16",
+    }
 
 
 def test_numbers_for_people() -> None:
@@ -364,3 +381,31 @@ def test_numbers_for_people() -> None:
     assert [duration(s) for s in (0.04, 59.94, 61, 3600)] == [
         "0.0 s", "59.9 s", "1 min 01 s", "60 min 00 s",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["compress", "compress --dry-run", "plan"])
+def test_the_first_line_names_both_sides(
+    cli: Cli, pair: PairFiles, tmp_path: Path, command: str
+) -> None:
+    output = () if command == "plan" else ("-o", tmp_path / "x.delta")
+    method = ("-m", "lossless")
+    code, said, _ = cli(*command.split(), pair.base, pair.finetuned, *output, *method)
+    assert code == 0
+    first = said.splitlines()[0]
+    assert first.startswith(f"base {pair.base} (") and f" -> fine-tune {pair.finetuned} (" in first
+
+
+def test_a_summary_says_what_was_looked_past_and_what_has_no_counterpart(
+    cli: Cli, tmp_path: Path
+) -> None:
+    base, tuned = base_tensors(), tuned_tensors(base_tensors())
+    wrapped = {f"_orig_mod.{name}": t for name, t in tuned.items()}
+    wrapped["_orig_mod.vision.patches"] = next(iter(tuned.values())).flip(0).contiguous()[:300]
+    sides = (
+        write_checkpoint(tmp_path / "base", base),
+        write_checkpoint(tmp_path / "tuned", wrapped),
+    )
+    code, said, _ = cli("compress", *sides, "-o", tmp_path / "x.delta", "-m", "lossless")
+    assert code == 0
+    assert "names of the fine-tune in the base: without _orig_mod." in said
+    assert "only in the fine-tune, stored whole" in said and "_orig_mod.vision.patches" in said

@@ -435,8 +435,16 @@ def test_errors_of_tasks_come_back(
 def test_a_worker_that_sees_other_files(workers: SimpleNamespace, pair: PairFiles) -> None:
     with open_engine("ray") as engine, Checkpoint(pair.base) as checkpoint:
         assert engine is not None
-        checkpoint.path = pair.base.parent / "elsewhere"
-        tasks = [Task("t", lambda: checkpoint.tensors)]
+        opened, (_, *known) = checkpoint.__reduce__()
+
+        class Moved:
+            """The checkpoint, as one that lies elsewhere travels."""
+
+            def __reduce__(self) -> tuple[Any, ...]:
+                return opened, (pair.base.parent / "elsewhere", *known)
+
+        moved = Moved()
+        tasks = [Task("t", lambda: moved)]
         refused(ClusterError, lambda: engine.run("x", tasks, None), "elsewhere", "share")
 
 

@@ -30,7 +30,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_ids_and_revisions_are_passed_on(hub, tmp_path):
     deltafold.compress("org/base@main", "org/math@v1.0", tmp_path / "a.delta", file_ratio=6)
-    assert [call[:2] for call in hub["calls"]] == [("org/base", "main"), ("org/math", "v1.0")]
+    # The fine-tune is looked at once more: it may be an adapter.
+    asked = {call[:2] for call in hub["calls"]}
+    assert asked == {("org/base", "main"), ("org/math", "v1.0")} and len(hub["calls"]) <= 3
     patterns = hub["calls"][0][2]
     assert "*.safetensors" in patterns and not any("bin" in pattern for pattern in patterns)
 

@@ -246,6 +246,18 @@ def test_projections_joined_or_apart(tmp_path: Path, side: str) -> None:
     there_and_back(tmp_path, *folders, method="auto")
 
 
+def test_shapes_tell_apart_what_names_do_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = {f"layers.{n}.moe.input_linear.weight": torch.randn(4, 96, 32) for n in range(2)}
+    base |= {f"layers.{n}.moe.output_linear.weight": torch.randn(4, 32, 48) for n in range(2)}
+    names = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down"}
+    tuned = {}
+    for name, tensor in base.items():
+        stem, _, leaf = name.partition("moe.")
+        tuned[f"{stem}moe.{names[leaf]}"] = tensor + 0.01 * torch.randn(tensor.shape)
+    assert not whole(there_and_back(tmp_path, *put(tmp_path, base, tuned)))
+
+
 def test_the_base_must_be_the_one_also_where_rows_are_joined(tmp_path: Path) -> None:
     base = base_tensors()
     folders = put(tmp_path, base, joined(tuned_tensors(base)))

@@ -23,7 +23,7 @@ def tiny_family(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(ROOT / "demo" / "models" / "base")
-    config.hidden_size, config.intermediate_size, config.head_dim = 32, 64, 8
+    config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16
     config.num_attention_heads, config.num_key_value_heads = 4, 2
     for name, seed in (("base", 0), ("math", 1), ("sort", 2)):
         torch.manual_seed(0)

@@ -335,7 +335,7 @@ def test_interrupted_compress(pair: PairFiles, archive: Path, processes: Process
     out = archive.parent / "out.delta"
     code, told = interrupted(
         processes,
-        ("compressing.triplets", "truncated_svd"),
+        ("codecs.tensors", "truncated_svd"),
         partial_path(out) / "factors",
         "compress", pair.base, pair.finetuned, "-o", out, "-m", "impart", "--file-ratio", 8,
     )  # fmt: skip

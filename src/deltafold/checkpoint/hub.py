@@ -112,7 +112,7 @@ def unreachable(error: Exception | None) -> str | None:
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a local folder, a safetensors file, a hub id or an address.
 
-    Raises CheckpointError, also for what is no checkpoint: an archive, an adapter, a GGUF file.
+    Raises CheckpointError, also for what is no checkpoint: an archive, an adapter.
     """
     path = local_folder(source)
     refuse_other_kinds(path, shown(source))

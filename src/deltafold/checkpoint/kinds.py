@@ -9,7 +9,6 @@ from deltafold.errors import CheckpointError
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ARCHIVE_FILE = "delta.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WHOLE = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -34,7 +33,7 @@ def adapter_kind(folder: Path) -> str:
 
 
 def refuse_other_kinds(path: Path, label: str) -> None:
-    """Raises CheckpointError for an archive, an adapter, a GGUF file, a pickle."""
+    """Raises CheckpointError for an archive and for an adapter."""
     if (path / _ARCHIVE_FILE).is_file():
         raise CheckpointError(
             f"{label} is an archive, not a checkpoint; restore it first (deltafold restore {label} "
@@ -47,21 +46,3 @@ def refuse_other_kinds(path: Path, label: str) -> None:
             "restore that archive, or merge it into its base with PEFT (merge_and_unload), and "
             "give the folder."
         )
-    if gguf := _gguf_file(path):
-        raise CheckpointError(
-            f"{gguf} is a GGUF file, which is not read; give the Hugging Face folder (safetensors) "
-            "that it was made from."
-        )
-    if path.is_file() and path.suffix in _PICKLES:
-        raise CheckpointError(
-            f"{label} is a pickle, which is not read; save the model with safe_serialization first."
-        )
-
-
-def _gguf_file(path: Path) -> Path | None:
-    if path.is_dir() and not next(path.glob("*.safetensors"), None):
-        path = next(iter(sorted(path.glob("*.gguf"))), path)
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return path if file.read(4) == b"GGUF" else None

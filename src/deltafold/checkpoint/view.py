@@ -77,7 +77,9 @@ class Checkpoint:
 
     def relative(self, file: Path) -> str:
         """The name of one of its files inside the folder, with slashes."""
-        return file.relative_to(self.path).as_posix() if file != self.path else file.name
+        if file == self.path:
+            return file.name
+        return Path(os.path.relpath(file, self.path)).as_posix()
 
     @property
     def inner_files(self) -> dict[str, str]:
@@ -286,8 +288,8 @@ def _refuse_other_file(path: Path) -> None:
             beginning = file.read(32)
     except OSError:
         return  # the reader of headers says why
-    if beginning[8:9] == b"{":  # a header, whose length may begin with any byte
-        return
+    if beginning[8:9] == b"{":
+        return  # a header of 640 bytes begins as a pickle does
     for mark, words in _BEGINNINGS.items():
         if beginning.startswith(mark):
             raise CheckpointError(f"{path} {words}.")

@@ -40,12 +40,12 @@ def command(
     *,
     extra: Mapping[str, inspect.Parameter] | None = None,
     fold_in: Extra | None = None,
-    announce: Callable[[Any, bool], None] | None = None,
+    announce: Callable[[Any], None] | None = None,
 ) -> Callable[..., None]:
     """The command of a verb. `verb` is "module:function", imported when the request has been checked.
 
     `show(record, request)` prints what a person reads. `extra` are parameters that the request does not
-    have; `fold_in` makes fields of them. `announce(request, as_json)` says what is begun.
+    have; `fold_in` makes fields of them. `announce(request)` says what is begun.
     """
 
     def run(**given: Any) -> None:
@@ -61,8 +61,8 @@ def command(
                 f"{_label(kind, missing[0])} is missing; see deltafold {context.info_name} --help."
             )
         request = kind(**asked)
-        if announce is not None and os.environ.get("RANK", "0") == "0":
-            announce(request, as_json)
+        if announce is not None and not as_json and os.environ.get("RANK", "0") == "0":
+            announce(request)
         module, _, function = verb.partition(":")
         from deltafold.cli.show import progress
 

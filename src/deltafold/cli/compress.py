@@ -9,13 +9,19 @@ from deltafold.cli.method_settings import METHOD_SETTINGS, with_method_settings
 from deltafold.compressing.request import CompressRequest
 
 
-def _announce(request: CompressRequest, as_json: bool) -> None:
-    from deltafold.cli.show import say_sides
+def _announce(request: CompressRequest) -> None:
+    """On a terminal before any work. Elsewhere with the summary: what is refused has one sentence."""
+    from deltafold.cli.show import out, say_sides
 
-    say_sides(request.base, request.finetuned, as_json)
+    if out.is_terminal:
+        say_sides(request.base, request.finetuned)
 
 
 def _show(record: dict[str, Any], request: CompressRequest) -> None:
+    from deltafold.cli.show import out, say_sides
+
+    if not out.is_terminal:
+        say_sides(request.base, request.finetuned)
     if request.dry_run:
         from deltafold.cli.plan import show_plan
 

@@ -68,13 +68,13 @@ def plan(
         base, finetuned, method, file_ratio=file_ratio, nominal_ratio=nominal_ratio,
         n_bytes=parse_bytes(n_bytes, "--bytes") if n_bytes else None, **given,
     )  # fmt: skip
-    say_sides(request.base, request.finetuned, as_json=json_output)
     found = planned(request)
     if json_output:
         import json
 
         print(json.dumps(found))
         return
+    say_sides(request.base, request.finetuned)
     show_plan(found, request)
 
 

@@ -26,13 +26,12 @@ def say(text: str) -> None:
     out.print(text, soft_wrap=True)
 
 
-def say_sides(base: str | Path, finetuned: str | Path, as_json: bool = False) -> None:
-    """`base X (8.41 MB) -> fine-tune Y (8.4 MB)`, before any work; on stderr where stdout is JSON."""
+def say_sides(base: str | Path, finetuned: str | Path) -> None:
+    """`base X (8.41 MB) -> fine-tune Y (8.4 MB)`, the first line of what is said of a pair."""
     from deltafold.compressing.order import sides
 
     one, other = (f"{label} ({size(n_bytes)})" for label, n_bytes in sides(base, finetuned))
-    line = f"base {one} -> fine-tune {other}"
-    (err if as_json else out).print(line, soft_wrap=True, markup=False)
+    out.print(f"base {one} -> fine-tune {other}", soft_wrap=True, markup=False)
 
 
 def size(n_bytes: float) -> str:

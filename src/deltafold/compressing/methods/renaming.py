@@ -108,14 +108,30 @@ class _Sides:
 
 
 def _by_words(sides: _Sides, result: Renaming) -> None:
-    """Names that are the same without the words that only one side uses."""
+    """Names that are the same without the words that only one side uses.
+
+    Where that leaves several the same (`input_linear`, `output_linear`), shapes tell them apart.
+    """
     sources = sides.plain_free()
     pairs = {}
     for name in sides.left:
         source = sources.get(_without(name, sides.ours))
         if source is not None and sides.fits(source, name):
             pairs[name] = source
+    shaped = [_by_shape(sides.left, sides.ours), _by_shape(sides.free, sides.theirs)]
+    for key in shaped[0].keys() & shaped[1].keys():
+        pairs.setdefault(shaped[0][key], shaped[1][key])
     sides.pair(pairs, result)
+
+
+def _by_shape(names: Shapes, words: set[str]) -> dict[tuple[str, Shape], str]:
+    """Names by what is left of them and their shape, where both together are no other's."""
+    keys = {
+        name: (_without(name, words).removesuffix(".weight"), shape)  # fused experts have none
+        for name, shape in names.items()
+    }
+    counts = Counter(keys.values())
+    return {key: name for name, key in keys.items() if counts[key] == 1}
 
 
 def _by_prefix(sides: _Sides, result: Renaming) -> None:
