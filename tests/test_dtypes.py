@@ -10,7 +10,7 @@ import pytest
 import torch
 from refusals import edit_manifest, refused
 
-from deltafold import compress, restore, verify
+from deltafold import compress, restore, tensors, verify
 from deltafold.archive import read_manifest
 from deltafold.checkpoint import Checkpoint
 from deltafold.checkpoint.header import read_header
@@ -26,9 +26,9 @@ SHAPES = {"matrix": [32, 64], "stack": [3, 16, 24], "vector": [40], "rows inside
 def write(folder: Path, scales: dict[str, tuple[str, list[int], bytes]], seed: int) -> Path:
     """A folder whose file is made by hand: a bf16 matrix, and tensors as (dtype, shape, bytes)."""
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) + 0.01 * seed
-    tensors = {"up.weight": ("BF16", [64, 64], weight.bfloat16().view(torch.uint8).numpy())}
+    held = {"up.weight": ("BF16", [64, 64], weight.bfloat16().view(torch.uint8).numpy())}
     header, payload = {}, b""
-    for name, (dtype, shape, data) in (tensors | scales).items():
+    for name, (dtype, shape, data) in (held | scales).items():
         offsets = [len(payload), len(payload) + len(bytes(data))]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
         payload += bytes(data)
@@ -73,6 +73,9 @@ def test_every_bit_comes_back(dtype: str, method: str, tmp_path: Path) -> None:
     verify(archive, base, tuned)
     assert content(out) == content(tuned) != content(base)
     loaded = load_state(archive, base)
+    assert {n: x.dtype for n, x in tensors(archive, base)} == {
+        n: x.dtype for n, x in loaded.items()
+    }
     names = {"F8_E8M0": "float8_e8m0fnu", "C64": "complex64", "F4": "float4_e2m1fn_x2"}
     for name, shape in SHAPES.items():
         held = loaded[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import PairFiles, read_checkpoint, same_bits
 from test_codecs import EXACT, LOSSY, delta
+from tiny_models import write_family
 
 import deltafold
 from deltafold import compress, restore, verify
@@ -182,9 +183,11 @@ def test_restore_load_and_verify_are_undisturbed(state, plain: Path, _template, 
         restore(archive, base, tmp_path / "other")
         loaded = load_state(archive, base)
         verify(archive, base)
+        one_by_one = dict(deltafold.tensors(archive, base))
     expected = read_checkpoint(plain / "svd-quant")
     assert same_bits(read_checkpoint(tmp_path / "other"), expected)
     assert same_bits(loaded, expected)
+    assert same_bits(one_by_one, expected)
 
 
 @pytest.mark.integration
@@ -292,3 +295,16 @@ def test_replaced_factories_are_named() -> None:
             pass
     finally:
         torch.empty = real
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["bf16", "fp64", "meta", "meta set", "inference mode"])
+def test_a_loaded_model_is_the_same(name: str, tmp_path: Path) -> None:
+    base, tuned = write_family(tmp_path, "llama")
+    compress(base, tuned, tmp_path / "a.delta", "svd-quant", nominal_ratio=4, calibration="none")
+    expected = deltafold.load(tmp_path / "a.delta", base)
+    with STATES[name]():
+        found = deltafold.load(tmp_path / "a.delta", base)
+    assert same_bits(dict(found.named_parameters()), dict(expected.named_parameters()))
+    tokens = torch.arange(8)[None]
+    assert torch.equal(found(tokens).logits, expected(tokens).logits)

@@ -12,7 +12,7 @@ from checkpoints import PairFiles, read_checkpoint, same_bits
 from refusals import edit_manifest
 
 import deltafold.restoring.decode
-from deltafold import compress, restore, verify
+from deltafold import compress, restore, tensors, verify
 from deltafold.archive import read_manifest
 from deltafold.checkpoint import DTYPE_NAMES
 from deltafold.codecs import get, names
@@ -53,16 +53,16 @@ def test_each_approximated_tensor_says_what_it_restores_to(
     ratio = {"file_ratio": 4, "calibration": "none"}
     compress(spread.base, spread.finetuned, archive, method, **ratio)
     restore(archive, spread.base, tmp_path / "restored")
-    tensors = read_checkpoint(tmp_path / "restored")
+    found = read_checkpoint(tmp_path / "restored")
     manifest = read_manifest(archive)
     lossy = [tensor for tensor in manifest.tensors if tensor.lossy]
     assert manifest.format_version == 2
     assert max(len(tensor.pieces) for tensor in lossy) > 1
     for tensor in manifest.tensors:
-        expected = checksum(tensors[tensor.name]) if tensor.lossy else None
+        expected = checksum(found[tensor.name]) if tensor.lossy else None
         assert tensor.restored == expected
-    assert same_bits(load_state(archive, spread.base), tensors)
-    assert verify(archive, spread.base, spread.finetuned)["tensors_decoded"] == len(tensors)
+    assert same_bits(load_state(archive, spread.base), found)
+    assert verify(archive, spread.base, spread.finetuned)["tensors_decoded"] == len(found)
 
 
 def test_an_exact_archive_stays_readable_by_older_versions(lossless_archive: Path) -> None:
@@ -96,7 +96,7 @@ def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deltafold.restoring.decode, "_decoded_piece", decoded)
 
 
-@pytest.mark.parametrize("verb", ["restore", "load", "verify", "one tensor"])
+@pytest.mark.parametrize("verb", ["restore", "load", "verify", "one tensor", "tensors"])
 def test_other_bits_are_refused(
     verb: str, archive: Path, pair: PairFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +106,7 @@ def test_other_bits_are_refused(
         "restore": lambda: restore(archive, pair.base, out),
         "load": lambda: load_state(archive, pair.base),
         "verify": lambda: verify(archive, pair.base),
+        "tensors": lambda: dict(tensors(archive, pair.base)),
         "one tensor": lambda: restore(archive, pair.base, out, tensors=[name]),
     }
     with pytest.raises(ArchiveError, match=f"{name} .* other values .* verify"):

@@ -63,7 +63,7 @@ def tensors(
     """(name, tensor) of each restored tensor, in the checkpoint's order, one in memory at a time.
 
     In the shapes and dtypes that `restore` writes, and checked as `restore` checks: the base by its
-    hashes, each part by its checksum, and what is stored exactly by the fine-tune's digest.
+    hashes, each part by its checksum, and what comes out by its digest.
 
     Args:
         names: only these tensors; default: all.
@@ -77,7 +77,8 @@ def tensors(
         check_codecs(opened)
         ground = fitted_base(opened, checkpoint)
         for tensor in named_tensors(opened.manifest, names):
-            yield tensor.name, assembled(tensor, checked_rows(opened, tensor, ground))
+            whole = assembled(tensor, checked_rows(opened, tensor, ground))
+            yield tensor.name, native(whole, tensor.dtype)
 
 
 @contextlib.contextmanager

@@ -124,6 +124,16 @@ def as_at_start() -> AbstractContextManager[None]:
     return neutral(grad=True) if "torch" in sys.modules else nullcontext()
 
 
+def with_values() -> AbstractContextManager[object]:
+    """For building a model with its weights: on the CPU where the caller's default device is `meta`.
+
+    Any other default device is the caller's choice of where the model shall be.
+    """
+    import torch
+
+    return torch.device("cpu") if torch.empty(0).is_meta else nullcontext()
+
+
 def undisturbed(function: Callable[P, T]) -> Callable[P, T]:
     """For a function that codes or decodes: it runs inside `neutral`.
 
