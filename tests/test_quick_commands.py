@@ -18,7 +18,7 @@ from deltafold import lazy
 from deltafold.codecs import get, names
 from deltafold.codecs.base import PartSpec
 from deltafold.codecs.impart_qt import _stored
-from deltafold.dtypes import DTYPE_NAMES, DTYPES, FLOATING, ITEM_BYTES
+from deltafold.dtypes import BITS, DTYPE_NAMES, DTYPES, FLOATING, ITEM_BYTES
 
 METHODS = [name for name in names() if get(name).method]
 HEAVY = ["torch", "transformers"]
@@ -94,9 +94,9 @@ def test_what_decodes_has_torch(pair: PairFiles, archive: Path) -> None:
 
 
 def test_dtypes_are_torch_s() -> None:
-    assert set(ITEM_BYTES) == set(DTYPES) == set(DTYPE_NAMES.values())
+    assert set(ITEM_BYTES) == set(DTYPES) == set(DTYPE_NAMES.values()) | BITS
     for name, dtype in DTYPES.items():
-        assert DTYPE_NAMES[dtype] == name
+        assert name in BITS or DTYPE_NAMES[dtype] == name
         assert ITEM_BYTES[name] == dtype.itemsize
         assert (name in FLOATING) == dtype.is_floating_point
     with pytest.raises(KeyError):

@@ -9,6 +9,7 @@ projection.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 Role = Literal["embedding", "head", "norm", "bias", "attention", "mlp", "expert", "router", "other"]
@@ -36,6 +37,30 @@ _ROLE_PATTERNS: tuple[tuple[Role, re.Pattern[str]], ...] = (
         re.compile(r"(mlp|ffn|feed_forward|gate_proj|up_proj|down_proj|fc\d|dense|c_fc)", re.I),
     ),
 )
+
+
+# What scales and offsets of quantised weights are called, wherever they lie.
+_QUANTISATION = re.compile(
+    r"(^|[._])(scales?|scale_inv|absmax|q?zeros|zero_points?|quant_map|scb)$", re.I
+)
+
+
+def quantisation(names: Iterable[str], packed: Iterable[str]) -> frozenset[str]:
+    """Those of `names` that belong to quantised weights: scales, offsets, codebooks, tables.
+
+    `packed` are the tensors of integers and 8-bit floats. What lies in the module of one of them
+    (`q_proj.scales` beside `q_proj.qweight`), or under its name (`q_proj.weight.absmax`), says what
+    its codes mean.
+
+    >>> names = ["x.qweight", "x.scales", "x.norm.weight", "y.weight", "y.weight_scale_inv"]
+    >>> sorted(quantisation(names, ["x.qweight"]))
+    ['x.qweight', 'x.scales', 'y.weight_scale_inv']
+    """
+    packed = set(packed)
+    modules = {name.rpartition(".")[0] for name in packed} - {""} | packed
+    return frozenset(
+        name for name in names if name.rpartition(".")[0] in modules or _QUANTISATION.search(name)
+    )
 
 
 def block_of(name: str) -> int | None:

@@ -142,8 +142,11 @@ EDITS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "negative size": (change_tensor(QUERY, shape=[-64, 64]), ("shape",)),
     "size beyond all disks": (change_tensor(QUERY, shape=[1 << 60, 64]), ("shape",)),
     "counterpart before its version": (
-        change_tensor(QUERY, counterpart=[{"name": QUERY, "rows": [0, 64]}]),
-        (QUERY, "counterpart"),
+        lambda raw: (
+            raw.update(format_version=1),
+            change_tensor(QUERY, counterpart=[{"name": QUERY, "rows": [0, 64]}])(raw),
+        ),
+        ("version 1", "counterpart"),
     ),
     "counterpart ends before it starts": (
         change_tensor(QUERY, counterpart=[{"name": QUERY, "rows": [64, 0]}]),
@@ -183,6 +186,16 @@ EDITS: dict[str, tuple[Change, tuple[str, ...]]] = {
         lambda raw: tensor_entry(raw, QUERY)["pieces"][0]["parts"].update(u="0" * 16),
         (f"{QUERY}::u", "damaged"),
     ),
+    "restored to something else": (
+        change_tensor(QUERY, restored="0" * 16),
+        (QUERY, "other values", "verify"),
+    ),
+    "restored left out": (lambda raw: tensor_entry(raw, QUERY).pop("restored"), (QUERY, "digest")),
+    "restored of what is exact": (
+        change_tensor("model.norm.weight", restored="0" * 16),
+        ("model.norm.weight", "exact"),
+    ),
+    "restored in an older format": (lambda raw: raw.update(format_version=1), ("restored",)),
     "unknown field": (lambda raw: raw.update(pickle="cos"), ("pickle",)),
     "seed negative": (lambda raw: raw.update(seed=-1), ("seed",)),
     "tensors are text": (lambda raw: raw.update(tensors="all"), ("tensors",)),
@@ -322,7 +335,7 @@ def test_not_an_archive(pair: PairFiles, tmp_path: Path) -> None:
 def test_payload_that_no_tensor_names(archive: Path) -> None:
     edit_manifest(
         archive,
-        lambda raw: tensor_entry(raw, QUERY).update(pieces=[{"codec": "skip"}]),
+        lambda raw: tensor_entry(raw, QUERY).update(pieces=[{"codec": "skip"}], restored=None),
     )
     refused(ArchiveError, lambda: inspect(archive), QUERY, "no tensor names")
 

@@ -157,6 +157,15 @@ def test_malformed_header(tmp_path: Path, case: str) -> None:
     refused(CheckpointError, lambda: Checkpoint(tmp_path), str(file))
 
 
+def test_header_whose_length_looks_like_another_format(tmp_path: Path) -> None:
+    """640 bytes of header begin with the two bytes that a pickle begins with."""
+    length = 0x0280
+    header = b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(length)
+    (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header + b"\x07")
+    with Checkpoint(tmp_path) as found:
+        assert found.tensor("x").tolist() == [7]
+
+
 def test_header_longer_than_the_file(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")

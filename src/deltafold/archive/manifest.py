@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deltafold.checkpoint.contents import INDEX_FILE, folder_of, is_foreign, is_plain_path
-from deltafold.dtypes import ITEM_BYTES
+from deltafold.dtypes import BITS, ITEM_BYTES, held_shape, matrix_shape
 from deltafold.errors import ArchiveError
 
 FORMAT = "deltafold-archive"
@@ -74,14 +74,18 @@ class Tensor(_Strict):
     base: Digest | None = None
     counterpart: tuple[BaseRows, ...] = ()  # what `base` is of; (): the base's of the same name
     tuned: Digest
+    restored: Checksum | None = None  # what it decodes to, where that is not `tuned`
     same_as: str | None = None  # stored once, under that name
     pieces: tuple[Piece, ...] = ()
 
     @property
+    def lossy(self) -> bool:
+        """True if some of it is approximated."""
+        return any(piece.error is not None for piece in self.pieces)
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
-        if len(self.shape) < 2:
-            return (1, math.prod(self.shape))
-        return (math.prod(self.shape[:-1]), self.shape[-1])
+        return matrix_shape(self.dtype, self.shape)
 
     def piece_rows(self, piece: Piece) -> tuple[int, int]:
         return piece.rows or (0, self.matrix_shape[0])
@@ -97,6 +101,7 @@ class Tensor(_Strict):
     def _sound(self) -> Tensor:
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"tensor {self.name} has the unknown dtype {self.dtype!r}")
+        held_shape(self.dtype, self.shape)
         if self.name == "__metadata__":
             raise ValueError("no tensor can be called __metadata__")
         if any(each.rows[0] > each.rows[1] for each in self.counterpart):
@@ -146,7 +151,7 @@ class Source(_Strict):
 
 class Manifest(_Strict):
     format: Literal["deltafold-archive"] = "deltafold-archive"
-    format_version: Literal[1, 2] = 1  # 2: some tensor has a counterpart of another name
+    format_version: Literal[1, 2] = 1  # see `version_of`
     tool_version: str
     method: str
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -167,6 +172,10 @@ class Manifest(_Strict):
             raise ValueError("a tensor is listed twice")
         _check_files(self.finetuned.files, [entry.name for entry in self.files])
         known = {tensor.name: tensor for tensor in self.tensors}
+        if self.format_version < version_of(self.tensors):
+            raise ValueError(
+                f"format version {self.format_version} has no field restored, nor counterpart or newer dtypes"
+            )
         for tensor in self.tensors:
             target = known.get(tensor.same_as) if tensor.same_as else None
             if tensor.same_as and (
@@ -178,6 +187,10 @@ class Manifest(_Strict):
                 raise ValueError(
                     f"tensor {tensor.name} refers to {tensor.same_as}, which is no twin"
                 )
+            if self.format_version > 1 and tensor.lossy and tensor.restored is None:
+                raise ValueError(f"tensor {tensor.name} has no digest of what it restores to")
+            if tensor.restored is not None and not tensor.lossy:
+                raise ValueError(f"tensor {tensor.name} is exact and restores to itself")
             if tensor.file >= len(self.finetuned.files):
                 raise ValueError(f"tensor {tensor.name} lies in a file that is not listed")
             if not tensor.name.startswith(folder_of(self.finetuned.files[tensor.file])):
@@ -204,6 +217,12 @@ class Manifest(_Strict):
             for tensor in self.tensors
         ]
         return sealed(head[:-1] + ',"tensors":[\n' + ",\n".join(lines) + "\n]")
+
+
+def version_of(tensors: Iterable[Tensor]) -> int:
+    """The oldest version of the format that can say this: readers of that version then can read it."""
+    new = any(t.restored is not None or t.counterpart or t.dtype in BITS for t in tensors)
+    return 2 if new else 1
 
 
 def _check_files(weights: tuple[str, ...], beside: list[str]) -> None:

@@ -19,7 +19,7 @@ from deltafold.checkpoint.writer import (
     put_file,
     tensor_bytes,
 )
-from deltafold.dtypes import ITEM_BYTES
+from deltafold.dtypes import stored_bytes
 from deltafold.lazy import torch
 
 PAYLOAD_SHARD_BYTES = 1 << 30
@@ -43,10 +43,7 @@ def payload_bytes(parts: list[TensorSpec]) -> int:
     for _, group in payload_layout(parts):
         header, starts = build_header(group, None)
         last = group[-1]
-        size = ITEM_BYTES[last[1]]
-        for length in last[2]:
-            size *= length
-        total += starts[last[0]] + size if starts else len(header)
+        total += starts[last[0]] + stored_bytes(last[1], last[2]) if starts else len(header)
     return total
 
 

@@ -18,6 +18,7 @@ import torch
 
 from deltafold.checkpoint.json_files import read_config
 from deltafold.errors import CheckpointError, DeltafoldError, MismatchError
+from deltafold.running.neutral import with_values
 
 COMPOSED = "Deltafold"
 """What stands before the class of a composed model, see `composed/standalone.py`."""
@@ -152,7 +153,7 @@ def load_composed(kind: Any, folder: Path, label: str, **from_pretrained: Any) -
 
 def _loaded(kind: Any, folder: Path | None, label: str, options: dict[str, Any]) -> Any:
     try:
-        with quiet():
+        with quiet(), with_values():
             model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     except DeltafoldError:
         raise

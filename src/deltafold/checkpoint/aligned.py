@@ -63,7 +63,10 @@ def _joined(origin: Checkpoint, name: str, segments: tuple[Segment, ...]) -> Ten
     if len(segments) == 1 and (start, stop) == (0, info.matrix_shape[0]):
         return replace(info, name=name)
     n_rows = sum(stop - start for _, start, stop in segments)
-    return replace(info, name=name, shape=(n_rows, info.matrix_shape[1]))
+    columns = info.elements // max(
+        1, info.matrix_shape[0]
+    )  # values, of which a byte may hold several
+    return replace(info, name=name, shape=(n_rows, columns))
 
 
 def fits_together(origin: Checkpoint, segments: Iterable[Segment]) -> bool:

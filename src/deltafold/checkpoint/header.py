@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltafold.dtypes import ITEM_BYTES
+from deltafold.dtypes import ITEM_BYTES, matrix_shape, stored_bytes
 from deltafold.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format
@@ -41,14 +41,12 @@ class TensorInfo:
 
     @property
     def n_bytes(self) -> int:
-        return self.elements * self.itemsize
+        return stored_bytes(self.dtype, self.shape)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """The tensor seen as rows x columns: leading dimensions folded, a vector is one row."""
-        if len(self.shape) < 2:
-            return (1, self.elements)
-        return (math.prod(self.shape[:-1]), self.shape[-1])
+        """The tensor seen as rows x columns, see `dtypes.matrix_shape`."""
+        return matrix_shape(self.dtype, self.shape)
 
 
 def _refuse(path: Path, why: str) -> CheckpointError:
@@ -90,7 +88,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _refuse(path, f"its header cannot be read: {error}") from None
     _check_layout(path, tensors, 8 + length_bytes, size_bytes)
-    ordered = sorted(tensors.values(), key=lambda info: (info.start_bytes, info.name))
+    # Empty tensors begin where the next one does; those of one place stay as the header has them.
+    ordered = sorted(tensors.values(), key=lambda info: (info.start_bytes, info.n_bytes))
     return {info.name: info for info in ordered}, metadata
 
 
@@ -105,12 +104,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor_info(name: str, entry: dict[str, Any], path: Path, origin_bytes: int) -> TensorInfo:
     start, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if entry["dtype"] not in ITEM_BYTES:
-        raise ValueError(f"dtype {entry['dtype']} of tensor {name} is unknown")
+    dtype = entry["dtype"]
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(
+            f"Tensor {name} of {path} has the dtype {dtype}, which this deltafold does not know; "
+            "upgrade deltafold, or save the tensor in a dtype that safetensors has had for longer."
+        )
     # `type`, not `isinstance`: True is no length.
     if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
         raise ValueError(f"shape or offsets of tensor {name} are not whole numbers from 0 up")
-    info = TensorInfo(name, entry["dtype"], shape, path, origin_bytes + start)
+    info = TensorInfo(name, dtype, shape, path, origin_bytes + start)
     if end - start != info.n_bytes:
         raise ValueError(f"the size of tensor {name} does not fit its shape")
     return info
@@ -139,7 +142,7 @@ def build_header(
     position = 0
     starts: dict[str, int] = {}
     for name, dtype, shape in tensors:
-        n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+        n_bytes = stored_bytes(dtype, shape)
         offsets = [position, position + n_bytes]
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         starts[name] = position

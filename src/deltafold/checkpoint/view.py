@@ -26,7 +26,7 @@ from deltafold.checkpoint.contents import (
 )
 from deltafold.checkpoint.header import TensorInfo, read_header
 from deltafold.checkpoint.json_files import read_config
-from deltafold.dtypes import DTYPES
+from deltafold.dtypes import DTYPES, held_shape
 from deltafold.errors import CheckpointError, not_shared
 from deltafold.lazy import torch
 
@@ -146,9 +146,10 @@ class Checkpoint:
             yield start, self.rows(name, start, min(n_rows, start + step))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One whole tensor in its stored dtype and shape."""
+        """One whole tensor as it is held: in its stored dtype and shape, or as bits (`dtypes.BITS`)."""
         info = self.tensors[name]
-        return self.rows(name, 0, info.matrix_shape[0]).reshape(info.shape)
+        whole = self.rows(name, 0, info.matrix_shape[0])
+        return whole.reshape(held_shape(info.dtype, info.shape))
 
     @property
     def weight_bytes(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import threading
 import weakref
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 from deltafold.checkpoint.contents import INDEX_FILE, SINGLE_FILE, folder_of
 from deltafold.checkpoint.header import build_header
-from deltafold.dtypes import ITEM_BYTES
+from deltafold.dtypes import stored_bytes
 from deltafold.errors import StorageError, not_shared
 from deltafold.lazy import torch
 
@@ -83,9 +82,7 @@ def _plan_own(tensors: list[TensorSpec], shard_bytes: int) -> dict[str, list[Ten
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in tensors:
-        size = ITEM_BYTES[spec[1]]
-        for length in spec[2]:
-            size *= length
+        size = stored_bytes(spec[1], spec[2])
         if groups[-1] and filled + size > shard_bytes:
             groups.append([])
             filled = 0
@@ -133,7 +130,7 @@ class CheckpointWriter:
         end = len(header)
         for name, dtype, shape in bare:
             self._starts[place + name] = (descriptor, starts[name])
-            end = max(end, starts[name] + ITEM_BYTES[dtype] * math.prod(shape))
+            end = max(end, starts[name] + stored_bytes(dtype, shape))
         os.ftruncate(descriptor, end)
         _write_all(descriptor, memoryview(header), 0)
 
@@ -176,9 +173,7 @@ class CheckpointWriter:
         if indexed and list(own) not in ([], [SINGLE_FILE]):
             weight_map = {spec[0]: file for file, specs in own.items() for spec in specs}
             total = sum(
-                ITEM_BYTES[dtype] * math.prod(shape)
-                for specs in own.values()
-                for _, dtype, shape in specs
+                stored_bytes(dtype, shape) for specs in own.values() for _, dtype, shape in specs
             )
             index = {
                 "metadata": {"total_size": total},

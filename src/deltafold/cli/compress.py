@@ -39,8 +39,13 @@ def _show(record: dict[str, Any], request: CompressRequest) -> None:
     )
     if budget["asked"] is not None:
         kind = budget["kind"].replace("_", " ")
-        say(f"  {kind}: asked {_number(budget['asked'])}, got {_number(budget['got'])}")
-        if budget["kind"] != "bytes" and budget["got"] > 1.01 * budget["asked"]:
+        got = "nothing to approximate" if budget["got"] is None else f"got {_number(budget['got'])}"
+        say(f"  {kind}: asked {_number(budget['asked'])}, {got}")
+        if (
+            budget["kind"] != "bytes"
+            and budget["got"] is not None
+            and budget["got"] > 1.01 * budget["asked"]
+        ):
             say("  smaller than asked: this method has no use for more bytes here")
     if budget["kind"] != "nominal_ratio" and totals["nominal_ratio"]:
         say(f"  nominal ratio, as papers count: {totals['nominal_ratio']:.1f}")

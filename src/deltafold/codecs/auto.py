@@ -172,7 +172,10 @@ class Auto(VariableCodec):
         coded = (
             _restored(code, shape, key)
             if code
-            else ((start, torch.zeros(stop - start, i)) for start, stop in blocks(o, i))
+            else (
+                (start, torch.zeros(stop - start, i, dtype=torch.float32, device="cpu"))
+                for start, stop in blocks(o, i)
+            )
         )
         for start, rows in coded:
             yield start, rows if fix is None else rows + fix.rows(start, start + len(rows))
@@ -185,7 +188,7 @@ class Auto(VariableCodec):
             return None
         fix = correction.read(parts["fix"], shape, rank) if rank else None
         grid, coded = unpack(code, shape, key)
-        levels = torch.empty(shape, dtype=torch.int8)
+        levels = torch.empty(shape, dtype=torch.int8, device="cpu")
         for start, rows in coded:
             levels[start : start + len(rows)] = rows
 

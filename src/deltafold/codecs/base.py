@@ -7,7 +7,8 @@ the base in fp32 and rounds once.
 Adding a codec is one new file in this folder (or an entry point in the group `deltafold.codecs`):
 a subclass with its class attributes filled in, assigned to `CODEC`. It then appears in
 `--method`, in `deltafold methods`, in the tests that run over every codec, and in the benchmark.
-A codec is pure: it knows tensors and integers, no file and no model.
+A codec is pure: it knows tensors and integers, no file and no model. What torch is set to outside
+(default dtype, default device, ...) does not reach it: see `Codec.__init_subclass__`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from deltafold.dtypes import DTYPE_NAMES, DTYPES, ITEM_BYTES
 from deltafold.errors import UsageError, nearest
 from deltafold.lazy import torch
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
+from deltafold.running.neutral import undisturbed
 
 Shape = tuple[int, int]
 Settings = dict[str, Any]
@@ -109,8 +111,18 @@ class Config:
             raise UsageError(f"{name} must lie between {low:g} and {high:g}, not {value!r}.")
 
 
+_CODING = ("encode", "decode", "factors", "trainable", "pilot")
+
+
 class Codec(ABC):
     """What exact and delta codecs share."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Every codec codes and decodes in a torch that is as at its start, whoever calls it."""
+        super().__init_subclass__(**kwargs)
+        for name in _CODING:
+            if name in cls.__dict__:
+                setattr(cls, name, undisturbed(cls.__dict__[name]))
 
     name: ClassVar[str]
     version: ClassVar[int] = 1

@@ -80,7 +80,7 @@ class BitDelta(DeltaCodec):
             magnitude += float(rows.abs().sum(dtype=torch.float64))
         return settings | {"kept": kept, "threshold": f"{threshold:09x}"}, {
             "signs": torch.from_numpy(np.packbits(positive)),
-            "scale": torch.tensor([magnitude / max(1, o * i)]),
+            "scale": torch.tensor([magnitude / max(1, o * i)], dtype=torch.float32, device="cpu"),
         }
 
     def decode(
@@ -104,7 +104,7 @@ class BitDelta(DeltaCodec):
         kept = int(settings["kept"])
         if not kept or not float(parts["scale"]):
             return None
-        pattern = torch.empty(o, i, dtype=torch.int8)
+        pattern = torch.empty(o, i, dtype=torch.int8, device="cpu")
         for start, rows in self.decode(parts, settings, shape, key):
             pattern[start : start + len(rows)] = rows.sign()
         return ScaledPattern(pattern, parts["scale"], o * i / kept, dict(parts))

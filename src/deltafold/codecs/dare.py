@@ -67,7 +67,7 @@ class Dare(DeltaCodec):
         scale = unit_scale(float(values.abs().max()) if kept else 0.0)
         return settings | {"kept": kept, "threshold": f"{threshold:09x}"}, {
             "values": (values / scale).to(self.config.torch_dtype),
-            "scale": torch.tensor([scale]),
+            "scale": torch.tensor([scale], dtype=torch.float32, device="cpu"),
         }
 
     def decode(

@@ -134,14 +134,14 @@ class DareQt(DeltaCodec):
         """Codes (K,) of the kept entries, a chunk of rows at a time: rows do not meet."""
         o, i = shape
         scale, zero = entry_grid(len(entries), self.grid, groups)
-        codes = torch.zeros(len(entries), dtype=torch.uint8)
+        codes = torch.zeros(len(entries), dtype=torch.uint8, device="cpu")
         step = max(1, _GPTQ_VALUES // i)
         for start in range(0, o, step):
             n_rows = min(step, o - start)
             first, last, at = inside(positions, start, n_rows, i)
-            flat = torch.zeros(3, n_rows * i)
+            flat = torch.zeros(3, n_rows * i, dtype=torch.float32, device="cpu")
             flat[:, at] = torch.stack([x[first:last] for x in (entries, scale, zero)])
-            mask = torch.zeros(n_rows * i, dtype=torch.bool)
+            mask = torch.zeros(n_rows * i, dtype=torch.bool, device="cpu")
             mask[at] = True
             weight, scales, zeros = flat.reshape(3, n_rows, i)
             coded = gptq(weight, hessian, scales, zeros, self.config.bits, mask.reshape(n_rows, i))

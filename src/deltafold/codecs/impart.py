@@ -46,8 +46,8 @@ from deltafold.codecs.base import (
     Spectrum,
     check_parts,
 )
-from deltafold.codecs.lowrank import product_rows
 from deltafold.coding.counter import subset
+from deltafold.coding.sums import product_rows
 from deltafold.lazy import torch
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
@@ -197,13 +197,13 @@ class Impart(DeltaCodec):
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
+        yield from product_rows(*self.factors(parts, settings, shape, key))
 
 
 def _draw(columns: torch.Tensor, kept: NDArray[np.int64], key: int) -> torch.Tensor:
     """Kept entries of each column (size x a), column after column; not yet rescaled."""
     size = columns.shape[0]
-    drawn = [torch.zeros(0)]
+    drawn = [torch.zeros(0, dtype=torch.float32, device="cpu")]
     for j, keep in enumerate(kept.tolist()):
         drawn.append(columns[torch.from_numpy(subset(key, j, size, keep)), j])
     return torch.cat(drawn)
@@ -213,7 +213,7 @@ def _scatter(values: torch.Tensor, kept: NDArray[np.int64], size: int, key: int)
     """Rows a x size: entries at their positions, times size / kept; zero elsewhere."""
     if (kept < 0).any() or (kept > size).any() or int(kept.sum()) != len(values):
         raise ValueError("the counts of kept entries do not fit the matrix")
-    out = torch.zeros(len(kept), size)
+    out = torch.zeros(len(kept), size, dtype=torch.float32, device="cpu")
     start = 0
     for j, keep in enumerate(kept.tolist()):
         at = torch.from_numpy(subset(key, j, size, keep))

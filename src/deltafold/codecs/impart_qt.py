@@ -45,7 +45,6 @@ from deltafold.codecs.base import (
     check_parts,
 )
 from deltafold.codecs.impart import ImpartConfig, Sparsity, kept_counts, sparsity
-from deltafold.codecs.lowrank import product_rows
 from deltafold.coding.coded_vectors import (
     Band,
     RunReader,
@@ -58,6 +57,7 @@ from deltafold.coding.coded_vectors import (
     run_size,
 )
 from deltafold.coding.counter import subset
+from deltafold.coding.sums import product_rows
 from deltafold.lazy import torch
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import Factors, Moments, RowMatrix
@@ -219,7 +219,10 @@ class ImpartQt(DeltaCodec):
         s = parts["s"]
         kept_u, kept_v = self._kept(shape, _stored(s.double().numpy()), float(settings["gamma"]))
         mask_u, mask_v = _mask(kept_u, o, key ^ _U_STREAM), _mask(kept_v, i, key ^ _V_STREAM)
-        u, v = torch.zeros(mask_u.shape), torch.zeros(mask_v.shape)
+        u, v = (
+            torch.zeros(mask_u.shape, dtype=torch.float32, device="cpu"),
+            torch.zeros(mask_v.shape, dtype=torch.float32, device="cpu"),
+        )
         reader = RunReader(parts["codes"], parts["scales"])
         for a, b, width in _cut(len(s)):
             for vectors, mask, kept in ((v, mask_v, kept_v), (u, mask_u, kept_u)):
@@ -230,7 +233,7 @@ class ImpartQt(DeltaCodec):
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
+        yield from product_rows(*self.factors(parts, settings, shape, key))
 
 
 def power(x: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:
@@ -271,7 +274,7 @@ def _gain(kept: Counts, size: int) -> torch.Tensor:
 
 def _mask(kept: Counts, size: int, key: int) -> torch.Tensor:
     """Which entries of each column are kept, a x size."""
-    mask = torch.zeros(len(kept), size, dtype=torch.bool)
+    mask = torch.zeros(len(kept), size, dtype=torch.bool, device="cpu")
     for j, keep in enumerate(kept.tolist()):
         mask[j, torch.from_numpy(subset(key, j, size, keep))] = True
     return mask

@@ -25,11 +25,11 @@ from deltafold.codecs.base import (
     Spectrum,
     check_parts,
 )
+from deltafold.coding.sums import product_rows
 from deltafold.coding.trainable import Trainable, Values, straight_through
 from deltafold.lazy import torch
 from deltafold.linalg.decomposition import truncated_svd
-from deltafold.linalg.matrices import CHUNK_BYTES, Factors, Moments, RowMatrix
-from deltafold.running.devices import put
+from deltafold.linalg.matrices import Factors, Moments, RowMatrix
 
 
 class LowRank(DeltaCodec):
@@ -91,7 +91,7 @@ class LowRank(DeltaCodec):
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
+        yield from product_rows(*self.factors(parts, settings, shape, key))
 
     def trainable(
         self, parts: Parts, settings: Settings, shape: Shape, key: int
@@ -120,21 +120,6 @@ class TrainableFactors(Trainable):
     def store(self, values: Values) -> Parts:
         vectors = {name: (values[name] * self.sizes[name]).to(self.dtype) for name in ("u", "v")}
         return {**vectors, "s": self.s * values["s"]}
-
-
-def product_rows(
-    left: torch.Tensor, right: torch.Tensor, shape: Shape
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """left^T right (left r x o, right r x i) in chunks of rows.
-
-    Summed in fp64: its noise is too small to move the rounding of the restored weight, so that
-    restored bits agree between machines and thread counts.
-    """
-    o, i = shape
-    left, wide = put(left), put(right, torch.float64)
-    step = max(1, CHUNK_BYTES // (8 * i))
-    for start in range(0, o, step):
-        yield start, (left[:, start : start + step].double().T @ wide).float().cpu()
 
 
 CODEC = LowRank

@@ -79,7 +79,7 @@ class Magnitude(DeltaCodec):
             "low": torch.from_numpy(low),
             "high": torch.from_numpy(high),
             "values": (values / scale).to(self.config.torch_dtype),
-            "scale": torch.tensor([scale]),
+            "scale": torch.tensor([scale], dtype=torch.float32, device="cpu"),
         }
 
     def decode(
@@ -94,7 +94,7 @@ class Magnitude(DeltaCodec):
         for start in range(0, o, step):
             stop = min(o, start + step)
             first, last, at = inside(positions, start, stop - start, i)
-            rows = torch.zeros((stop - start) * i)
+            rows = torch.zeros((stop - start) * i, dtype=torch.float32, device="cpu")
             rows[at] = values[first:last]
             yield start, rows.reshape(stop - start, i)
 

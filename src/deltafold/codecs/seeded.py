@@ -38,7 +38,7 @@ def gathered(
 
 def entries_at(delta: RowMatrix, positions: NDArray[np.int64]) -> torch.Tensor:
     """The entries at ascending positions, fp32."""
-    entries = torch.zeros(len(positions))
+    entries = torch.zeros(len(positions), dtype=torch.float32, device="cpu")
     for _, first, last, found in gathered(delta, positions):
         entries[first:last] = found
     return entries
@@ -64,7 +64,7 @@ def scattered(
         at = torch.from_numpy(kept_positions(key, start * i, stop * i, threshold) - start * i)
         if used + len(at) > kept:
             raise ValueError(f"the seed gives more positions than {what} are stored")
-        rows = torch.zeros((stop - start) * i)
+        rows = torch.zeros((stop - start) * i, dtype=torch.float32, device="cpu")
         rows[at] = values(used, used + len(at))
         used += len(at)
         yield start, rows.reshape(stop - start, i)

@@ -33,7 +33,6 @@ from deltafold.codecs.base import (
     Spectrum,
     check_parts,
 )
-from deltafold.codecs.lowrank import product_rows
 from deltafold.coding.coded_vectors import (
     Band,
     RunReader,
@@ -44,6 +43,7 @@ from deltafold.coding.coded_vectors import (
     join,
     run_size,
 )
+from deltafold.coding.sums import product_rows
 from deltafold.coding.trainable import Trainable, Values, straight_through
 from deltafold.errors import UsageError
 from deltafold.lazy import torch
@@ -112,7 +112,7 @@ class CodedFactors(DeltaCodec):
         dtype = self.config.torch_dtype
         v = factors.v[:, :rank].T
         left = factors.u[:, :rank].T * factors.s[:rank, None]  # what diag(s) U^T is to be
-        s = torch.zeros(rank, dtype=torch.bfloat16)
+        s = torch.zeros(rank, dtype=torch.bfloat16, device="cpu")
         runs = []
         for band in self.cut(settings):
             here, later = slice(band.first, band.last), slice(band.last, rank)
@@ -136,7 +136,7 @@ class CodedFactors(DeltaCodec):
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        yield from product_rows(*self.factors(parts, settings, shape, key), shape)
+        yield from product_rows(*self.factors(parts, settings, shape, key))
 
     def trainable(
         self, parts: Parts, settings: Settings, shape: Shape, key: int
@@ -151,7 +151,10 @@ class CodedFactors(DeltaCodec):
         """U^T (r x o) and V^T (r x i) as stored."""
         o, i = shape
         cut = self.cut(settings)
-        u, v = torch.zeros(_rank(cut), o), torch.zeros(_rank(cut), i)
+        u, v = (
+            torch.zeros(_rank(cut), o, dtype=torch.float32, device="cpu"),
+            torch.zeros(_rank(cut), i, dtype=torch.float32, device="cpu"),
+        )
         reader = RunReader(parts["codes"], parts["scales"])
         for first, last, width in cut:
             v[first:last] = reader.take((last - first) * i, width).reshape(-1, i)

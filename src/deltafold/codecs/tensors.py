@@ -19,6 +19,7 @@ from deltafold.errors import UsageError, nearest
 from deltafold.lazy import torch
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import DenseMatrix, Factors, RowMatrix
+from deltafold.running.neutral import undisturbed
 
 SHARE = 1 / 16
 ROUNDS = 6  # tries at the size of a codec whose bytes are known only after encoding
@@ -56,6 +57,7 @@ class TensorCodec:
     seed: int
     settings: dict[str, Any]
 
+    @undisturbed
     def encode(self, tensor: torch.Tensor, base: torch.Tensor | None = None) -> Encoded:
         """Parts of `tensor`.
 
@@ -80,6 +82,7 @@ class TensorCodec:
             settings, parts = _fitted(codec, matrix, target, self._key)
         return Encoded(self.name, shape, settings, parts)
 
+    @undisturbed
     def decode(self, parts: Encoded, base: torch.Tensor | None = None) -> torch.Tensor:
         """The delta in fp32, or, for an exact codec and with the same `base`, every bit of the tensor.
 
@@ -92,7 +95,7 @@ class TensorCodec:
             exact = exact_codec(self.name).decode(parts.tensors, parts.settings, _matrix(base))
             return exact.reshape(parts.shape)
         shape = _matrix_shape(parts.shape)
-        out = torch.zeros(shape)
+        out = torch.zeros(shape, dtype=torch.float32, device="cpu")
         codec = delta_codec(self.name, self.settings)
         for start, rows in codec.decode(parts.tensors, parts.settings, shape, self._key):
             out[start : start + len(rows)] = rows

@@ -86,7 +86,7 @@ def code_run(
     components meet (r x r), damped already. None rounds to nearest.
     """
     if mask is None:
-        mask = torch.ones(vectors.shape, dtype=torch.bool)
+        mask = torch.ones(vectors.shape, dtype=torch.bool, device="cpu")
     entries = vectors[mask].float()
     grid = Grid(width, GROUP, dtype_name=DTYPE_NAMES[dtype])
     fitted = fit_groups(entries, grid)
@@ -169,7 +169,7 @@ def inner_hessian(
 
 def join(runs: Sequence[Run], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The parts `codes` and `scales` of runs in order."""
-    none = torch.zeros(0, dtype=torch.uint8)
+    none = torch.zeros(0, dtype=torch.uint8, device="cpu")
     return {
         "codes": torch.cat([none, *(run.codes for run in runs)]),
         "scales": torch.cat([none.to(dtype), *(run.scales for run in runs)]),
@@ -202,6 +202,6 @@ class RunReader:
 
 def _spread(entries: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Entries (n,) at their places in a matrix of the mask's shape, zero elsewhere."""
-    out = torch.zeros(mask.shape, dtype=entries.dtype)
+    out = torch.zeros(mask.shape, dtype=entries.dtype, device="cpu")
     out[mask] = entries
     return out

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deltafold.coding.counter import derive_key, gaussian
+from deltafold.coding.sums import product_rows
 from deltafold.coding.trainable import straight_through
 from deltafold.lazy import torch
 
@@ -33,10 +34,10 @@ class Correction:
     right: torch.Tensor
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of C, fp32; summed in fp64, as `codecs.lowrank.product_rows` does."""
+        """Rows [start, stop) of C, fp32; summed as `sums.product_rows` does."""
         left = self.left[:, start:stop].double() * self.left_scales.double()
         right = self.right.double() * self.right_scales.double()
-        return (left.T @ right).float()
+        return torch.cat([rows for _, rows in product_rows(left, right)])
 
     def to_part(self) -> torch.Tensor:
         """The bytes, uint8."""
@@ -56,7 +57,10 @@ def blank(shape: tuple[int, int], rank: int, size: float, key: int) -> Correctio
     right = gaussian(derive_key(key, "correction"), rank, i)
     scales, levels = rounded(torch.from_numpy(right).float())
     return Correction(
-        torch.full((rank, 1), size), scales, torch.zeros(rank, o, dtype=torch.int8), levels
+        torch.full((rank, 1), size, dtype=torch.float32, device="cpu"),
+        scales,
+        torch.zeros(rank, o, dtype=torch.int8, device="cpu"),
+        levels,
     )
 
 
@@ -77,7 +81,11 @@ def read(part: torch.Tensor, shape: tuple[int, int], rank: int) -> Correction:
 def rounded(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(scales (r, 1), levels (r, n) int8) of vectors (r, n): each row by its largest entry."""
     scales = vectors.abs().amax(dim=1, keepdim=True) / LEVELS
-    levels = torch.where(scales > 0, vectors / scales.clamp_min(1e-38), torch.zeros(()))
+    levels = torch.where(
+        scales > 0,
+        vectors / scales.clamp_min(1e-38),
+        torch.zeros((), dtype=torch.float32, device="cpu"),
+    )
     return scales, levels.round().to(torch.int8)
 
 

@@ -54,7 +54,7 @@ def gptq(
     Raises ValueError if shapes do not fit or the hessian is not one.
     """
     factor = inverse_factor(hessian, damping)
-    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    codes = torch.zeros(weight.shape, dtype=torch.uint8, device="cpu")
     for rows, part in _row_chunks(weight, hessian, scale, zero, width, mask):
         codes[rows] = _round_columns(part, factor).T
     return codes
@@ -77,7 +77,7 @@ def descend(
     takes about twice the time of `gptq`. Raises ValueError if shapes do not fit.
     """
     damped = _damped(hessian, damping)
-    better = torch.zeros(weight.shape, dtype=torch.uint8)
+    better = torch.zeros(weight.shape, dtype=torch.uint8, device="cpu")
     for rows, part in _row_chunks(weight, hessian, scale, zero, width, mask):
         better[rows] = _descend_columns(codes[rows].T.float(), part, damped, passes).T
     return better
@@ -89,7 +89,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     Without forming the inverse: the Cholesky factor of H with its order reversed is U^-1. Where H is
     singular beyond the damping, the damping grows tenfold until it is not.
     """
-    identity = torch.eye(len(hessian), dtype=torch.float64)
+    identity = torch.eye(len(hessian), dtype=torch.float64, device="cpu")
     for attempt in range(_ATTEMPTS):
         raised = max(damping, 1e-8) * 10**attempt if attempt else damping
         lower, info = torch.linalg.cholesky_ex(_damped(hessian, raised).flip(0, 1))
@@ -168,10 +168,10 @@ def _round_columns(part: _Columns, factor: torch.Tensor) -> torch.Tensor:
     columns after the block take over the whole block's errors in one product.
     """
     n, rows = part.weight.shape
-    codes = torch.zeros(n, rows, dtype=torch.uint8)
+    codes = torch.zeros(n, rows, dtype=torch.uint8, device="cpu")
     for start in range(0, n, BLOCK):
         stop = min(n, start + BLOCK)
-        errors = torch.zeros(stop - start, rows, dtype=torch.float64)
+        errors = torch.zeros(stop - start, rows, dtype=torch.float64, device="cpu")
         for j in range(start, stop):
             part.weight[j] += factor[start:j, j] @ errors[: j - start]
             code = part.code(j, part.weight[j])
@@ -196,7 +196,7 @@ def _descend_columns(
         moved = False
         for start in range(0, n, BLOCK):
             stop = min(n, start + BLOCK)
-            changes = torch.zeros(stop - start, rows, dtype=torch.float64)
+            changes = torch.zeros(stop - start, rows, dtype=torch.float64, device="cpu")
             for j in range(start, stop):
                 here = slope[j] + damped[start:j, j] @ changes[: j - start]
                 target = part.weight[j] + errors[j] - here / damped[j, j]

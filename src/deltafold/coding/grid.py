@@ -80,13 +80,13 @@ class Grid:
     def row_units(self, rows: NDArray[np.int64]) -> torch.Tensor:
         """The unit of each of some rows, before columns: (n, 1) fp32."""
         if self.rows is None:
-            return torch.full((len(rows), 1), float(self.unit))
+            return torch.full((len(rows), 1), float(self.unit), dtype=torch.float32, device="cpu")
         return torch.from_numpy(powers(self.rows[rows]) * self.unit)[:, None]
 
     def column_units(self, columns: int) -> torch.Tensor:
         """Factor of the unit of each column, (i,) fp32."""
         if self.columns is None:
-            return torch.ones(columns)
+            return torch.ones(columns, dtype=torch.float32, device="cpu")
         return torch.from_numpy(powers(self.columns))
 
     def contexts(self, rows: NDArray[np.int64], found: Thresholds) -> NDArray[np.uint8]:

@@ -34,7 +34,7 @@ def from_bit_pattern(
 ) -> torch.Tensor:
     """Inverse of `bit_pattern`."""
     if not bits.size:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(np.ascontiguousarray(bits)).view(dtype).reshape(shape)
 
 

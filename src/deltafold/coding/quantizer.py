@@ -76,8 +76,8 @@ def fit_groups(values: torch.Tensor, grid: Grid, weights: torch.Tensor | None = 
     value meets.
     """
     unit = _unit(values)
-    scales = [torch.zeros(0, dtype=grid.dtype)]
-    zeros = [torch.zeros(0, dtype=torch.uint8)]
+    scales = [torch.zeros(0, dtype=grid.dtype, device="cpu")]
+    zeros = [torch.zeros(0, dtype=torch.uint8, device="cpu")]
     for start, stop, size in _spans(len(values), grid):
         rows = values[start:stop].reshape(-1, size).float() / unit
         weigh = None if weights is None else weights[start:stop].reshape(-1, size).float()
@@ -162,7 +162,7 @@ def to_parts(codes: torch.Tensor, grid: Grid, groups: Groups) -> dict[str, torch
     parts = {
         "codes": torch.from_numpy(pack(codes.numpy(), grid.width)),
         "scales": groups.scales,
-        "unit": torch.tensor([groups.unit], dtype=torch.float32),
+        "unit": torch.tensor([groups.unit], dtype=torch.float32, device="cpu"),
     }
     if groups.zeros is not None:
         parts["zeros"] = torch.from_numpy(pack(groups.zeros.numpy(), grid.width))
@@ -216,7 +216,7 @@ def _by_groups(
     if len(groups.scales) != grid.groups(len(values)):
         raise ValueError(f"{len(groups.scales)} scales do not serve {len(values)} values")
     scale, zero = _grid_of(grid, groups)
-    out = torch.empty(len(values), dtype=dtype)
+    out = torch.empty(len(values), dtype=dtype, device="cpu")
     for start, stop, size in _spans(len(values), grid):
         held = slice(start // grid.group, grid.groups(stop))
         rows = apply(values[start:stop].reshape(-1, size), scale[held, None], zero[held, None])
@@ -239,8 +239,13 @@ class _Search:
 
     def __init__(self, rows: torch.Tensor, grid: Grid, weights: torch.Tensor | None):
         self.rows, self.grid, self.weights = rows, grid, weights
-        self.scale = torch.zeros(len(rows), 1)
-        self.zero = torch.full((len(rows), 1), grid.top / 2 if grid.symmetric else 0.0)
+        self.scale = torch.zeros(len(rows), 1, dtype=torch.float32, device="cpu")
+        self.zero = torch.full(
+            (len(rows), 1),
+            grid.top / 2 if grid.symmetric else 0.0,
+            dtype=torch.float32,
+            device="cpu",
+        )
         self.error = self._weigh(rows * rows)  # of a scale of zero
 
     def _weigh(self, x: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ class ScaledPattern(Trainable):
 
     def __init__(self, pattern: torch.Tensor, scale: torch.Tensor, gain: float, parts: Values):
         self.pattern, self.scale, self.gain, self.parts = pattern, scale, gain, parts
-        self.values = {"scale": torch.ones(1)}
+        self.values = {"scale": torch.ones(1, dtype=torch.float32, device="cpu")}
         self.rates = {"scale": 0.01}
 
     def delta(self, values: Values) -> torch.Tensor:

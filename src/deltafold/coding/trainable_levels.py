@@ -30,7 +30,7 @@ class TrainableLevels(Trainable):
     ):
         self.levels, self.rows, self.columns = levels, rows, columns
         self.fix, self.code_with = fix, code_with
-        self.values = {"unit": torch.ones(1)}
+        self.values = {"unit": torch.ones(1, dtype=torch.float32, device="cpu")}
         self.rates = {"unit": 0.003}
         if fix is not None:
             self.size = fix.left_scales

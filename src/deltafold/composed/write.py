@@ -25,6 +25,7 @@ from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
 from deltafold.composed.form import OWN, Form, Linear
 from deltafold.composed.modeling import composed_class
 from deltafold.composed.standalone import MODULE, modelling_file, shared_config
+from deltafold.dtypes import stored_bytes as bytes_of
 from deltafold.errors import MismatchError, NonFiniteError, UsageError
 from deltafold.running.engine import Resources, Task
 from deltafold.running.request import SHARD_BYTES
@@ -89,7 +90,7 @@ def shared_specs(source: Source, form: Form) -> list[TensorSpec]:
 
 def stored_bytes(specs: list[TensorSpec]) -> int:
     """Bytes of these tensors, headers not counted."""
-    return sum(math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in specs)
+    return sum(bytes_of(dtype, shape) for _, dtype, shape in specs)
 
 
 def write_shared(

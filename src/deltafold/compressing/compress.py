@@ -67,7 +67,7 @@ def archive_of(request: CompressRequest) -> Record:
         else:
             encode_lossy(job, plan, workspace, resources)
         distilled = distill_pieces(job, plan, workspace, resources) if request.steps else None
-        assemble(job, plan, workspace)
+        assemble(job, plan, workspace, resources)
         run.publish("archive")
         with Archive(run.output) as archive:
             content = compress_record(job, plan, archive, run.output)

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deltafold.checkpoint import DTYPES, Checkpoint, Segment, TensorInfo, open_checkpoint
+from deltafold.coding.sums import rounded_sum
 from deltafold.compressing.alignment import Alignment, align
-from deltafold.dtypes import FLOATING, ITEM_BYTES
+from deltafold.dtypes import BITS, FLOATING, ITEM_BYTES
 from deltafold.errors import MismatchError
 from deltafold.lazy import torch
 from deltafold.linalg.matrices import Fisher
-from deltafold.names import block_of, is_vocabulary, role_of
+from deltafold.names import block_of, is_vocabulary, quantisation, role_of
 
 MIN_SIDE = 16  # a matrix narrower than this is stored exactly
 MIN_ELEMENTS = 1024
@@ -56,6 +57,7 @@ class Pairing:
     vocabulary: bool = False
     found: tuple[Segment, ...] = ()
     why: str = "only in the fine-tune"
+    exact: str | None = None  # why it must be exact, whatever its size and dtype
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ class Pairing:
         dtype = self.tuned.dtype
         return (
             span.in_base
+            and self.exact is None
             and dtype in FLOATING
             and ITEM_BYTES[dtype] >= 2
             and role_of(self.name) not in _EXACT_ROLES
@@ -121,10 +124,21 @@ def open_pair(base: str | Path, finetuned: str | Path) -> Pair:
             f"{pair.base.label} and {pair.finetuned.label} have no tensor name in common "
             f"({a!r}, {b!r}); give the checkpoint that was fine-tuned as the base."
         )
-    grown = _vocabulary_sizes(pair)
-    for info in pair.finetuned.tensors.values():
-        pair.pairings.append(_pairing(pair, info, grown))
+    grown, tensors = _vocabulary_sizes(pair), pair.finetuned.tensors
+    packed = [name for name, info in tensors.items() if _is_packed(info)]
+    exact = dict.fromkeys(quantisation(tensors, packed), "belongs to quantised weights")
+    for info in tensors.values():
+        pair.pairings.append(replace(_pairing(pair, info, grown), exact=exact.get(info.name)))
     return pair
+
+
+def _is_packed(info: TensorInfo) -> bool:
+    """Integers or 8-bit floats: codes of quantised weights, as far as a header tells."""
+    return (
+        info.dtype != "BOOL"
+        and len(info.shape) > 0
+        and (info.dtype not in FLOATING or ITEM_BYTES[info.dtype] == 1)
+    )
 
 
 def _check_configs(base: Checkpoint, finetuned: Checkpoint) -> None:
@@ -184,6 +198,8 @@ def _pairing(pair: Pair, info: TensorInfo, grown: set[tuple[int, int]]) -> Pairi
             f"Tensor {info.name} is {base.dtype} in {pair.base.label} and {info.dtype} in "
             f"{pair.finetuned.label}; give both unquantised."
         )
+    if base.dtype != info.dtype and BITS & {base.dtype, info.dtype}:  # no values to convert
+        return Pairing(info, None, whole, vocabulary, (), f"has dtype {base.dtype} in the base")
     if base.shape == info.shape or (found and base.matrix_shape == info.matrix_shape):
         return Pairing(info, base, _matrices(info), vocabulary, found)
     same_rows = len(info.shape) >= 2 and base.shape[1:] == info.shape[1:]
@@ -249,7 +265,7 @@ class DeltaRows:
         first = self._span.start + start
         rows = self._pair.base.rows(self._name, first, first + len(change))
         base = rows.to(change.device).float()
-        return (base + change).to(self._dtype).float().sub_(base)
+        return rounded_sum(base, change.clone(), self._dtype).float().sub_(base)
 
     def _read(self, start: int, stop: int) -> torch.Tensor:
         offset = self._span.start

@@ -40,6 +40,12 @@ class PlannedTensor:
     survey: TensorSurvey
     pieces: list[PlannedPiece]
     same_as: str | None = None
+    restored: str | None = None  # checksum of what it decodes to, once that is known
+
+    @property
+    def lossy(self) -> bool:
+        """True if some of it is approximated."""
+        return any(piece.lossy for piece in self.pieces)
 
     def shape(self, piece: PlannedPiece) -> Shape:
         """Rows and columns of one of its pieces."""
@@ -100,7 +106,7 @@ def _pieces(job: CompressJob, span: SpanSurvey, stem: str, why: str) -> list[Pla
                 job.method, span.start, span.stop, stem=stem, delta_squared=span.delta_squared
             )
         ]
-    return exact_pieces(span, None if span.in_base else why)
+    return exact_pieces(span, span.why if span.in_base else why)
 
 
 def exact_pieces(span: SpanSurvey, why: str | None) -> list[PlannedPiece]:

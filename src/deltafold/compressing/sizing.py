@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from deltafold.archive import BaseRows, CodecEntry, Manifest, Piece, Source, Tensor, TensorDigest
-from deltafold.archive.manifest import PayloadFile
+from deltafold.archive.manifest import PayloadFile, version_of
 from deltafold.archive.writer import payload_bytes
 from deltafold.checkpoint import Checkpoint, tensor_bytes
 from deltafold.checkpoint.writer import TensorSpec
@@ -89,7 +89,7 @@ def draft_manifest(job: CompressJob, plan: Plan) -> Manifest:
     removed = {name: _removed_digest(job, name) for name in pair.removed}
     tensors = tuple(_manifest_tensor(job, tensor, files) for tensor in plan.tensors)
     return Manifest(
-        format_version=2 if any(tensor.counterpart for tensor in tensors) else 1,
+        format_version=version_of(tensors),  # type: ignore[arg-type]
         tool_version=__version__,
         method=job.method,
         seed=job.seed,
@@ -116,6 +116,7 @@ def _manifest_tensor(job: CompressJob, planned: PlannedTensor, files: dict[Path,
         base=survey.base_digest,
         counterpart=tuple(BaseRows(name=name, rows=(a, b)) for name, a, b in found),
         tuned=survey.tuned_digest,
+        restored=(planned.restored or _DRAFT_CHECKSUM) if planned.lossy else None,
         same_as=planned.same_as,
         pieces=tuple(_manifest_piece(job, planned, piece) for piece in planned.pieces),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deltafold.checkpoint import DTYPES
+from deltafold.coding.sums import rounded_sum
 from deltafold.coding.trainable import Trainable, Values
 from deltafold.compressing.job import CompressJob
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
@@ -78,7 +79,7 @@ class PlanStudent:
             if not piece.lossy:
                 continue
             base = self.job.pair.base.rows(info.name, piece.start, piece.stop).float()
-            restored = base.add_(self._delta(tensor, piece)).to(DTYPES[info.dtype])
+            restored = rounded_sum(base, self._delta(tensor, piece), DTYPES[info.dtype])
             if piece.stop - piece.start == matrix.shape[0]:
                 return restored.reshape(info.shape)
             matrix = torch.cat([matrix[: piece.start], restored, matrix[piece.stop :]])

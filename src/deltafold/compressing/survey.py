@@ -1,12 +1,16 @@
 """First pass of `compress`: read every tensor of both checkpoints once.
 
-For each tensor: digests, how much changed, norms, and a refusal of NaN and infinity. Tensors that
-must be exact (norms, biases, new rows, small ones), and those that look cheap to store exactly (few
+For each tensor: digests, how much changed, norms. Tensors that must be exact (norms, biases, new
+rows, small ones, constants such as those of masks), and those that look cheap to store exactly (few
 values or rows changed), are encoded on the spot.
+
+To an exact codec bits are bits. A method that approximates refuses NaN and infinity, unless both
+sides have them at the same places: then they are constants, and the rows around them are exact.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +19,7 @@ from deltafold.checkpoint import DTYPES, tensor_bytes
 from deltafold.codecs import exact_codec
 from deltafold.codecs.base import Parts, Settings
 from deltafold.codecs.rows import changed_rows
+from deltafold.coding.sums import squared, squared_distance
 from deltafold.compressing.pair import Pair, Pairing
 from deltafold.errors import NonFiniteError
 from deltafold.lazy import torch
@@ -23,6 +28,7 @@ from deltafold.running.workspace import Workspace, checksum
 
 CHUNK_BYTES = 4 << 20
 EXACT_ELEMENTS = 1 << 23  # an exact piece holds at most this many values
+MOST = 1e12  # no weight is larger; squares and their sums then fit fp32
 SPARSE_SHARE = 0.10  # below this share of changed values an exact patch is tried
 ROWS_SHARE = 0.50  # below this share of changed rows an embedding's rows are tried
 
@@ -39,6 +45,8 @@ class SpanSurvey:
     delta_squared: float = 0.0
     base_squared: float = 0.0
     lossy_allowed: bool = False
+    why: str | None = None
+    """Why it must be exact, if its values say so."""
     exact: list[dict[str, Any]] = field(default_factory=list)
     """Exact pieces, if encoded: rows, codec, settings, parts (checksums), n_bytes, file."""
 
@@ -73,7 +81,9 @@ def survey_tensor(
 ) -> TensorSurvey:
     """Survey one tensor. `exact_method` is the exact codec asked for the whole model, or None."""
     spans = [
-        SpanSurvey(s.start, s.stop, s.in_base, lossy_allowed=pairing.lossy_allowed(s))
+        SpanSurvey(
+            s.start, s.stop, s.in_base, lossy_allowed=pairing.lossy_allowed(s), why=pairing.exact
+        )
         for s in pairing.spans
     ]
     tuned_digest = TensorDigest(pairing.tuned.dtype, pairing.tuned.shape)
@@ -81,7 +91,7 @@ def survey_tensor(
     if pairing.base is not None:
         base_digest = TensorDigest(pairing.base.dtype, pairing.base.shape)
     for span in spans:
-        _read_span(pair, pairing, span, tuned_digest, base_digest)
+        _read_span(pair, pairing, span, (tuned_digest, base_digest), exact_method is None)
     if pairing.base is not None and base_digest is not None:
         _digest_rest(pair, pairing, spans[-1].stop, base_digest)
     if pairing.found and _unrelated(spans):
@@ -107,33 +117,38 @@ def _read_span(
     pair: Pair,
     pairing: Pairing,
     span: SpanSurvey,
-    tuned_digest: TensorDigest,
-    base_digest: TensorDigest | None,
+    digests: tuple[TensorDigest, TensorDigest | None],
+    lossy: bool,
 ) -> None:
+    tuned_digest, base_digest = digests
     columns = pairing.tuned.matrix_shape[1]
     step = max(1, CHUNK_BYTES // max(1, columns * pairing.tuned.itemsize))
     for start in range(span.start, span.stop, step):
         stop = min(span.stop, start + step)
         tuned = pair.finetuned.rows(pairing.name, start, stop)
         tuned_digest.update(tensor_bytes(tuned))
-        _check_finite(tuned, pairing.name, pair.finetuned.label)
         if not span.in_base or base_digest is None:
+            if lossy and not _within(tuned, math.inf):
+                raise _not_finite(pairing.name, pair.finetuned.label)
             span.changed_values += tuned.numel()
             span.changed_rows += len(tuned)
             continue
         base = pair.base.rows(pairing.name, start, stop)
         base_digest.update(tensor_bytes(base))
-        _check_finite(base, pairing.name, pair.base.label)
         reference = base.to(tuned.dtype)
+        if not (_within(tuned, MOST) and _within(base, MOST)):
+            if lossy:
+                _check_constant(pair, pairing.name, tuned, reference)
+            span.lossy_allowed, span.why = False, "values too large to be approximated"
         rows = changed_rows(reference, tuned)
         span.changed_rows += int(rows.sum())
         if not bool(rows.any()):
-            span.base_squared += _squared(base)
+            span.base_squared += squared(base)
             continue
         span.changed_values += int((_bits(reference) != _bits(tuned)).sum())
-        span.base_squared += _squared(base)
+        span.base_squared += squared(base)
         if tuned.dtype.is_floating_point:
-            span.delta_squared += _squared(tuned.float() - base.float())
+            span.delta_squared += squared_distance(tuned, base)
 
 
 def _unrelated(spans: list[SpanSurvey]) -> bool:
@@ -147,19 +162,29 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(signed[tensor.element_size()])
 
 
-def _squared(tensor: torch.Tensor) -> float:
-    return float(tensor.float().square().sum(dtype=torch.float64))
-
-
-def _check_finite(tensor: torch.Tensor, name: str, label: str) -> None:
+def _within(tensor: torch.Tensor, most: float) -> bool:
+    """True if no value is NaN, infinite or larger than `most`."""
     if not tensor.dtype.is_floating_point or not tensor.numel():
-        return
-    wide = tensor if tensor.element_size() in (2, 4) else tensor.float()
-    if not bool(wide.abs().max().isfinite()):  # the largest of values with NaN among them is NaN
-        raise NonFiniteError(
-            f"Tensor {name} of {label} holds NaN or infinity; this checkpoint is broken, "
-            "give a sound one."
-        )
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    largest = float(wide.abs().max())  # the largest of values with NaN among them is NaN
+    return math.isfinite(largest) and largest <= most
+
+
+def _check_constant(pair: Pair, name: str, tuned: torch.Tensor, reference: torch.Tensor) -> None:
+    """Refuse NaN and infinity that only one side has."""
+    a, b = (x.float() if x.element_size() == 1 else x for x in (tuned, reference))
+    differs = (a != b) & ~(a.isnan() & b.isnan())
+    for side, values in ((pair.finetuned, a), (pair.base, b)):
+        if bool((differs & ~values.isfinite()).any()):
+            raise _not_finite(name, side.label)
+
+
+def _not_finite(name: str, label: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"Tensor {name} of {label} holds NaN or infinity; this checkpoint is broken, "
+        "give a sound one, or store it as it is with -m lossless."
+    )
 
 
 def _digest_rest(pair: Pair, pairing: Pairing, start: int, digest: TensorDigest) -> None:

@@ -122,7 +122,7 @@ def _settled(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, home: torch.devi
     sign = torch.ones_like(s)
     if len(s):
         peak = v.abs().argmax(dim=0)
-        at = torch.arange(len(s), device=s.device)
+        at = torch.arange(len(s), device=s.device, dtype=torch.int64)
         sign = torch.where(v[peak, at] < 0, -1.0, 1.0).to(s.dtype)
     u = (u * sign.to(u.device, u.dtype)).float()
     v = (v * sign).float()
@@ -132,7 +132,9 @@ def _settled(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, home: torch.devi
 def _is_orthonormal(factors: Factors) -> bool:
     """True if the columns of U and of V are, to one step of the 16 bits that are stored."""
     for columns in (put(factors.u), put(factors.v)):
-        gap = columns.T @ columns - torch.eye(columns.shape[1], device=columns.device)
+        gap = columns.T @ columns - torch.eye(
+            columns.shape[1], device=columns.device, dtype=columns.dtype
+        )
         if gap.numel() and not float(gap.abs().max()) <= SKEW:
             return False
     return True
@@ -183,7 +185,7 @@ def _tall_gram(matrix: RowMatrix, rank: int, dtype: torch.dtype) -> Triplets:
     s, v = _eigh_descending(gram, rank)
     del gram
     # float32, and in the CPU's memory: o can be a vocabulary
-    u = torch.empty(matrix.shape[0], s.shape[0], dtype=torch.float32)
+    u = torch.empty(matrix.shape[0], s.shape[0], dtype=torch.float32, device="cpu")
     scaled = v / _divisor(s)
     for start, rows in _put_chunks(matrix, len(s)):
         u[start : start + len(rows)] = (rows.to(dtype) @ scaled).float()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from deltafold.checkpoint import DTYPES
+from deltafold.dtypes import stored_bytes
 from deltafold.errors import MismatchError, UsageError, nearest
 from deltafold.merging.recipe import Recipe
 from deltafold.merging.sources import Header, Renamed, Source, config_of
@@ -56,10 +57,7 @@ class Inputs:
         """What the merged model will take on disk."""
         weights = 0
         for dtype, shape in self.layout.values():
-            size = DTYPES[dtype].itemsize
-            for length in shape:
-                size *= length
-            weights += size
+            weights += stored_bytes(dtype, shape)
         return weights + sum(map(len, self.files.values()))
 
 

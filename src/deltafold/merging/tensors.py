@@ -15,6 +15,7 @@ import torch
 
 from deltafold.checkpoint import DTYPES
 from deltafold.coding.counter import derive_key
+from deltafold.coding.sums import rounded_sum
 from deltafold.errors import NonFiniteError
 from deltafold.merging.inputs import Inputs
 from deltafold.merging.methods import CONSENSUS, SPARSIFIERS
@@ -73,7 +74,11 @@ class Tensors:
         return self._read_rows(name, recipe)
 
     def _delta(self, source: Source, name: str, ground: torch.Tensor) -> torch.Tensor:
-        delta = source.tensor(name).float().sub_(ground)
+        theirs = source.tensor(name).float()
+        constants = _constants(theirs, ground)
+        delta = theirs.sub_(ground)
+        if constants is not None:
+            delta[constants] = 0
         return _finite(delta, source, name)
 
     def _read_rows(self, name: str, recipe: Recipe) -> Reading:
@@ -136,7 +141,7 @@ class Tensors:
         self, name: str, ground: torch.Tensor, merged: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """The merged tensor in the base's dtype. `ground` and `merged` are used up."""
-        return ground.add_(merged.mul_(scale)).to(DTYPES[self.inputs.layout[name][0]])
+        return rounded_sum(ground, merged.mul_(scale), DTYPES[self.inputs.layout[name][0]])
 
 
 def _put(into: torch.Tensor, rows: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
@@ -145,6 +150,13 @@ def _put(into: torch.Tensor, rows: torch.Tensor, places: Sequence[int]) -> torch
     known = index >= 0
     into[known] = rows[index[known]]
     return known
+
+
+def _constants(theirs: torch.Tensor, ground: torch.Tensor) -> torch.Tensor | None:
+    """Where both hold the same infinity or NaN, as masks do; None if there are none."""
+    if not ground.numel() or all(bool(end.isfinite()) for end in ground.aminmax()):
+        return None
+    return ~ground.isfinite() & ((theirs == ground) | (theirs.isnan() & ground.isnan()))
 
 
 def _finite(tensor: torch.Tensor, source: Source, name: str) -> torch.Tensor:

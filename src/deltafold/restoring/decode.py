@@ -1,7 +1,9 @@
 """One tensor back from base and archive, as rows in the stored dtype.
 
-The base's tensor is hashed before it is used: a wrong base is refused by the tensor's name. What is
-stored exactly is hashed once more when it is back.
+The base's tensor is hashed before it is used: a wrong base is refused by the tensor's name. What
+comes out is hashed, too: it is the fine-tune's tensor, or what `compress` decoded where that was
+approximated. Every step of decoding gives the same bits on every machine (`coding/sums.py`) and
+whatever torch is set to (`running/neutral.py`), so that other bits are a fault.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from deltafold.checkpoint import (
 from deltafold.codecs import delta_codec, exact_codec, get, names
 from deltafold.codecs.base import DeltaCodec
 from deltafold.coding.counter import derive_key
-from deltafold.dtypes import ITEM_BYTES
+from deltafold.coding.sums import rounded_sum
+from deltafold.dtypes import ITEM_BYTES, held_shape
 from deltafold.errors import ArchiveError, MismatchError, UsageError, nearest
 from deltafold.lazy import torch
+from deltafold.running.neutral import undisturbed
 
 CHUNK_BYTES = 8 << 20
 MAX_EXACT_BYTES = 1 << 28  # an exact piece of a sound archive is far smaller
@@ -117,6 +121,7 @@ def named_tensors(manifest: Manifest, wanted: Iterable[str] | None) -> list[Tens
     return [known[name] for name in dict.fromkeys(wanted)]
 
 
+@undisturbed
 def check_base_tensor(archive: Archive, tensor: Tensor, base: Checkpoint) -> None:
     """Read the base's tensor once and compare its digest. Raises MismatchError by name."""
     if tensor.base is None:
@@ -132,6 +137,7 @@ def check_base_tensor(archive: Archive, tensor: Tensor, base: Checkpoint) -> Non
         )
 
 
+@undisturbed
 def decoded_rows(
     archive: Archive, tensor: Tensor, base: Checkpoint
 ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -147,30 +153,31 @@ def decoded_rows(
             raise _damaged(archive, target, error) from error
 
 
+@undisturbed
 def checked_rows(
     archive: Archive, tensor: Tensor, base: Checkpoint
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """`decoded_rows` of one tensor whose base is checked before and whose bits are after.
 
-    Raises MismatchError for a wrong base; ArchiveError for damage, and if a tensor that is stored
-    exactly does not come back with the fine-tune's digest.
+    Raises MismatchError for a wrong base; ArchiveError for damage, and if a tensor does not come back
+    with its digest.
     """
     source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
     for needed in {tensor.name: tensor, source.name: source}.values():
         check_base_tensor(archive, needed, base)
     codecs = {piece.codec for piece in source.pieces}
     equal = codecs == {"skip"} and source.base == tensor.tuned  # hashed a moment ago
-    if equal or any(get(name).lossy for name in codecs):
+    if equal:
         yield from decoded_rows(archive, tensor, base)
         return
     digest = TensorDigest(tensor.dtype, tensor.shape)
     for start, rows in decoded_rows(archive, tensor, base):
         digest.update(tensor_bytes(rows))
         yield start, rows
-    if digest.identity() != tensor.tuned:
-        raise not_as_it_was(archive, tensor)
+    check_digest(archive, tensor, digest)
 
 
+@undisturbed
 def decoded_delta(archive: Archive, tensor: Tensor, base: Checkpoint) -> torch.Tensor:
     """Fine-tune minus base as the archive says it, fp32, before it is rounded to a stored dtype.
 
@@ -179,7 +186,9 @@ def decoded_delta(archive: Archive, tensor: Tensor, base: Checkpoint) -> torch.T
     """
     source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
     n_rows, columns = base.tensors[tensor.name].matrix_shape
-    whole = torch.zeros(min(n_rows, tensor.matrix_shape[0]), columns)
+    whole = torch.zeros(
+        min(n_rows, tensor.matrix_shape[0]), columns, dtype=torch.float32, device="cpu"
+    )
     if source.base != tensor.base:  # twins now, not so in the base
         for start, rows in decoded_rows(archive, tensor, base):
             _put_difference(whole, start, rows, tensor.name, base)
@@ -210,6 +219,7 @@ def _put_difference(
         whole[start:stop] = rows[: stop - start].float() - base.rows(name, start, stop).float()
 
 
+@undisturbed
 def stored_factors(
     archive: Archive, tensor: Tensor, base: Checkpoint
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -231,19 +241,32 @@ def stored_factors(
         raise _damaged(archive, source, error) from error
 
 
+@undisturbed
 def assembled(tensor: Tensor, rows: Iterator[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """The whole tensor, of its `decoded_rows` or `checked_rows`."""
-    whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype])
+    """The whole tensor, of its `decoded_rows` or `checked_rows`, as it is held (`dtypes.BITS`)."""
+    whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype], device="cpu")
     for start, part in rows:
         whole[start : start + len(part)] = part
-    return whole.reshape(tensor.shape)
+    return whole.reshape(held_shape(tensor.dtype, tensor.shape))
 
 
-def not_as_it_was(archive: Archive, tensor: Tensor) -> ArchiveError:
-    return ArchiveError(
-        f"Tensor {tensor.name} of {archive.folder} does not come back as it was, though it is "
-        "stored exactly; fetch the archive again."
-    )
+def check_digest(archive: Archive, tensor: Tensor, digest: TensorDigest) -> None:
+    """Compare what a tensor was decoded to with what the archive says. Raises ArchiveError.
+
+    Archives of format version 1 say it only of what is stored exactly.
+    """
+    source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    if not source.lossy and digest.identity() != tensor.tuned:
+        raise ArchiveError(
+            f"Tensor {tensor.name} of {archive.folder} does not come back as it was, though it is "
+            "stored exactly; fetch the archive again."
+        )
+    if source.restored is not None and digest.checksum() != source.restored:
+        raise ArchiveError(
+            f"Tensor {tensor.name} of {archive.folder} decodes to other values here than where the "
+            "archive was made, though its parts are whole; run deltafold verify with --base in a "
+            "fresh process, and install another version of torch if that says the same."
+        )
 
 
 def _decoded_piece(
@@ -261,7 +284,7 @@ def _decoded_piece(
         reference = (
             reference_rows(base, tensor.name, start, stop, dtype)
             if piece.reference == "base"
-            else torch.zeros(stop - start, columns, dtype=dtype)
+            else torch.zeros(stop - start, columns, dtype=dtype, device="cpu")
         )
         yield start, exact_codec(piece.codec).decode(parts, piece.settings, reference)
         return
@@ -269,8 +292,8 @@ def _decoded_piece(
     key = piece_key(archive.manifest.seed, tensor.name, start)
     for at, delta in codec.decode(parts, piece.settings, (stop - start, columns), key):
         first = start + at
-        reference32 = base.rows(tensor.name, first, first + len(delta)).float()
-        yield first, reference32.add_(delta).to(dtype)
+        reference = base.rows(tensor.name, first, first + len(delta)).float()
+        yield first, rounded_sum(reference, delta, dtype)
 
 
 def _codec_of(archive: Archive, piece: Piece) -> DeltaCodec:

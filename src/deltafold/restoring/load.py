@@ -14,6 +14,7 @@ from deltafold.archive import Archive, Tensor
 from deltafold.calibration.models import config_of, load_weights
 from deltafold.checkpoint import open_checkpoint
 from deltafold.checkpoint.writer import put_file
+from deltafold.dtypes import native
 from deltafold.errors import MismatchError
 from deltafold.lazy import torch
 from deltafold.restoring.decode import (
@@ -25,8 +26,10 @@ from deltafold.restoring.decode import (
 )
 from deltafold.restoring.ground import fitted_base
 from deltafold.running.engine import Progress, Task, run_tasks
+from deltafold.running.neutral import undisturbed
 
 
+@undisturbed
 def load_state(
     archive: str | Path,
     base: str | Path,
@@ -44,7 +47,7 @@ def load_state(
         def one(tensor: Tensor) -> None:
             whole = assembled(tensor, checked_rows(opened, tensor, ground))
             with lock:
-                state[tensor.name] = whole
+                state[tensor.name] = native(whole, tensor.dtype)
 
         tasks = [
             Task(t.name, partial(one, t), 200 << 20, float(torch.Size(t.shape).numel()))
@@ -60,7 +63,7 @@ def tensors(
     """(name, tensor) of each restored tensor, in the checkpoint's order, one in memory at a time.
 
     In the shapes and dtypes that `restore` writes, and checked as `restore` checks: the base by its
-    hashes, each part by its checksum, and what is stored exactly by the fine-tune's digest.
+    hashes, each part by its checksum, and what comes out by its digest.
 
     Args:
         names: only these tensors; default: all.
@@ -74,7 +77,8 @@ def tensors(
         check_codecs(opened)
         ground = fitted_base(opened, checkpoint)
         for tensor in named_tensors(opened.manifest, names):
-            yield tensor.name, assembled(tensor, checked_rows(opened, tensor, ground))
+            whole = assembled(tensor, checked_rows(opened, tensor, ground))
+            yield tensor.name, native(whole, tensor.dtype)
 
 
 @contextlib.contextmanager

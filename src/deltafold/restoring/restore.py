@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from functools import partial
 from pathlib import Path
 
 from deltafold.archive import Archive, Tensor
 from deltafold.archive.manifest import Manifest
 from deltafold.calibration.opens import open_bare
-from deltafold.checkpoint import DTYPES, CheckpointWriter, open_checkpoint, plan_shards
+from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
 from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
+from deltafold.dtypes import stored_bytes
 from deltafold.restoring.decode import check_codecs, checked_rows, named_tensors
 from deltafold.restoring.ground import fitted_base
 from deltafold.restoring.request import RestoreRequest
@@ -81,7 +81,7 @@ restore = front("restore", RestoreRequest, run_restore)
 
 
 def _tensor_size(tensor: Tensor) -> int:
-    return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+    return stored_bytes(tensor.dtype, tensor.shape)
 
 
 def _spec(tensor: Tensor) -> TensorSpec:

@@ -10,13 +10,13 @@ from typing import Any
 
 from deltafold.archive import Archive, Tensor, TensorDigest
 from deltafold.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from deltafold.coding.sums import squared_distance
 from deltafold.errors import MismatchError
-from deltafold.lazy import torch
 from deltafold.restoring.decode import (
     check_base_tensor,
     check_codecs,
+    check_digest,
     decoded_rows,
-    not_as_it_was,
 )
 from deltafold.restoring.ground import fitted_base
 from deltafold.restoring.request import VerifyRequest
@@ -101,24 +101,22 @@ def _check_same_tensors(archive: Archive, tuned: Checkpoint) -> None:
 def _compare(
     archive: Archive, tensor: Tensor, base: Checkpoint, tuned: Checkpoint | None
 ) -> dict[str, Any]:
-    """Decode one tensor; an exact one must have the fine-tune's digest."""
+    """Decode one tensor; it must come back with its digest."""
     digest = TensorDigest(tensor.dtype, tensor.shape)
     wrong = total = 0.0
     for start, rows in decoded_rows(archive, tensor, base):
         digest.update(tensor_bytes(rows))
         if tuned is not None and rows.dtype.is_floating_point:
-            true = tuned.rows(tensor.name, start, start + len(rows)).float()
-            wrong += float((true - rows.float()).square().sum(dtype=torch.float64))
+            true = tuned.rows(tensor.name, start, start + len(rows))
+            wrong += squared_distance(true, rows)
             if (
                 tensor.base is not None
                 and start + len(rows) <= base.tensors[tensor.name].matrix_shape[0]
             ):
-                before = base.rows(tensor.name, start, start + len(rows)).float()
-                total += float((true - before).square().sum(dtype=torch.float64))
+                before = base.rows(tensor.name, start, start + len(rows))
+                total += squared_distance(true, before)
     exact = digest.identity() == tensor.tuned
-    source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
-    if not exact and all(piece.error is None for piece in source.pieces):
-        raise not_as_it_was(archive, tensor)
+    check_digest(archive, tensor, digest)
     found: dict[str, Any] = {"exact": exact}
     if tuned is not None:
         info = tuned.tensors[tensor.name]

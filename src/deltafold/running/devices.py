@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from deltafold.errors import DeviceError, UsageError
+from deltafold.running.neutral import neutral
 
 if TYPE_CHECKING:
     import torch
@@ -143,12 +144,15 @@ def _load_solvers() -> None:
     torch.linalg.cholesky(torch.eye(2, device=here()))
 
 
-def handed_on(run: Callable[[], T]) -> Callable[[], T]:
-    """`run` for another thread, computing where this one does, on a stream of that thread's own."""
+def handed_on(run: Callable[[], T], tensors: bool = True) -> Callable[[], T]:
+    """`run` for another thread, computing where this one does, on a stream of that thread's own.
+
+    Where there are `tensors`, torch is as at its start there; gradients switched off are not taken over.
+    """
     context, chosen = copy_context(), place()
 
     def inside() -> T:
-        with _on(chosen), _stream(chosen):
+        with neutral(grad=True) if tensors else nullcontext(), _on(chosen), _stream(chosen):
             return run()
 
     return lambda: context.run(inside)

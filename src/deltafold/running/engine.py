@@ -4,6 +4,7 @@ Threads: everything heavy (linear algebra, hashing, zstd, file reads) releases t
 Each thread computes with one core, so that results do not depend on how many there are. A task is
 admitted when its memory fits beside those that run; a task larger than the allowance runs alone.
 Tasks compute where the caller does (`running/devices.py`), and then also share that device's memory.
+Whatever torch is set to outside, a task finds it as at its start (`running/neutral.py`).
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def run_tasks(
                     index, task = waiting[0]
                     if running and held + task.memory_bytes > allowance:
                         break
-                    running[pool.submit(handed_on(task.run))] = index
+                    running[pool.submit(handed_on(task.run, task.tensors))] = index
                     held += task.memory_bytes
                     waiting.pop(0)
                 done, _ = wait(running, return_when=FIRST_COMPLETED)

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec
 from deltafold.checkpoint.store import address_of, is_address, output_of
 from deltafold.errors import UsageError, nearest
 from deltafold.running.devices import computing
+from deltafold.running.neutral import as_at_start
 from deltafold.running.record import Record, record_path, write_record
 from deltafold.running.request import Request, default_of, flag_of, joined, options_of
 
@@ -76,11 +77,13 @@ def _renamed(kind: type[Request], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def carry_out(request: Any, run: Callable[[Any], Record]) -> Record:
-    """Run a request on its device; an output with an address in a store is stored when it is whole.
+    """Run a request on its device, in a torch that is as at its start.
+
+    An output with an address in a store is stored when it is whole.
 
     The record of such an output speaks of the address; it lies beside it, or where `record` says.
     """
-    with computing(getattr(request, "device", None)):
+    with as_at_start(), computing(getattr(request, "device", None)):
         output = getattr(request, "output", None)
         if output is None or not is_address(output):
             return run(request)
