@@ -37,18 +37,20 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _libraries() -> Iterator[None]:
-    """What was imported stays: garbage is looked for among what tests make, not in a million objects.
-
-    And less often: most of what tests make goes by itself.
-    """
+def _seldom() -> Iterator[None]:
+    """Garbage is looked for less often: most of what tests make goes by itself."""
     before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     yield
     gc.set_threshold(*before)
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries() -> None:
+    """What was imported stays: garbage is looked for among what tests make, not in a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ Torch and transformers are imported inside commands only, so that `--help` is qu
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import shlex
 import sys
@@ -78,6 +80,8 @@ def _stop() -> NoReturn:
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code."""
     COMMAND.set(shlex.join(["deltafold", *sys.argv[1:]]))
+    # Python looks for garbage once more when it ends: a second's work, in all that torch brings.
+    atexit.register(gc.freeze)
     try:
         app()
     except DeltafoldError as error:
