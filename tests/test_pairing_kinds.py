@@ -116,6 +116,24 @@ def test_an_adapter_that_is_not_merged_here(
     assert not (tmp_path / "x.delta").exists()
 
 
+def test_what_lies_in_folders_of_the_base_keeps_its_place(tmp_path: Path) -> None:
+    """A pooling module's config and a dense module's weights: neither takes the place of the model's."""
+    base, adapter, merged = adapter_of(tmp_path, LORA, torch.float32)
+    for name, data in (("1_Pooling/config.json", b"{}"), ("2_Dense/config.json", b'{"in": 4}')):
+        (base / name).parent.mkdir()
+        (base / name).write_bytes(data)
+    dense = base / "2_Dense" / "model.safetensors"
+    save_file({"linear.weight": torch.eye(4)}, dense, metadata={"format": "pt"})
+    record = compress(base, adapter, tmp_path / "a.delta", "lossless")
+    restore(tmp_path / "a.delta", base, tmp_path / "out")
+    assert record["left_out"] == []
+    for name in ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found["model_type"] == json.loads((base / "config.json").read_text())["model_type"]
+    assert same_bits(read_checkpoint(tmp_path / "out"), read_checkpoint(merged))
+
+
 def test_a_folder_with_an_adapter_beside_whole_weights_is_a_model(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
     (pair.finetuned / "adapter_config.json").write_text("{}")

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.checkpoint import Checkpoint, CheckpointWriter, cache_root, open_checkpoint
+from deltafold.checkpoint.beside import write_beside
 from deltafold.checkpoint.hub import local_folder
+from deltafold.checkpoint.json_files import read_object
 from deltafold.checkpoint.kinds import ADAPTER_CONFIG, ADAPTER_FILE, adapter_folder
 from deltafold.checkpoint.writer import TensorSpec, guard_storage
 from deltafold.compressing.methods.renaming import find_renaming
@@ -60,12 +62,7 @@ def whole_model(base: str | Path, finetuned: str | Path) -> Iterator[str | Path]
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """PEFT's config, if what it asks for is plain LoRA. Raises CheckpointError."""
-    try:
-        config = dict(json.loads((folder / ADAPTER_CONFIG).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG} cannot be read ({error}); copy it again."
-        ) from None
+    config = read_object(folder / ADAPTER_CONFIG) or {}
     odd = [
         key
         for key in (
@@ -106,14 +103,15 @@ def _write(
 ) -> None:
     """The merged model, laid out as the base, under `made`."""
     pairs, given = _matched(base, adapter, folder, config)
-    layout: dict[str, list[TensorSpec]] = {shard.name: [] for shard in base.shards}
+    layout: dict[str, list[TensorSpec]] = {base.relative(shard): [] for shard in base.shards}
     for name, info in base.tensors.items():
         told = adapter.tensors[given[name]] if name in given else info
-        layout[info.file.name].append((name, told.dtype, told.shape))
+        layout[base.relative(info.file)].append((name, told.dtype, told.shape))
+    last = [file for file in layout if "/" not in file][-1]
     for name, source in given.items():
         if name not in base.tensors:
             told = adapter.tensors[source]
-            layout[base.shards[-1].name].append((name, told.dtype, told.shape))
+            layout[last].append((name, told.dtype, told.shape))
     working = made.with_name(f".{made.name}.tmp")
     shutil.rmtree(working, ignore_errors=True)
     guard_storage(working, lambda: working.mkdir(parents=True))
@@ -130,10 +128,12 @@ def _write(
         writer.finish()
     finally:
         writer.close()
-    _side_files(working, base, folder)
+    write_beside(base, working, {})
+    with Checkpoint(folder) as own:  # what the adapter has of its own goes before
+        write_beside(own, working, {})
     # Unfinished work knows its inputs by their times: those of the adapter, whenever it is merged.
     when = (folder / ADAPTER_FILE).stat().st_mtime_ns
-    for file in working.iterdir():
+    for file in working.rglob("*"):
         os.utime(file, ns=(when, when))
     guard_storage(made, lambda: working.rename(made))
 
@@ -197,11 +197,3 @@ def _product(adapter: Checkpoint, pair: _Pair, transposed: bool) -> torch.Tensor
     """scale B A, fp32, in the base's orientation."""
     product = adapter.tensor(pair.left).float() @ adapter.tensor(pair.right).float()
     return (product.T if pair.embedding or transposed else product) * pair.scale
-
-
-def _side_files(made: Path, base: Checkpoint, folder: Path) -> None:
-    """The base's config, tokenizer and the like; the adapter's where it has its own."""
-    own = Checkpoint(folder).side_files
-    files = {file.name: file for file in [*base.side_files, *own]}
-    for name, file in sorted(files.items()):
-        guard_storage(made, lambda f=file, n=name: shutil.copyfile(f, made / n))  # type: ignore[misc]
