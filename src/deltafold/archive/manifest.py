@@ -17,13 +17,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deltafold.checkpoint.contents import INDEX_FILE, folder_of, is_foreign, is_plain_path
+from deltafold.checkpoint.contents import (
+    ARCHIVE_FILE,
+    INDEX_FILE,
+    folder_of,
+    is_foreign,
+    is_plain_path,
+)
 from deltafold.dtypes import BITS, ITEM_BYTES, held_shape, matrix_shape
 from deltafold.errors import ArchiveError
 
 FORMAT = "deltafold-archive"
 FORMAT_VERSION = 2
-MANIFEST_FILE = "delta.json"
+MANIFEST_FILE = ARCHIVE_FILE
 MAX_MANIFEST_BYTES = 1 << 30
 _SEAL = re.compile(r',"checksum":"([0-9a-f]{32})"\}\n\Z')
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.checkpoint.contents import (
-    ARCHIVE_FILE,
     INDEX_FILE,
     Contents,
     folder_of,
@@ -26,6 +25,7 @@ from deltafold.checkpoint.contents import (
 )
 from deltafold.checkpoint.header import TensorInfo, read_header
 from deltafold.checkpoint.json_files import read_config
+from deltafold.checkpoint.kinds import refuse_archive
 from deltafold.dtypes import DTYPES, held_shape
 from deltafold.errors import CheckpointError, not_shared
 from deltafold.lazy import torch
@@ -49,7 +49,7 @@ class Checkpoint:
     def __init__(self, path: Path, label: str | None = None):
         self.path = path
         self.label = label or str(path)
-        contents = _contents(path, self.label)
+        self._contents = contents = _contents(path, self.label)
         self.shards = [path / name if path.is_dir() else path for name in contents.weights]
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
@@ -84,8 +84,8 @@ class Checkpoint:
     @property
     def inner_files(self) -> dict[str, str]:
         """Tensors of weight files in folders inside, each with its file: a model's other modules."""
-        files = {name: self.relative(info.file) for name, info in self.tensors.items()}
-        return {name: file for name, file in files.items() if "/" in file}
+        inner = {each: file for each in self.shards if "/" in (file := self.relative(each))}
+        return {n: inner[info.file] for n, info in self.tensors.items() if info.file in inner}
 
     @property
     def own_tensors(self) -> dict[str, TensorInfo]:
@@ -159,14 +159,12 @@ class Checkpoint:
     @property
     def side_files(self) -> list[Path]:
         """Config, tokenizer, templates, code: all that is small beside the weights, by name."""
-        if self.path.is_file():
-            return []
-        return [self.path / name for name in _contents(self.path, self.label).beside]
+        return [self.path / name for name in self._contents.beside]
 
     @property
     def left_out(self) -> list[dict[str, object]]:
         """Files that are not taken along, each with the reason, as records hold them."""
-        return [each.to_json() for each in _contents(self.path, self.label).left_out]
+        return [each.to_json() for each in self._contents.left_out]
 
     @property
     def total_bytes(self) -> int:
@@ -233,10 +231,7 @@ def _contents(path: Path, label: str) -> Contents:
         return Contents(weights=[path.name])
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a folder nor a safetensors file; check the path.")
-    if (path / ARCHIVE_FILE).is_file():
-        raise CheckpointError(
-            f"{label} is an archive, not a checkpoint; restore it first, and give what comes out."
-        )
+    refuse_archive(path, label)
     if (path / "blobs").is_dir() and (path / "snapshots").is_dir():
         raise CheckpointError(
             f"{path} is the hub's cache of a repository; give one of the folders in "

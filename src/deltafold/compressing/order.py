@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from deltafold.archive import MANIFEST_FILE
 from deltafold.archive.manifest import read_manifest
 from deltafold.checkpoint import Checkpoint, local_folder, open_checkpoint
+from deltafold.checkpoint.json_files import read_object
 from deltafold.checkpoint.kinds import ADAPTER_FILE, adapter_folder
 from deltafold.compressing.pair import Pair
-from deltafold.errors import ArchiveError, UsageError
+from deltafold.errors import ArchiveError, CheckpointError, UsageError
 
 _CARD_BASE = re.compile(r"^base_model:[ \t]*(?:\n\s*-\s*)?[\"']?([^\s\"']+)", re.M)
 _CARD_BYTES = 1 << 16
@@ -84,8 +84,8 @@ def _has_chat_template(checkpoint: Checkpoint) -> bool:
         return False
     if any(checkpoint.path.glob("chat_template*")):
         return True
-    config = checkpoint.path / "tokenizer_config.json"
     try:
-        return bool(json.loads(config.read_text()).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
+        told = read_object(checkpoint.path / "tokenizer_config.json") or {}
+    except CheckpointError:
         return False
+    return bool(told.get("chat_template"))

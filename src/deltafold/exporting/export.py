@@ -12,6 +12,7 @@ from typing import Any
 from deltafold.archive import Archive
 from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.checkpoint.header import build_header
+from deltafold.checkpoint.kinds import ADAPTER_CONFIG, ADAPTER_FILE
 from deltafold.checkpoint.writer import CheckpointWriter, TensorSpec, guard_storage
 from deltafold.errors import BudgetError, CheckpointError, UsageError
 from deltafold.exporting.changed_base import BASE_FOLDER, write_folded_base
@@ -33,8 +34,6 @@ from deltafold.exporting.passes import (
     pair_specs,
 )
 from deltafold.exporting.peft_files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     adapter_config,
     config_text,
     pair_names,
@@ -132,7 +131,7 @@ def _make(job: ExportJob, run: Run, request: ExportRequest) -> dict[str, Any]:
     by_module = {place.module: ranks[i.name] for i in kept for place in i.places}
     whole = {place.module for item in job.of("whole") for place in item.places}
     config = adapter_config(base, job.layout, by_module, whole)
-    path = folder / CONFIG_FILE
+    path = folder / ADAPTER_CONFIG
     guard_storage(path, lambda: path.write_text(config_text(config)))
     made: dict[str, Any] = {
         "factored": factored, "ranks": ranks, "errors": errors, "finished": FINISHED,
@@ -209,7 +208,7 @@ def _write_peft(
         ):
             first, second = pair_names(place)
             specs += [(first, dtype, a), (second, dtype, b)]
-    writer = CheckpointWriter(folder, {WEIGHTS_FILE: sorted(specs)}, {"format": "pt"})
+    writer = CheckpointWriter(folder, {ADAPTER_FILE: sorted(specs)}, {"format": "pt"})
     workspace = run.workspace
     files = {item.name: f"errors/{number:06d}.json" for number, item in enumerate(kept)}
 

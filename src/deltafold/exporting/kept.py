@@ -8,9 +8,9 @@ from pathlib import Path
 
 from deltafold.archive import MANIFEST_FILE, Archive
 from deltafold.checkpoint import cache_root, open_checkpoint
+from deltafold.checkpoint.kinds import ADAPTER_CONFIG
 from deltafold.errors import UsageError
 from deltafold.exporting.export import export
-from deltafold.exporting.peft_files import CONFIG_FILE
 from deltafold.running.engine import Progress
 from deltafold.running.record import read_record
 from deltafold.version import __version__
@@ -60,7 +60,7 @@ def find_adapter(
     The key is what the archive holds, the base's files, the settings. Raises DeltafoldError.
     """
     folder = Path(delta).expanduser()
-    if (folder / CONFIG_FILE).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return Adapter(name, folder)
     if not (folder / MANIFEST_FILE).is_file():
         raise UsageError(f"{delta} is neither an archive nor an adapter; check the path.")
@@ -71,7 +71,7 @@ def find_adapter(
             VERSION, __version__, archive.identity, checkpoint.fingerprint(), runtime, rank,
         ])  # fmt: skip
     kept = adapters_folder() / key
-    if not (kept / CONFIG_FILE).is_file():
+    if not (kept / ADAPTER_CONFIG).is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         export(
             folder, kept, base=base, rank=rank, runtime=runtime, workers=workers,

@@ -22,7 +22,6 @@ import torch
 
 from deltafold.exporting.places import Kind, Layout, Place
 
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
