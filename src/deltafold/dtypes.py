@@ -80,8 +80,12 @@ def matrix_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
     >>> matrix_shape("F32", (3, 4, 5)), matrix_shape("F32", ())
     ((12, 5), (1, 1))
     """
-    held = held_shape(dtype, shape)
-    return (1, math.prod(held)) if len(held) < 2 else (math.prod(held[:-1]), held[-1])
+    return folded(held_shape(dtype, shape))
+
+
+def folded(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows x columns of a shape: leading dimensions folded, a vector or a number is one row."""
+    return (1, math.prod(shape)) if len(shape) < 2 else (math.prod(shape[:-1]), shape[-1])
 
 
 def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:

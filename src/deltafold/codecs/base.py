@@ -37,6 +37,11 @@ VALUE_DTYPES = {"fp16": "F16", "bf16": "BF16"}
 """Dtypes of stored values, as safetensors names them."""
 
 
+def parts_bytes(parts: Parts) -> int:
+    """Bytes of all parts together."""
+    return sum(part.numel() * part.element_size() for part in parts.values())
+
+
 @dataclass(frozen=True, init=False)
 class PartSpec:
     """Dtype and shape of one stored part.

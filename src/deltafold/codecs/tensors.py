@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltafold.codecs import delta_codec, exact_codec, get, names
-from deltafold.codecs.base import DeltaCodec, Parts, Settings, Shape, VariableCodec
+from deltafold.codecs.base import DeltaCodec, Parts, Settings, VariableCodec, parts_bytes
 from deltafold.coding.counter import derive_key
+from deltafold.dtypes import folded
 from deltafold.errors import UsageError, nearest
 from deltafold.lazy import torch
 from deltafold.linalg.decomposition import truncated_svd
@@ -42,7 +43,7 @@ class Encoded:
     @property
     def n_bytes(self) -> int:
         """Bytes of all parts, to the byte; `settings` not counted."""
-        return sum(part.numel() * part.element_size() for part in self.tensors.values())
+        return parts_bytes(self.tensors)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class TensorCodec:
             base = self._base(base, parts.shape)
             exact = exact_codec(self.name).decode(parts.tensors, parts.settings, _matrix(base))
             return exact.reshape(parts.shape)
-        shape = _matrix_shape(parts.shape)
+        shape = folded(parts.shape)
         out = torch.zeros(shape, dtype=torch.float32, device="cpu")
         codec = delta_codec(self.name, self.settings)
         for start, rows in codec.decode(parts.tensors, parts.settings, shape, self._key):
@@ -186,7 +187,7 @@ def _tried(
     best, most = codec.encode(delta, codec.settings_for(delta.shape, 0.0), key), -1
     for _ in range(ROUNDS):
         made = codec.encode(delta, codec.settings_for(delta.shape, share), key)
-        n_bytes = sum(part.numel() * part.element_size() for part in made[1].values())
+        n_bytes = parts_bytes(made[1])
         if most < n_bytes <= target:
             best, most = made, n_bytes
         if n_bytes == 0 or NEAR * target <= n_bytes <= target:
@@ -195,13 +196,5 @@ def _tried(
     return best
 
 
-def _matrix_shape(shape: tuple[int, ...]) -> Shape:
-    columns = shape[-1] if shape else 1
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows, columns
-
-
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().reshape(_matrix_shape(tuple(tensor.shape)))
+    return tensor.detach().cpu().contiguous().reshape(folded(tuple(tensor.shape)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from deltafold.codecs.base import DeltaCodec, Parts, Settings
+from deltafold.codecs.base import DeltaCodec, Parts, Settings, parts_bytes
 from deltafold.compressing.job import CompressJob
 from deltafold.compressing.pair import DeltaRows
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
@@ -36,7 +36,7 @@ def encode_lossy(job: CompressJob, plan: Plan, workspace: Workspace, resources: 
                 "error": error,
             },
         )
-        return sum(part.numel() * part.element_size() for part in parts.values())
+        return parts_bytes(parts)
 
     tasks = []
     for tensor, piece in plan.lossy:

@@ -17,7 +17,7 @@ from typing import Any
 from deltafold.archive import TensorDigest
 from deltafold.checkpoint import DTYPES, tensor_bytes
 from deltafold.codecs import exact_codec
-from deltafold.codecs.base import Parts, Settings
+from deltafold.codecs.base import Parts, Settings, parts_bytes
 from deltafold.codecs.rows import changed_rows
 from deltafold.coding.sums import squared, squared_distance
 from deltafold.compressing.pair import Pair, Pairing
@@ -254,6 +254,4 @@ def _smallest(
     candidates: list[str], reference: torch.Tensor, tuned: torch.Tensor
 ) -> tuple[str, Settings, Parts]:
     encoded = [(name, *exact_codec(name).encode(reference, tuned)) for name in candidates]
-    return min(
-        encoded, key=lambda item: sum(p.numel() * p.element_size() for p in item[2].values())
-    )
+    return min(encoded, key=lambda item: parts_bytes(item[2]))

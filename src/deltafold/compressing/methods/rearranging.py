@@ -9,10 +9,10 @@ head) are not told here: such tensors have no counterpart.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 from deltafold.compressing.methods.renaming import Renaming, Shape, Shapes
+from deltafold.dtypes import folded
 
 Rows = tuple[str, int, int]
 """Rows [start, stop) of the base's tensor of this name, seen as a matrix."""
@@ -41,7 +41,7 @@ def rearranged(
         for parts in _expansions(plain, theirs):
             sources = [theirs[part] for part in parts]
             if _make_up(tuned[name], [base[source] for source in sources]):
-                found[name] = tuple((source, 0, _matrix(base[source])[0]) for source in sources)
+                found[name] = tuple((source, 0, folded(base[source])[0]) for source in sources)
                 break
     apart = {plain: name for plain, name in ours.items() if name not in found}
     for plain, name in theirs.items():  # joined in the base, apart here
@@ -50,7 +50,7 @@ def rearranged(
             if _make_up(base[name], shapes):
                 at = 0
                 for part, shape in zip(parts, shapes, strict=True):
-                    rows = _matrix(shape)[0]
+                    rows = folded(shape)[0]
                     found.setdefault(apart[part], ((name, at, at + rows),))
                     at += rows
                 break
@@ -92,10 +92,6 @@ def _make_up(whole: Shape, parts: list[Shape]) -> bool:
     """Whether the rows of the parts are as many as those of the whole, and as wide."""
     if any(len(part) < 2 for part in parts) or len(whole) < 2:
         return False
-    rows, columns = _matrix(whole)
-    matrices = [_matrix(part) for part in parts]
+    rows, columns = folded(whole)
+    matrices = [folded(part) for part in parts]
     return sum(m[0] for m in matrices) == rows and all(m[1] == columns for m in matrices)
-
-
-def _matrix(shape: Shape) -> tuple[int, int]:
-    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, math.prod(shape))
