@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from deltafold.calibration.batches import Sample
 from deltafold.calibration.kept import cache_folder, key_of, read_samples_file, write_samples
@@ -61,3 +62,15 @@ def gather_samples(
         found = write_texts(model, encoder, samples, seed, allowance)
         write_samples(path, found)
     return found
+
+
+def asked_samples(request: Any, model: StreamedModel, source: str | Path) -> list[Sample]:
+    """As many samples of a text as a request says: a `Sampled` that is `Seeded` and `Tasked`."""
+    return gather_samples(
+        model,
+        source,
+        samples=request.samples,
+        max_tokens=request.max_tokens,
+        seed=request.seed,
+        memory_bytes=request.memory_bytes,
+    )

@@ -27,8 +27,8 @@ from deltafold.composed.modeling import composed_class
 from deltafold.composed.standalone import MODULE, modelling_file, shared_config
 from deltafold.dtypes import stored_bytes as bytes_of
 from deltafold.errors import MismatchError, NonFiniteError, UsageError
+from deltafold.running.common import SHARD_BYTES
 from deltafold.running.engine import Resources, Task
-from deltafold.running.request import SHARD_BYTES
 
 CONFIG = "config.json"
 Tensors = Callable[[str], torch.Tensor]

@@ -7,17 +7,14 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from deltafold.running.common import Clustered, Scored, Seeded, Writing
 from deltafold.running.request import (
     OUTPUT,
     SIZE,
     TEXT,
     TRAINING,
     WHAT,
-    Clustered,
     Request,
-    Scored,
-    Seeded,
-    Writing,
     argument,
     asked,
     option,
@@ -60,7 +57,15 @@ class Budgeted(Request):
 
 
 @asked
-class PlanRequest(Budgeted):
+class Paired(Budgeted):
+    """A fine-tune beside its base."""
+
+    base: str | Path = argument("Base checkpoint: folder or hub id (org/name@rev).", kw_only=False)
+    finetuned: str | Path = argument("Fine-tuned checkpoint: folder or hub id.", kw_only=False)
+
+
+@asked
+class PlanRequest(Paired):
     """Show what compress would do, from headers alone: roles, sizes, what does not match.
 
     Returns tensors by role, what does not match, bytes expected (an upper bound where the weights
@@ -68,8 +73,6 @@ class PlanRequest(Budgeted):
     inputs that cannot work.
     """
 
-    base: str | Path = argument("Base checkpoint: folder or hub id (org/name@rev).", kw_only=False)
-    finetuned: str | Path = argument("Fine-tuned checkpoint: folder or hub id.", kw_only=False)
     method: str = argument(
         "A codec, see `methods`.",
         default="auto",
@@ -81,7 +84,7 @@ class PlanRequest(Budgeted):
 
 
 @asked
-class CompressRequest(Budgeted, Clustered, Scored, Seeded, Writing):
+class CompressRequest(Paired, Clustered, Scored, Seeded, Writing):
     """Compress a fine-tuned checkpoint against its base into an archive.
 
     Keywords that are not listed are the method's own settings, e.g. `beta=0.6, c="auto"`. Returns the
@@ -90,8 +93,6 @@ class CompressRequest(Budgeted, Clustered, Scored, Seeded, Writing):
     Example: deltafold compress base/ math/ -o math.delta --file-ratio 64
     """
 
-    base: str | Path = argument("Base checkpoint: folder or hub id (org/name@rev).", kw_only=False)
-    finetuned: str | Path = argument("Fine-tuned checkpoint: folder or hub id.", kw_only=False)
     output: str | Path = argument(
         "Archive folder to write.", kw_only=False, flag="--output", flags=("-o",), panel=OUTPUT
     )

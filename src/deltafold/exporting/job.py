@@ -14,12 +14,11 @@ from deltafold.errors import MismatchError, UsageError, nearest
 from deltafold.exporting.engines import refusal
 from deltafold.exporting.methods.ranks import Choice
 from deltafold.exporting.places import PAIRED, Layout, Place, find_places
+from deltafold.exporting.request import RESTS, Rest
 from deltafold.restoring.decode import check_codecs
 from deltafold.restoring.ground import fitted_base
 
 _TALKS = re.compile(r"(CausalLM|LMHeadModel|ConditionalGeneration)$", re.I)
-Rest = Literal["lora", "fold", "drop"]
-RESTS: tuple[Rest, ...] = ("lora", "fold", "drop")
 How = Literal["pair", "whole", "fold", "none", "equal"]
 
 # Fields of a config that do not change what a model computes of given tokens.

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Literal
 
-from deltafold.running.request import (
-    OUTPUT,
-    SIZE,
-    TEXT,
-    Clustered,
-    Writing,
-    argument,
-    asked,
-    option,
-    parse_bytes,
-)
+from deltafold.running.common import Clustered, Writing
+from deltafold.running.request import OUTPUT, SIZE, TEXT, argument, asked, option, parse_bytes
 
 FORMATS = ("peft", "gguf-lora")
 RUNTIMES = ("peft", "vllm")
-RESTS = ("lora", "fold", "drop")
+Rest = Literal["lora", "fold", "drop"]
+RESTS: tuple[Rest, ...] = ("lora", "fold", "drop")
 
 
 @asked

@@ -7,26 +7,15 @@ from pathlib import Path
 
 from deltafold.errors import UsageError
 from deltafold.factoring.methods.presets import Method
-from deltafold.running.request import (
-    OUTPUT,
-    SIZE,
-    TEXT,
-    WHAT,
-    Clustered,
-    Scored,
-    Seeded,
-    Sharded,
-    argument,
-    asked,
-    option,
-)
+from deltafold.linalg import DAMPING
+from deltafold.running.common import Clustered, OneModel, Sampled, Scored, Seeded
+from deltafold.running.request import OUTPUT, SIZE, TEXT, WHAT, argument, asked, option
 
 GROUPINGS = ("neighbours", "alike")
-DAMPING = 1e-4
 
 
 @asked
-class FactorRequest(Clustered, Scored, Seeded, Sharded):
+class FactorRequest(Clustered, Sampled, Scored, Seeded, OneModel):
     """Low-rank factors in place of a model's matrices: fewer parameters at the same depth.
 
     Returns the record. Raises DeltafoldError; nothing is left under `output` then.
@@ -34,10 +23,6 @@ class FactorRequest(Clustered, Scored, Seeded, Sharded):
     Example: deltafold factor smollm2/ -o small/ --method lord --parameters 0.8
     """
 
-    model: str | Path = argument("Checkpoint: folder or hub id.", kw_only=False)
-    output: str | Path = argument(
-        "Folder to write.", kw_only=False, flag="--output", flags=("-o",), panel=OUTPUT
-    )
     method: str = argument(
         "See docs/commands/factor.md for all.",
         default="lord", kw_only=False, flag="--method", flags=("-m",), panel=WHAT,
@@ -72,12 +57,6 @@ class FactorRequest(Clustered, Scored, Seeded, Sharded):
     calibration: str | Path = option(
         "Text that shows what layers see: a file, datasets:NAME, pages, self, or none.",
         default="pages", panel=TEXT,
-    )  # fmt: skip
-    samples: int = option("Samples of the text, at most.", default=256, panel=TEXT)
-    max_tokens: int = option("Tokens of a sample, at most.", default=128, panel=TEXT)
-    text: str | Path | None = option(
-        "Text to measure perplexity and KL on, not that of --calibration.",
-        default=None, panel=TEXT, old=("measure",), old_flags=("--measure",), identity=False,
     )  # fmt: skip
     dense: bool = option(
         "Write the ordinary model that the factors amount to.", default=False, panel=OUTPUT

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from pathlib import Path
 
 import torch
 
-from deltafold.calibration import Calibration, StreamedModel, calibrate, gather_samples
+from deltafold.calibration import Calibration, StreamedModel, calibrate
 from deltafold.calibration.batches import Sample
+from deltafold.calibration.gather import asked_samples
 from deltafold.calibration.probe import Probe, few, parted
 from deltafold.factoring.groups import alike_groups
 from deltafold.factoring.job import FactorJob
@@ -63,19 +63,9 @@ class FactorRun:
     def read(self) -> None:
         """Samples, before any work: a bad text is told of first."""
         if self.request.text is not None:
-            self.measured = self._gather(self.request.text)
+            self.measured = asked_samples(self.request, self.model, self.request.text)
         if self.job.method.looks:
-            self.samples = self._gather(self.request.calibration)
-
-    def _gather(self, source: str | Path) -> list[Sample]:
-        return gather_samples(
-            self.model,
-            source,
-            samples=self.request.samples,
-            max_tokens=self.request.max_tokens,
-            seed=self.request.seed,
-            memory_bytes=self.resources.memory_bytes,
-        )
+            self.samples = asked_samples(self.request, self.model, self.request.calibration)
 
     @property
     def is_sequential(self) -> bool:

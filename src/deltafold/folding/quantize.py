@@ -25,8 +25,8 @@ from deltafold.calibration.models import (
 from deltafold.checkpoint.beside import copy_beside
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import DeltafoldError, UsageError, nearest
+from deltafold.folding.request import QUANTISERS
 
-KINDS = ("int8", "int4")
 GROUP = 32
 
 
@@ -34,8 +34,8 @@ def check_quantize(kind: str | None) -> None:
     """Refuse, before work begins, what cannot be done. Raises UsageError."""
     if kind is None:
         return
-    if kind not in KINDS:
-        raise UsageError(f"There is no quantisation {kind!r}; {nearest(kind, list(KINDS))}")
+    if kind not in QUANTISERS:
+        raise UsageError(f"There is no quantisation {kind!r}; {nearest(kind, list(QUANTISERS))}")
     try:
         import torchao  # noqa: F401  (an extra)
     except ImportError:

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from deltafold.running.common import OneModel, Running, Sampled, Scored, Seeded
 from deltafold.running.request import (
     OUTPUT,
     SIZE,
     TEXT,
     TRAINING,
     WHAT,
-    Running,
-    Scored,
-    Seeded,
-    Sharded,
     argument,
     asked,
     option,
@@ -29,7 +26,7 @@ QUANTISERS = ("int8", "int4")
 
 
 @asked
-class FoldRequest(Running, Scored, Seeded, Sharded):
+class FoldRequest(Running, Sampled, Scored, Seeded, OneModel):
     """Fold alike blocks of one model: an ordinary checkpoint with fewer of them.
 
     Returns the record. Raises DeltafoldError; nothing is left under `output` then.
@@ -37,10 +34,6 @@ class FoldRequest(Running, Scored, Seeded, Sharded):
     Example: deltafold fold smollm2/ -o smaller/ --blocks 6
     """
 
-    model: str | Path = argument("Checkpoint: folder or hub id.", kw_only=False)
-    output: str | Path = argument(
-        "Folder to write.", kw_only=False, flag="--output", flags=("-o",), panel=OUTPUT
-    )
     method: str = argument(
         "See docs/commands/fold.md for all.",
         default="auto",
@@ -76,15 +69,9 @@ class FoldRequest(Running, Scored, Seeded, Sharded):
         "Text that shows what blocks do: a file, datasets:NAME, pages, self, or none.",
         default="pages", panel=TEXT,
     )  # fmt: skip
-    samples: int = option("Samples of the text, at most.", default=256, panel=TEXT)
-    max_tokens: int = option("Tokens of a sample, at most.", default=128, panel=TEXT)
     pool: Pool = option(
         "A sample's state: of its last token, or mean.",
         default="last", panel=TEXT, choices=POOLS, noun="pooling",
-    )  # fmt: skip
-    text: str | Path | None = option(
-        "Text to measure perplexity and KL on, not that of --calibration.",
-        default=None, panel=TEXT, old=("measure",), old_flags=("--measure",), identity=False,
     )  # fmt: skip
     quantize: str | None = option(
         "Then quantise the weights by torchao: int8 or int4.", default=None, panel=OUTPUT

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from deltafold.calibration import Sample, StreamedModel, gather_samples
+from deltafold.calibration import Sample, StreamedModel
+from deltafold.calibration.gather import asked_samples
 from deltafold.calibration.probe import Probe, few
 from deltafold.checkpoint import Checkpoint
 from deltafold.errors import UsageError
@@ -60,7 +61,7 @@ class FoldRun:
         """Samples, as far as they are needed. Raises UsageError where a method may have none."""
         request, method = self.request, self.job.method
         if request.text is not None:
-            self.measured = self._samples(request.text)
+            self.measured = asked_samples(self.request, self.model, request.text)
         needed = (
             method.uses_matrix
             or method.chooser.needs != "nothing"
@@ -75,23 +76,15 @@ class FoldRun:
                 f"{'--steps' if request.steps else method.name} looks at what the model does on text; give "
                 "--calibration a file, or leave it out for the text that comes with deltafold."
             )
-        self.states = States(self.model, self._samples(request.calibration))
+        self.states = States(
+            self.model, asked_samples(self.request, self.model, request.calibration)
+        )
 
     @functools.cached_property
     def model(self) -> StreamedModel:
         """The model, to be run block by block."""
         memory = self.request.memory_bytes or max(LEAST_MEMORY, self.checkpoint.weight_bytes)
         return StreamedModel(self.checkpoint, memory_bytes=memory, scratch=self.scratch, mixed=True)
-
-    def _samples(self, source: str | Path) -> list[Sample]:
-        return gather_samples(
-            self.model,
-            source,
-            samples=self.request.samples,
-            max_tokens=self.request.max_tokens,
-            seed=self.request.seed,
-            memory_bytes=self.request.memory_bytes,
-        )
 
     def quality(
         self, folded: Folded, written: Mapping[str, Checkpoint]

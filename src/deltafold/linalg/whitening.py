@@ -13,13 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltafold.lazy import torch
+from deltafold.linalg import DAMPING
 from deltafold.linalg.decomposition import truncated_svd
 from deltafold.linalg.matrices import DenseMatrix
 from deltafold.running.devices import put
 
-DAMPING = 1e-4
-"""Share of the mean of G's diagonal that is added to its diagonal: directions that no text showed
-still count a little, and the Cholesky factor exists."""
 MOST_DAMPING = 1.0
 
 

@@ -11,19 +11,8 @@ from typing import Any
 
 from deltafold.compressing.request import Budgeted
 from deltafold.errors import UsageError
-from deltafold.running.request import (
-    OUTPUT,
-    SIZE,
-    TEXT,
-    WHAT,
-    Clustered,
-    Scored,
-    Seeded,
-    Sharded,
-    argument,
-    asked,
-    option,
-)
+from deltafold.running.common import Clustered, Scored, Seeded, Sharded
+from deltafold.running.request import OUTPUT, SIZE, TEXT, WHAT, argument, asked, option
 
 Value = Any  # a number, a gradient or a table, see `recipe.py`
 

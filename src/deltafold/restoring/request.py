@@ -5,19 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltafold.running.engine import Progress
-from deltafold.running.request import (
-    OUTPUT,
-    WHAT,
-    WHERE,
-    Clustered,
-    Request,
-    Writing,
-    argument,
-    asked,
-    option,
-    parse_bytes,
-)
+from deltafold.running.common import Clustered, Tasked, Writing
+from deltafold.running.request import OUTPUT, WHAT, argument, asked, option, parse_bytes
 
 
 @asked
@@ -46,7 +35,7 @@ class RestoreRequest(Clustered, Writing):
 
 
 @asked
-class VerifyRequest(Request):
+class VerifyRequest(Tasked):
     """Check an archive: every checksum; with --base that all decodes; with --against how close.
 
     With `against` (the fine-tune) exact tensors must come back bit for bit, and how far the others are
@@ -63,13 +52,3 @@ class VerifyRequest(Request):
         "The fine-tune, to measure the distance.",
         default=None, kw_only=False, flag="--against", panel=WHAT,
     )  # fmt: skip
-    workers: int | None = option(
-        "Threads. Default: one a core.", default=None, panel=WHERE, flags=("-j",), low=1
-    )
-    memory_bytes: int | None = option(
-        "Memory that running tasks may hold together, e.g. 2GB.",
-        default=None, panel=WHERE, flag="--memory", parse=parse_bytes, low=1,
-    )  # fmt: skip
-    progress: Progress | None = option(
-        "Called with a `Step` as the work goes on.", default=None, panel=WHERE, cli=False
-    )

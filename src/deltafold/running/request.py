@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
 from deltafold.errors import UsageError, nearest
-from deltafold.running.engine import Progress
 
 WHAT, SIZE, TEXT, TRAINING, WHERE, OUTPUT = (
     "What", "How much", "Text", "Training", "Where it runs", "Output",
 )  # fmt: skip
 PANELS = (WHAT, SIZE, TEXT, TRAINING, WHERE, OUTPUT)
-SHARD_BYTES = 5_000_000_000
 _KEY = "deltafold"
 T = TypeVar("T")
 
@@ -251,120 +249,3 @@ def parse_numbers(text: str, name: str) -> list[int]:
         raise UsageError(
             f"{name} {text!r} names no blocks; write their numbers, like 0,1,-1."
         ) from None
-
-
-# --- what many verbs are asked ---------------------------------------------------------------------
-
-
-@asked
-class Running(Request):
-    """Where and how the work is done. None of it changes a byte, but for the device."""
-
-    device: str | None = option(
-        "Where heavy steps compute: cpu (the default), cuda, cuda:N, or auto: cuda if there is one.",
-        default=None, panel=WHERE, identity=False, record=False,
-    )  # fmt: skip
-    workers: int | None = option(
-        "Threads. Default: one a core.",
-        default=None, panel=WHERE, flags=("-j",), low=1, identity=False, record=False,
-    )  # fmt: skip
-    memory_bytes: int | None = option(
-        "Memory that running tasks may hold together, e.g. 2GB.",
-        default=None, panel=WHERE, flag="--memory", parse=parse_bytes, low=1, identity=False, record=False,
-    )  # fmt: skip
-    restart: bool = option(
-        "Drop unfinished work of an earlier run.",
-        default=False, panel=WHERE, identity=False, record=False,
-    )  # fmt: skip
-    progress: Progress | None = option(
-        "Called with a `Step` as the work goes on.",
-        default=None, panel=WHERE, identity=False, record=False, cli=False,
-    )  # fmt: skip
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A request that goes to other processes with a task leaves its progress bar behind."""
-        return {**self.__dict__, "progress": None}
-
-
-@asked
-class Clustered(Running):
-    """Work whose tasks may run on a cluster."""
-
-    engine: str = option(
-        "What runs the work: threads of this process, or a Ray cluster.",
-        default="threads", panel=WHERE, metavar="threads|ray", choices=("threads", "ray"), noun="engine",
-        identity=False, record=False,
-    )  # fmt: skip
-
-
-@asked
-class Writing(Request):
-    """A verb that writes an output, and a record beside it."""
-
-    overwrite: bool = option(
-        "Replace an existing output.", default=False, panel=OUTPUT, identity=False, record=False
-    )
-    record: str | Path | None = option(
-        "Where the record goes. Default: beside the output.",
-        default=None, panel=OUTPUT, identity=False, record=False,
-    )  # fmt: skip
-    dry_run: bool = option(
-        "Say what would be done; read headers only, write nothing.",
-        default=False, panel=OUTPUT, identity=False, record=False,
-    )  # fmt: skip
-
-
-@asked
-class Sharded(Writing):
-    """A verb that writes a checkpoint."""
-
-    shard_bytes: int = option(
-        "Largest weight file, e.g. 5GB.",
-        default=SHARD_BYTES, panel=OUTPUT, flag="--shard-size", parse=parse_bytes, low=1, shown_default="5GB",
-        record=False,
-    )  # fmt: skip
-
-
-@asked
-class Seeded(Request):
-    """A verb with random choices."""
-
-    seed: int = option(
-        "Seed of random choices.", default=0, panel=WHAT, low=0, below=1 << 63,
-        wrong="seed must lie between 0 and 2^63 - 1, not {value}.",
-    )  # fmt: skip
-
-
-@asked
-class Scored(Request):
-    """A verb that can answer tasks and measure texts, before and after. Nothing of it is stored."""
-
-    tasks: Sequence[str | Path] = option(
-        "Rows to answer before and after, as evaluate takes them.",
-        default=(), panel=TEXT, flag="--task", identity=False, record=False,
-    )  # fmt: skip
-    limit: int | None = option(
-        "Only the first rows of a task.",
-        default=None,
-        panel=TEXT,
-        low=1,
-        identity=False,
-        record=False,
-    )
-    answers: int = option(
-        "Rows of each task of which the record keeps what models wrote.",
-        default=4, panel=TEXT, low=0, identity=False, record=False,
-    )  # fmt: skip
-    batch_size: int = option(
-        "Rows answered at a time, at most.",
-        default=8,
-        panel=TEXT,
-        low=1,
-        identity=False,
-        record=False,
-    )
-    dtype: str = option(
-        "To answer in: auto (the model's own), fp32, bf16 or fp16.",
-        default="auto", panel=TEXT, choices=("auto", "fp32", "bf16", "fp16"), noun="dtype",
-        identity=False, record=False,
-    )  # fmt: skip

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deltafold.errors import UsageError
+from deltafold.running.common import Clustered, OneModel, Scored, Seeded
 from deltafold.running.request import (
     OUTPUT,
     SIZE,
     TEXT,
     TRAINING,
     WHAT,
-    Clustered,
-    Scored,
-    Seeded,
-    Sharded,
     argument,
     asked,
     option,
@@ -37,7 +34,7 @@ PLANNED = (
 
 
 @asked
-class ShareRequest(Clustered, Scored, Seeded, Sharded):
+class ShareRequest(Clustered, Scored, Seeded, OneModel):
     """Let blocks use earlier blocks' weights plus small deltas, and train the deltas.
 
     Two of `parameters`, `shared` and `rank` say how much, or `parameters` alone. Returns the record.
@@ -46,10 +43,6 @@ class ShareRequest(Clustered, Scored, Seeded, Sharded):
     Example: deltafold share smollm2/ -o shared/ --parameters 0.88 --calibration text.jsonl --steps 500
     """
 
-    model: str | Path = argument("Checkpoint: folder or hub id.", kw_only=False)
-    output: str | Path = argument(
-        "Folder to write.", kw_only=False, flag="--output", flags=("-o",), panel=OUTPUT
-    )
     method: str = argument(
         "deltallm; or a control: no-anchor, drop-mlp, tie.", kw_only=False,
         default=DELTA, flag="--method", flags=("-m",), panel=WHAT, choices=METHODS, noun="method",
