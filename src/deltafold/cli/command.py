@@ -86,12 +86,18 @@ def command(
     return run
 
 
-def taking(kind: type[Request], names: Sequence[str]) -> Callable[[Callable[..., None]], Any]:
-    """For a command written by hand: it also takes these options of a request, as the dict `asked`."""
-    options = {name: options_of(kind)[name] for name in names}
-    hints = types_of(kind)
-    added = [_option(kind, n, o, hints[n]) for n, o in options.items()]
-    added += [_old(n, flag, hints[n], o) for n, o in options.items() for flag in o.old_flags]
+def taking(
+    wanted: Mapping[type[Request], Sequence[str]], extra: Sequence[inspect.Parameter] = ()
+) -> Callable[[Callable[..., None]], Any]:
+    """For a command written by hand: it also takes these options of requests, as the dict `asked`.
+
+    `extra` are parameters that no request has.
+    """
+    added = list(extra)
+    for kind, names in wanted.items():
+        hints, options = types_of(kind), options_of(kind)
+        added += [_option(kind, n, options[n], hints[n]) for n in names]
+        added += [_old(n, f, hints[n], options[n]) for n in names for f in options[n].old_flags]
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -99,7 +105,9 @@ def taking(kind: type[Request], names: Sequence[str]) -> Callable[[Callable[...,
             context: typer.Context = given.pop("context")
             taken = {p.name: given.pop(p.name) for p in added}
             asked = {name: value for name, value in taken.items() if _is_given(context, name)}
-            function(**given, asked=_today(kind, asked))
+            for kind in wanted:
+                asked = _today(kind, asked)
+            function(**given, asked=asked)
 
         own = inspect.signature(function, eval_str=True).parameters.values()
         kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "asked"]

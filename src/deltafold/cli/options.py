@@ -16,33 +16,6 @@ FinetunedArgument = Annotated[
     str, typer.Argument(metavar="FINETUNED", help="Fine-tuned checkpoint: folder or hub id.")
 ]
 ArchiveArgument = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Archive folder.")]
-FileRatioOption = Annotated[
-    float | None,
-    typer.Option(help="Checkpoint bytes / archive bytes, all files counted. Default: 32."),
-]
-NominalRatioOption = Annotated[
-    float | None,
-    typer.Option(
-        help="The papers' ratio: values of linear layers only, scales and positions free."
-    ),
-]
-BytesOption = Annotated[
-    str | None, typer.Option("--bytes", help="Size of the archive, e.g. 8MB or 120000.")
-]
-BetaOption = Annotated[
-    str | None,
-    typer.Option(help="impart: share of components dropped beforehand (0 to 0.99), or auto."),
-]
-COption = Annotated[
-    str | None, typer.Option("--C", help="impart: exponent of importance, or auto.")
-]
-ValueDtypeOption = Annotated[
-    str | None, typer.Option(help="Dtype of stored values: fp16 (default) or bf16.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Any other setting of the method."),
-]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", "-j", min=1, help="Threads. Default: one a core.")
 ]

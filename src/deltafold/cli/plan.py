@@ -8,15 +8,19 @@ import typer
 
 from deltafold.cli import options as o
 from deltafold.cli.command import taking
-from deltafold.cli.method_settings import with_method_settings
+from deltafold.cli.method_settings import METHOD_SETTINGS, with_method_settings
 from deltafold.cli.share import plan_share
 from deltafold.compressing.request import Budgeted, PlanRequest
 from deltafold.errors import UsageError
-from deltafold.running.request import parse_bytes
 from deltafold.sharing.request import METHODS, PLANNED, ShareRequest
 
+SIZES = ("file_ratio", "nominal_ratio", "n_bytes")
+SETTINGS = ("beta", "c", "value_dtype", "setting")
 
-@taking(ShareRequest, PLANNED)
+
+@taking(
+    {ShareRequest: PLANNED, PlanRequest: SIZES}, extra=[METHOD_SETTINGS[name] for name in SETTINGS]
+)
 def plan(
     base: Annotated[
         str,
@@ -32,13 +36,6 @@ def plan(
         str,
         typer.Option("--method", "-m", help="A codec (see `methods`), or deltallm and the like."),
     ] = "auto",
-    file_ratio: o.FileRatioOption = None,
-    nominal_ratio: o.NominalRatioOption = None,
-    n_bytes: o.BytesOption = None,
-    beta: o.BetaOption = None,
-    c: o.COption = None,
-    value_dtype: o.ValueDtypeOption = None,
-    setting: o.SetOption = None,
     json_output: o.JsonOption = False,
     *,
     asked: dict[str, Any],
@@ -50,7 +47,8 @@ def plan(
     if method in METHODS:
         if finetuned is not None:
             raise UsageError(f"{method} is for one model, so {finetuned} is not needed.")
-        plan_share(ShareRequest(base, "plan", method, **asked | {"dry_run": True}), json_output)
+        told = {name: value for name, value in asked.items() if name in PLANNED}
+        plan_share(ShareRequest(base, "plan", method, dry_run=True, **told), json_output)
         return
     if finetuned is None:
         raise UsageError(
@@ -61,13 +59,8 @@ def plan(
     from deltafold.cli.show import say_sides
     from deltafold.compressing.plan import planned
 
-    given = with_method_settings(
-        {"beta": beta, "c": c, "value_dtype": value_dtype, "setting": setting}
-    )
-    request = PlanRequest(
-        base, finetuned, method, file_ratio=file_ratio, nominal_ratio=nominal_ratio,
-        n_bytes=parse_bytes(n_bytes, "--bytes") if n_bytes else None, **given,
-    )  # fmt: skip
+    told = {name: value for name, value in asked.items() if name not in PLANNED}
+    request = PlanRequest(base, finetuned, method, **with_method_settings(told))
     found = planned(request)
     if json_output:
         import json
