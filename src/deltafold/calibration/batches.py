@@ -58,6 +58,13 @@ class Batch:
         return (at >= first[:, None]) & (at < last[:, None])
 
 
+def sizes_of(samples: Sequence[Sample]) -> dict[str, int] | None:
+    """How many samples and tokens there are, as records hold it; None where there are none."""
+    if not samples:
+        return None
+    return {"samples": len(samples), "tokens": sum(len(sample.ids) for sample in samples)}
+
+
 def make_batches(
     samples: Sequence[Sample], *, padded: bool = True, batch_tokens: int = BATCH_TOKENS
 ) -> list[Batch]:

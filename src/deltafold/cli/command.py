@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from deltafold.errors import UsageError, nearest
+from deltafold.running.record import is_main_process
 from deltafold.running.request import (
     PANELS,
     Option,
@@ -61,7 +61,7 @@ def command(
                 f"{_label(kind, missing[0])} is missing; see deltafold {context.info_name} --help."
             )
         request = kind(**asked)
-        if announce is not None and not as_json and os.environ.get("RANK", "0") == "0":
+        if announce is not None and not as_json and is_main_process():
             announce(request)
         module, _, function = verb.partition(":")
         from deltafold.cli.show import progress
@@ -72,8 +72,8 @@ def command(
             found = carry_out(
                 request.but(progress=advance), getattr(import_module(module), function)
             )
-        if os.environ.get("RANK", "0") != "0":
-            return  # of several processes one speaks
+        if not is_main_process():
+            return
         if as_json:
             print(json.dumps(found))
         else:

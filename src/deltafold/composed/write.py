@@ -21,6 +21,7 @@ from deltafold.calibration.opens import check_opens
 from deltafold.calibration.wiring import wire
 from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
 from deltafold.checkpoint.beside import write_beside
+from deltafold.checkpoint.json_files import CONFIG_FILE
 from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
 from deltafold.composed.form import OWN, Form, Linear
 from deltafold.composed.modeling import composed_class
@@ -30,7 +31,6 @@ from deltafold.errors import MismatchError, NonFiniteError, UsageError
 from deltafold.running.common import SHARD_BYTES
 from deltafold.running.engine import Resources, Task
 
-CONFIG = "config.json"
 Tensors = Callable[[str], torch.Tensor]
 """A composed layer's tensor by its name in the form -> its values, in any floating dtype."""
 
@@ -156,7 +156,7 @@ def _side_files(source: Source, form: Form, folder: Path, dense: bool) -> None:
     changed = {}
     if not dense:
         config = shared_config(source.checkpoint.config(), form, source.kind)
-        changed[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+        changed[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
     write_beside(source.checkpoint, folder, changed)
     if not dense:
         put_file(folder, f"{MODULE}.py", modelling_file(source.kind).encode())

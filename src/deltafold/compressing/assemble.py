@@ -7,6 +7,7 @@ it: the manifest says what came out, so that a decoder that gives other bits is 
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 from deltafold.archive import Archive, Tensor, TensorDigest
 from deltafold.archive.manifest import Manifest
@@ -69,7 +70,7 @@ def _restored(job: CompressJob, plan: Plan, workspace: Workspace, resources: Res
             [
                 Task(
                     archive.manifest.tensors[n].name,
-                    lambda n=n: decode(n, archive.manifest.tensors[n]),  # type: ignore[misc]
+                    partial(decode, n, archive.manifest.tensors[n]),
                     memory_bytes=TASK_MEMORY_BYTES,
                     work=float(plan.tensors[n].pairing.tuned.elements),
                 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from deltafold.codecs.base import DeltaCodec, Shape
 from deltafold.codecs.tensors import enough_triplets
 from deltafold.compressing.job import CompressJob
@@ -54,7 +56,7 @@ def factor_all(
         tasks.append(
             Task(
                 tensor.pairing.name,
-                lambda g=group, r=rank: factor(g, r),  # type: ignore[misc]
+                partial(factor, group, rank),
                 memory_bytes=len(group) * factor_memory_bytes(codec, shape, share),
                 work=float(len(group) * shape[0] * shape[1] * min(shape)),
             )

@@ -1,8 +1,7 @@
-"""`fold` with what it costs and saves measured on tasks: the model before and after, side by side."""
+"""A model, and what a verb has made of it, measured on the same tasks and texts, side by side."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from deltafold.evaluation.loading import (
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
 from deltafold.running.engine import Progress, Step
-from deltafold.running.record import Meter, Record, record_path, write_record
+from deltafold.running.record import Meter, Record, is_main_process, record_path, write_record
 
 SPEED_TOKENS, SPEED_TRIES = 32, 3
 
@@ -45,7 +44,7 @@ def scored(asked: Any, run: Callable[[Any], Record], label: str) -> Record:
     read_tasks(request.tasks, request.limit)  # a broken file, a missing tokenizer: told of first
     load_tokenizer(asked.model)
     record = run(asked)
-    if asked.dry_run or os.environ.get("RANK", "0") != "0":
+    if asked.dry_run or not is_main_process():
         return record
     with Meter() as meter:
         record["scores"] = before_and_after(

@@ -104,10 +104,7 @@ def make_job(
 
 def _check_class(archive: Archive, base: Checkpoint) -> None:
     """Raises MismatchError where the fine-tune is another kind of model than a language model."""
-    entry = next((each for each in archive.manifest.files if each.name == CONFIG_FILE), None)
-    if entry is None:
-        return
-    config = parse_object(archive.side_file(entry, base), f"config.json of {archive.folder}")
+    config = _config_of_finetuned(archive, base)
     theirs, ours = ((each.get("architectures") or [None])[0] for each in (config, base.config()))
     if theirs in (None, ours) or ours is None or _TALKS.search(str(theirs)):
         return
@@ -115,6 +112,14 @@ def _check_class(archive: Archive, base: Checkpoint) -> None:
         f"{archive.folder} is a {theirs} and its base a {ours}; an adapter would be without what the "
         "base's kind of model has no place for; use restore instead."
     )
+
+
+def _config_of_finetuned(archive: Archive, base: Checkpoint) -> dict[str, Any]:
+    """Empty where the archive has none. Raises CheckpointError."""
+    entry = next((each for each in archive.manifest.files if each.name == CONFIG_FILE), None)
+    if entry is None:
+        return {}
+    return parse_object(archive.side_file(entry, base), f"config.json of {archive.folder}")
 
 
 def _places_of_renamed(archive: Archive, layout: Layout) -> dict[str, list[Place]]:
@@ -184,12 +189,7 @@ def _notes(job: ExportJob) -> list[str]:
     removed = [name for name in job.archive.manifest.removed if job.layout.places.get(name)]
     if removed and not job.layout.tied:
         notes.append(f"the fine-tune has no tensor {removed[0]}; the adapter leaves the base's")
-    for entry in job.archive.manifest.files:
-        if entry.name != "config.json" or entry.stored == "base":
-            continue
-        import json
-
-        theirs = json.loads(job.archive.side_file(entry, job.base))
+    if theirs := _config_of_finetuned(job.archive, job.base):
         ours = job.base.config()
         changed = sorted(
             key for key in {*theirs, *ours} - _HARMLESS if theirs.get(key) != ours.get(key)

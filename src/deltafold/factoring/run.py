@@ -8,7 +8,7 @@ import functools
 import torch
 
 from deltafold.calibration import Calibration, StreamedModel, calibrate
-from deltafold.calibration.batches import Sample
+from deltafold.calibration.batches import Sample, sizes_of
 from deltafold.calibration.gather import asked_samples
 from deltafold.calibration.probe import Probe, few, parted
 from deltafold.factoring.groups import alike_groups
@@ -42,10 +42,7 @@ class FactorRun:
     @property
     def sizes(self) -> dict[str, int] | None:
         """Samples and tokens that were run through the model."""
-        if not self.samples:
-            return None
-        tokens = sum(len(sample.ids) for sample in self.samples)
-        return {"samples": len(self.samples), "tokens": tokens}
+        return sizes_of(self.samples)
 
     @functools.cached_property
     def model(self) -> StreamedModel:

@@ -22,7 +22,7 @@ from deltafold.calibration import Sample, StreamedModel, make_batches
 from deltafold.calibration.models import first_line
 from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.errors import DeltafoldError, DeltafoldWarning, MismatchError
-from deltafold.folding.config import narrowed, put_config
+from deltafold.folding.config import narrowed, numbers_in_words, put_config
 from deltafold.folding.methods.draft import Block, Draft
 
 TOKENS, SAMPLES, WINDOW = 48, 2, 8
@@ -54,7 +54,7 @@ def check_computes(
     apart = float((one - other).abs().max())
     if not apart <= TOLERANCE * float(one.abs().max()):
         raise MismatchError(
-            f"With blocks {', '.join(map(str, draft.numbers))} of {checkpoint.label} alone, blocks "
+            f"With blocks {numbers_in_words(draft.numbers)} of {checkpoint.label} alone, blocks "
             f"compute something else than they did (hidden states differ by {apart:.3g}); they "
             "compute by their number or by how many there are: let the last blocks go, or fold "
             "another model."

@@ -18,11 +18,10 @@ from deltafold.blocks.configs import Config, readings, shortened, text_config
 from deltafold.blocks.kinds import Difference, differences
 from deltafold.calibration.building import build, find_blocks
 from deltafold.checkpoint import Checkpoint
+from deltafold.checkpoint.json_files import CONFIG_FILE
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import DeltafoldError, MismatchError
 from deltafold.folding.grown import Grown, grown_tensors
-
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def folded_config(checkpoint: Checkpoint, kept: Sequence[int], scratch: Path) ->
             best = config, found
     if best is None:
         raise MismatchError(
-            f"Blocks {_numbers(kept)} of {checkpoint.label} cannot be a model of their own: {failure}"
+            f"Blocks {numbers_in_words(kept)} of {checkpoint.label} cannot be a model of their own: {failure}"
         )
     config, found = best
     while found:
@@ -122,7 +121,7 @@ def put_config(config: Config, folder: Path) -> None:
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_bytes(config_bytes(config))
+        (folder / CONFIG_FILE).write_bytes(config_bytes(config))
 
     guard_storage(folder, write)
 
@@ -134,13 +133,14 @@ def config_bytes(config: Config) -> bytes:
 def _refusal(label: str, kept: Sequence[int], found: list[Difference]) -> MismatchError:
     more = f" ({len(found) - 1} more differ)" if len(found) > 1 else ""
     return MismatchError(
-        f"With blocks {_numbers(kept)} of {label}, {found[0]}{more}; it follows from the number of a "
+        f"With blocks {numbers_in_words(kept)} of {label}, {found[0]}{more}; it follows from the number of a "
         "block or from how many there are, and no config can keep it: let the last blocks go, or "
         "fold another model."
     )
 
 
-def _numbers(kept: Sequence[int]) -> str:
+def numbers_in_words(kept: Sequence[int]) -> str:
+    """`0, 1, 4`"""
     return ", ".join(map(str, kept))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deltafold.calibration import Sample, StreamedModel
+from deltafold.calibration.batches import sizes_of
 from deltafold.calibration.gather import asked_samples
 from deltafold.calibration.probe import Probe, few
 from deltafold.checkpoint import Checkpoint
@@ -52,10 +53,7 @@ class FoldRun:
     @property
     def sizes(self) -> dict[str, int] | None:
         """Samples and tokens that were run through the model."""
-        if self.states is None:
-            return None
-        tokens = sum(len(sample.ids) for sample in self.states.samples)
-        return {"samples": len(self.states.samples), "tokens": tokens}
+        return None if self.states is None else sizes_of(self.states.samples)
 
     def read(self) -> None:
         """Samples, as far as they are needed. Raises UsageError where a method may have none."""

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
 from deltafold.checkpoint.beside import write_beside
+from deltafold.checkpoint.json_files import CONFIG_FILE
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import NonFiniteError
-from deltafold.folding.config import CONFIG, Shortened, config_bytes
+from deltafold.folding.config import Shortened, config_bytes
 from deltafold.folding.methods.draft import Draft
 from deltafold.running.engine import Resources, Task
 
@@ -76,4 +77,4 @@ def write_draft(
         writer.finish()
     finally:
         writer.close()
-    write_beside(checkpoint, folder, {CONFIG: config_bytes(found.config)})
+    write_beside(checkpoint, folder, {CONFIG_FILE: config_bytes(found.config)})

@@ -52,7 +52,7 @@ class Wish:
 
 def merge_models(request: MergeRequest, wish: Wish) -> Record:
     """Merge the models of a recipe, all fine-tunes of the base, into the request's output."""
-    with MergeRun("merge", request, wish.sources) as run:
+    with Run("merge", request, wish.sources, checks_dry_runs=True) as run:
         ground = run.opened(open_checkpoint(wish.base))
         sources = [run.opened(open_source(m.path, ground)) for m in wish.recipe.models]
         inputs = settle_inputs(CheckpointSource(ground), sources, wish.recipe)
@@ -82,12 +82,6 @@ def merge_models(request: MergeRequest, wish: Wish) -> Record:
         checked = check_opens(work.folder, ground.label, ground.path)
         run.publish(FOLDER)
         return run.record(content | {"tensors": work.figures, "checked": checked})
-
-
-class MergeRun(Run):
-    """A dry run too refuses an output that exists: it says what the same command would do."""
-
-    checks_dry_runs = True
 
 
 def _content(

@@ -28,6 +28,11 @@ COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 """The command line that this process was started with; None where Python called a verb."""
 
 
+def is_main_process() -> bool:
+    """True for the one that speaks and writes, of several that `torchrun` and the like have started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def record_path(output: Path) -> Path:
     """Where the record of an output lies: `NAME.record.json` beside it."""
     return output.with_name(output.name + ".record.json")

@@ -45,21 +45,27 @@ class Run:
 
     `request` is a `Writing` and a `Running`. Refuses at once what cannot be: an output that exists, a
     record that cannot be written, an engine that is not there. Raises UsageError then. Of several
-    processes that compute together one `leads`: it alone has a workspace and writes.
+    processes that compute together one `leads`: it alone has a workspace and writes. A dry run writes
+    nothing, so its output is looked at only where `checks_dry_runs`.
     """
 
     workspace: Workspace
-    checks_dry_runs = False
 
     def __init__(
-        self, kind: str, request: Any, sources: Sequence[str | Path] = (), leads: bool = True
+        self,
+        kind: str,
+        request: Any,
+        sources: Sequence[str | Path] = (),
+        *,
+        leads: bool = True,
+        checks_dry_runs: bool = False,
     ):
         self.kind, self.request, self.leads = kind, request, leads
         self.output = Path(request.output)
         self.meter = Meter()
         self._engine: Engine | None = None
         self._stack = contextlib.ExitStack()
-        if not leads or (request.dry_run and not self.checks_dry_runs):
+        if not leads or (request.dry_run and not checks_dry_runs):
             return
         self.check_output(sources)
         check_record_path(request.record)
