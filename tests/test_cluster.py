@@ -29,7 +29,7 @@ from tiny_models import write_family
 from deltafold import compress, factor, merge, restore, share
 from deltafold.archive import Archive, reader
 from deltafold.checkpoint import Checkpoint, CheckpointWriter
-from deltafold.errors import ClusterError, NonFiniteError, UsageError
+from deltafold.errors import ClusterError, NonFiniteError, StorageError, UsageError
 from deltafold.merging.recipe import Model, Recipe
 from deltafold.running import cluster
 from deltafold.running import workspace as workspace_module
@@ -140,10 +140,10 @@ def test_a_result_may_show_late(tmp_path: Path) -> None:
 def test_a_missing_result_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace_module, "PATIENCE_SECONDS", 0.1)
     with Workspace(tmp_path / "out", {}) as here:
-        with pytest.raises(FileNotFoundError):  # at once, where nobody else writes
+        with pytest.raises(StorageError):  # at once, where nobody else writes
             here.load_json("never.json")
         again(here)
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(StorageError):
             here.load_json("never.json")
 
 

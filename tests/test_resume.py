@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from processes import Processes
 from refusals import nothing_left, refused
 
 from deltafold import compress, restore
-from deltafold.errors import ResumeError
+from deltafold.errors import ResumeError, StorageWarning
 from deltafold.running import workspace
 from deltafold.running.engine import Step
 from deltafold.running.workspace import Workspace, partial_path
@@ -182,19 +183,25 @@ def test_killed_twice(pair: PairFiles, archive: Path) -> None:
     assert tree_hashes(out) == tree_hashes(archive)
 
 
-def test_killed_between_old_and_new_output(pair: PairFiles, archive: Path) -> None:
-    """With --overwrite there is an instant without any output: going on fills it."""
-    expected = tree_hashes(archive)
+@pytest.mark.parametrize("before_the_end", [1, 2, 3])
+def test_killed_between_old_and_new_output(
+    pair: PairFiles, archive: Path, lossless_archive: Path, before_the_end: int
+) -> None:
+    """With --overwrite there is no instant without a whole output, the old one or the new one."""
+    old, new = tree_hashes(lossless_archive), tree_hashes(archive)
 
     def run() -> None:
-        compress(pair.base, pair.finetuned, archive, overwrite=True, **RATIO)
+        compress(pair.base, pair.finetuned, lossless_archive, overwrite=True, **RATIO)
 
+    backup = shutil.copytree(lossless_archive, archive.parent / "backup")
     total = counted_renames(run)
-    assert kill_at(total - 2, False, run)
-    assert not archive.exists()
+    shutil.rmtree(lossless_archive)
+    backup.rename(lossless_archive)
+    assert kill_at(total - before_the_end, False, run)
+    assert tree_hashes(lossless_archive) in (old, new)
     run()
-    assert tree_hashes(archive) == expected
-    assert not partial_path(archive).exists()
+    assert tree_hashes(lossless_archive) == new
+    assert not partial_path(lossless_archive).exists()
 
 
 def test_going_on_repeats_nothing(
@@ -296,9 +303,27 @@ def test_a_restore_does_not_go_on_with_another_archive(
     assert tree_hashes(out) == tree_hashes(tmp_path / "unbroken")
 
 
-def test_a_damaged_journal_is_refused(pair: PairFiles, unfinished: Path) -> None:
-    (partial_path(unfinished) / "journal.json").write_text("{")
-    refused(ResumeError, lambda: compress(pair.base, pair.finetuned, unfinished, **RATIO))
+@pytest.mark.parametrize("damage", ["{", "", '{"command": "compress"}', "[" * 100_000])
+def test_work_with_a_damaged_journal_is_begun_anew(
+    pair: PairFiles, archive: Path, unfinished: Path, damage: str
+) -> None:
+    """Nobody can tell what the work was of, and nothing but time is lost."""
+    (partial_path(unfinished) / "journal.json").write_text(damage)
+    with pytest.warns(StorageWarning, match=r"journal\.json is damaged.*begun anew"):
+        compress(pair.base, pair.finetuned, unfinished, **RATIO)
+    assert tree_hashes(unfinished) == tree_hashes(archive)
+
+
+def test_a_folder_that_may_be_someone_else_s_is_not_cleared(
+    pair: PairFiles, tmp_path: Path
+) -> None:
+    """A journal that we cannot read, and no lock: clearing it has to be asked for."""
+    out = tmp_path / "out.delta"
+    partial_path(out).mkdir()
+    (partial_path(out) / "journal.json").write_text("Dear diary")
+    (partial_path(out) / "poems.txt").write_text("mine")
+    refused(ResumeError, lambda: compress(pair.base, pair.finetuned, out, **RATIO), "--restart")
+    assert (partial_path(out) / "poems.txt").read_text() == "mine"
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------

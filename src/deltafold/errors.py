@@ -65,6 +65,10 @@ class DeltafoldWarning(UserWarning):
     """Something worth a line on the terminal that does not stop the work."""
 
 
+class StorageWarning(UserWarning):
+    """Work or a cache that is damaged and made again, or a file that could not be written afterwards."""
+
+
 def not_shared(path: object) -> ClusterError:
     """For a machine of a cluster that does not see the files of the machine that gave the task."""
     return ClusterError(

@@ -28,8 +28,8 @@ from deltafold.compressing.request import CompressRequest
 from deltafold.errors import BudgetError, DeltafoldError, UsageError
 from deltafold.running.devices import identity
 from deltafold.running.engine import Step
+from deltafold.running.outputs import check_output
 from deltafold.running.record import Record, check_record_path, record_path, write_record
-from deltafold.running.workspace import check_output
 
 # What the papers pick from per model on a validation set.
 CANDIDATES: dict[str, dict[str, tuple[float, ...]]] = {

@@ -15,9 +15,9 @@ from deltafold.compressing.request import CompressRequest
 from deltafold.merging.merge import Wish, merge_models
 from deltafold.merging.request import MergeRequest
 from deltafold.merging.sources import open_source
+from deltafold.running.outputs import check_output
 from deltafold.running.record import Record, check_record_path, record_path, write_record
 from deltafold.running.request import options_of
-from deltafold.running.workspace import check_output
 
 
 def merge_to_archive(request: MergeRequest, wish: Wish) -> Record:

@@ -23,9 +23,10 @@ from deltafold.merging.search import Choose, Formed
 from deltafold.merging.sources import CheckpointSource, Source, open_source
 from deltafold.merging.tensors import Tensors, agreement, scaled_figures
 from deltafold.running.engine import Resources, Task
+from deltafold.running.outputs import check_space
 from deltafold.running.record import RECORD_VERSION, Record
 from deltafold.running.run import Run
-from deltafold.running.workspace import Workspace, check_space
+from deltafold.running.workspace import Workspace
 
 FOLDER = "merged"
 

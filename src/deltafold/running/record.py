@@ -13,11 +13,13 @@ import resource
 import sys
 import threading
 import time
+import warnings
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from deltafold.errors import DeltafoldError, StorageError, UsageError
+from deltafold.checkpoint import sealed
+from deltafold.errors import DeltafoldError, StorageError, StorageWarning, UsageError
 from deltafold.running import devices
 from deltafold.version import __version__
 
@@ -57,15 +59,23 @@ def write_record(record: Record, path: Path) -> None:
     if (found := devices.to_record()) is not None:
         record["device"] = found
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    working = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        working.write_text(text)
-        working.replace(path)
-    except OSError as error:
+        sealed.put(path, [text.encode()])
+    except StorageError as error:
+        reason = getattr(error.__cause__, "strerror", error)
         raise StorageError(
-            f"The record {path} cannot be written ({error.strerror}); give another path for it."
+            f"The record {path} cannot be written ({reason}); give another path for it."
         ) from error
+
+
+def write_afterwards(record: Record, path: Path, output: Path) -> None:
+    """Write the record of an output that is in its place. Where that fails, it is a warning."""
+    try:
+        write_record(record, path)
+    except StorageError as error:
+        warnings.warn(
+            f"{output} is whole and in its place, but: {error}", StorageWarning, stacklevel=3
+        )
 
 
 def read_record(path: Path) -> Record:

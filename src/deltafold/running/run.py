@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from deltafold.running.cluster import check_engine, open_engine
 from deltafold.running.engine import Engine, Resources
+from deltafold.running.outputs import check_output, check_space
 from deltafold.running.record import (
     RECORD_VERSION,
     Meter,
@@ -26,9 +27,9 @@ from deltafold.running.record import (
     check_record_path,
     machine,
     record_path,
-    write_record,
+    write_afterwards,
 )
-from deltafold.running.workspace import Workspace, check_output, check_space
+from deltafold.running.workspace import Workspace
 
 T = TypeVar("T")
 C = TypeVar("C", bound="Closes")
@@ -72,7 +73,7 @@ class Run:
         check_engine(getattr(request, "engine", "threads"))
 
     def check_output(self, sources: Sequence[str | Path]) -> None:
-        """Refuse an output that exists; see `workspace.check_output`."""
+        """Refuse an output that exists; see `outputs.check_output`."""
         check_output(self.output, self.request.overwrite, sources)
 
     def __enter__(self) -> Run:
@@ -107,6 +108,7 @@ class Run:
             )
         )
         self.workspace = self.entered(Workspace(self.output, identity, request.restart))
+        self.check_output(())  # another run may have made it while this one waited for its turn
         return self.workspace
 
     @property
@@ -131,5 +133,7 @@ class Run:
         if self._engine:
             result["engine"] = self._engine.to_record()
         if self.leads:
-            write_record(result, Path(self.request.record or record_path(self.output)))
+            write_afterwards(
+                result, Path(self.request.record or record_path(self.output)), self.output
+            )
         return result

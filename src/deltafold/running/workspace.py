@@ -1,39 +1,40 @@
 """Unfinished work on disk: a folder `NAME.partial` beside the output, with a journal.
 
 The journal names the inputs and settings that the work belongs to. The same command goes on where
-it stopped; another one is refused. Results land by rename, so that what is there is whole. When all
-is in place the output gets its final name by one rename, and the rest is removed.
+it stopped; another one is refused. Results are sealed files (`checkpoint/sealed.py`): one that was
+damaged since is made again. When all is in place the output gets its final name by one rename, and
+the rest is removed.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
-import os
-import secrets
-import shutil
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltafold.archive import MANIFEST_FILE, TensorDigest
-from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, tensor_bytes
-from deltafold.checkpoint.header import build_header
+from deltafold.archive import TensorDigest
+from deltafold.checkpoint import DTYPE_NAMES, disk, sealed, tensor_bytes
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import (
     ClusterError,
     DeltafoldError,
     ResumeError,
     StorageError,
+    StorageWarning,
     UsageError,
     not_shared,
 )
 from deltafold.lazy import torch
 from deltafold.running import devices
+from deltafold.running.locks import LOCK, Lock
 
 JOURNAL = "journal.json"
-LOCK = "lock"
+REPLACED = "replaced"
 PATIENCE_SECONDS = 60.0  # a network file system may say so long that a file is not there
 
 
@@ -57,9 +58,9 @@ class Workspace:
         self.identity = json.loads(json.dumps(identity | devices.identity()))
         self.resumed = False
         self.restart = restart
-        self._lock: int | None = None
+        self._lock: Lock | None = None
+        self._later: disk.Later | None = None  # without it, each file is synced at once
         self._shared = False  # others read and write here, too
-        self._joined = False  # this is one of the others
 
     def __reduce__(self) -> tuple[Callable[..., Workspace], tuple[Any, ...]]:
         self._shared = True
@@ -69,69 +70,79 @@ class Workspace:
     def _join(cls, output: Path, identity: dict[str, Any]) -> Workspace:
         """The workspace that another process has opened. Raises ClusterError if it is not there."""
         found = cls(output, identity)
-        found._shared = found._joined = True
+        found._shared = True
         try:
-            same = json.loads((found.folder / JOURNAL).read_text()) == identity
-        except (OSError, ValueError):
+            same = sealed.load_json(found.folder / JOURNAL) == identity
+        except StorageError:
             same = False
         if not same:
             raise not_shared(found.folder)
         return found
 
     def __enter__(self) -> Workspace:
-        guard_storage(self.folder, lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        begun = self._check_ours()
+        self._lock = Lock(
+            self.folder,
+            f"Another deltafold is writing {self.output} right now; wait for it or choose another "
+            "output.",
+        )
         try:
-            self._take_lock()
-            self._check_ours()
-            if self.restart:
-                self._clear()
-            self._open_journal()
+            self._open_journal(begun)
         except BaseException:
             self._release()
             raise
+        self._later = disk.Later(self.folder)
         return self
 
-    def _take_lock(self) -> None:
-        """Hold the folder for this process; the lock goes with the process, however it ends."""
-        path = self.folder / LOCK
-        self._lock = guard_storage(path, lambda: os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run that held it before may have published, and removed the folder, in between.
-            held = os.path.samestat(os.fstat(self._lock), path.stat())
-        except OSError:
-            held = False
-        if not held:
-            raise UsageError(
-                f"Another deltafold is writing {self.output} right now; wait for it or choose "
-                "another output."
-            )
+    def _check_ours(self) -> bool:
+        """Whether an earlier run has left a lock. Raises UsageError for someone else's folder.
 
-    def _check_ours(self) -> None:
-        """A folder of this name that holds something but no journal is someone else's."""
-        found = {item.name for item in self.folder.iterdir()} - {LOCK, f"{JOURNAL}.tmp"}
+        That is one which holds something but no journal: the journal comes first and goes last.
+        """
+        try:
+            names = {item.name for item in self.folder.iterdir()}
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder} is needed for unfinished work and is no folder that can be read "
+                f"({error.strerror}); move it away or choose another output."
+            ) from error
+        found = {name for name in names - {LOCK} if not name.startswith(f"{JOURNAL}.")}
         if found and JOURNAL not in found:
             raise UsageError(
                 f"{self.folder} is needed for unfinished work but holds other files "
                 f"({min(found)}); move it away or choose another output."
             )
+        return LOCK in names
 
-    def _clear(self) -> None:
-        for item in self.folder.iterdir():
-            if item.is_dir():
-                shutil.rmtree(item)
-            elif item.name != LOCK:
-                item.unlink()
-
-    def _open_journal(self) -> None:
+    def _open_journal(self, begun: bool) -> None:
+        """Go on with what the journal is of, or begin. Raises ResumeError."""
         path = self.folder / JOURNAL
-        if not path.is_file():
-            self._write_text(path, json.dumps(self.identity, indent=1) + "\n")
-            return
-        try:
-            found = json.loads(path.read_text())
-        except ValueError:
-            found = {}
+        if path.exists() and not self.restart:
+            if self._goes_on(path, begun):
+                self.resumed = True
+                return
+            warnings.warn(
+                f"{path} is damaged or of another version, so nobody knows what the work beside it "
+                "was; it is begun anew.",
+                StorageWarning,
+                stacklevel=3,
+            )
+        guard_storage(self.folder, self._clear)
+        sealed.save_json(path, self.identity)
+        guard_storage(self.folder, partial(disk.sync_named, [self.folder], self.output.parent))
+
+    def _goes_on(self, path: Path, begun: bool) -> bool:
+        """Whether the journal is of this very work; False where it cannot be read."""
+        if not sealed.fits(path):
+            if begun:
+                return False
+            raise ResumeError(
+                f"{path} is no journal that can be read; move {self.folder} away, or give "
+                "--restart to clear it and begin anew."
+            )
+        found = sealed.load_json(path)
         if found != self.identity:
             changed = sorted(
                 key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key)
@@ -140,42 +151,61 @@ class Workspace:
                 f"{self.folder} holds unfinished work begun with other inputs or settings "
                 f"({', '.join(changed)}); give the same ones, or --restart to begin anew."
             )
-        self.resumed = True
+        return True
+
+    def _clear(self) -> None:
+        """All goes but the lock, the journal last."""
+        for item in sorted(self.folder.iterdir(), key=lambda each: each.name == JOURNAL):
+            if item.name != LOCK:
+                disk.remove(item)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._later is not None:
+            self._later.close()
+        sealed.forget(self.folder)
         hopeless = kind is not None and issubclass(kind, DeltafoldError)
         if hopeless and not issubclass(kind, StorageError | ClusterError):  # type: ignore[arg-type]
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
         self._release()
+
+    def _remove(self) -> None:
+        """Remove the folder, as far as that goes."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            with contextlib.suppress(OSError):
+                lock.remove(last=JOURNAL)
 
     def _release(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def has(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        """Whether a result is there, and is what was saved. What is damaged is said, and removed."""
+        return sealed.take_up(self.folder / name)
 
-    def save_json(self, name: str, value: object) -> None:
-        self._write_text(self.folder / name, json.dumps(value))
+    def save_json(self, name: str, value: object, of: Iterable[str] = ()) -> None:
+        """Save a JSON value. It is there only together with the files that it speaks `of`."""
+        bound = [self.folder / each for each in of]
+        sealed.save_json(self.folder / name, value, bound, self._later)
 
     def load_json(self, name: str) -> Any:
-        return json.loads(self._found(name).read_text())
+        """Raises StorageError if it is missing or damaged."""
+        return sealed.load_json(self._found(name))
 
     def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write tensors (sorted by name) as one safetensors file, by rename."""
-        specs = [(k, DTYPE_NAMES[t.dtype], tuple(t.shape)) for k, t in sorted(tensors.items())]
-        header, _ = build_header(specs, None)
-        path = self.folder / name
-        self._write(path, [header, *(tensor_bytes(tensors[key]) for key, _, _ in specs)])
+        ordered = dict(sorted(tensors.items()))
+        sealed.save_tensors(self.folder / name, ordered, later=self._later)
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        with Checkpoint(self._found(name)) as file:
+        """Raises StorageError if they are missing or damaged."""
+        with sealed.open_tensors(self._found(name)) as file:
             return {key: file.tensor(key) for key in file.tensors}
 
     def load_tensor(self, name: str, key: str) -> torch.Tensor:
         """One tensor of a saved file; the others are not read."""
-        with Checkpoint(self._found(name)) as file:
+        with sealed.open_tensors(self._found(name)) as file:
             return file.tensor(key)
 
     def _found(self, name: str) -> Path:
@@ -187,75 +217,48 @@ class Workspace:
                 list(path.parent.iterdir())  # makes a network file system look again
         return path
 
-    def _write_text(self, path: Path, text: str) -> None:
-        self._write(path, [text.encode()])
+    def new_folder(self, name: str) -> Path:
+        """An empty sub-folder, for what is to be written in one go: nothing of it is taken up."""
+        path = self.folder / name
 
-    def _write(self, path: Path, parts: Sequence[bytes | memoryview]) -> None:
-        """Write by rename. What others are told of must be on disk, and no two write one file."""
-        suffix = f".{secrets.token_hex(4)}.tmp" if self._joined else ".tmp"
-        working = path.with_name(path.name + suffix)
+        def make() -> None:
+            disk.remove(path)
+            path.mkdir()
 
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with working.open("wb") as out:
-                for part in parts:
-                    out.write(part)
-                if self._joined:
-                    out.flush()
-                    os.fsync(out.fileno())
-            working.replace(path)
-
-        guard_storage(path, write)
+        guard_storage(path, make)
+        return path
 
     def publish(self, finished: str, overwrite: bool = False) -> None:
-        """Rename the sub-folder `finished` to the output and remove the rest."""
-        replaced = self.folder / "replaced"
-        if overwrite and self.output.exists():
-            guard_storage(self.output, lambda: self.output.replace(replaced))
-        guard_storage(self.output, lambda: (self.folder / finished).replace(self.output))
-        shutil.rmtree(self.folder)
+        """What is `finished` gets the output's name, all of it on the disk; the rest is removed.
 
+        Raises StorageError, and UsageError for an output that has come into being meanwhile. That
+        the rest cannot be removed is a warning: the output is there.
+        """
+        made, replaced = self.folder / finished, self.folder / REPLACED
+        if self._later is not None:
+            self._later.close(sync=False)  # what is left of it goes
+        if self.output.exists() and not overwrite:
+            raise UsageError(
+                f"{self.output} was made while this run was under way; choose another output or add "
+                "--overwrite."
+            )
 
-def check_output(output: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
-    """Refuse an output that exists, unless told to overwrite: then, one that is no model.
+        def move() -> None:
+            disk.remove(replaced)
+            disk.take_place(made, self.output, replaced)
 
-    What is overwritten is removed, so it must be an archive or a checkpoint, and none of `inputs`.
-    """
-    if output.name in ("", ".."):
-        raise UsageError(f"{output} names no new folder; choose another output.")
-    if not output.exists():
-        return
-    if not overwrite:
-        raise UsageError(f"{output} exists; choose another output or add --overwrite.")
-    if not output.is_dir() or not _is_model(output):
-        raise UsageError(
-            f"{output} is neither an archive nor a checkpoint, so it is not overwritten; choose "
-            "another output."
-        )
-    for source in map(Path, inputs):
-        if source.exists() and source.resolve().is_relative_to(output.resolve()):
-            raise UsageError(f"{output} is what is read; choose another output.")
-
-
-def _is_model(folder: Path) -> bool:
-    return (
-        (folder / MANIFEST_FILE).is_file()
-        or next(folder.glob("*.safetensors"), None) is not None
-        or next(folder.iterdir(), None) is None
-    )
-
-
-def check_space(output: Path, needed_bytes: int) -> None:
-    """Refuse to start what the disk cannot hold."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise StorageError(
-            f"{output} needs about {needed_bytes / 1e9:.2f} GB, and {parent} has "
-            f"{free / 1e9:.2f} GB free; free some or choose another output."
-        )
+        guard_storage(self.output, move)
+        lock, self._lock = self._lock, None
+        assert lock is not None
+        try:
+            lock.remove(last=JOURNAL)
+        except OSError as error:
+            warnings.warn(
+                f"{self.output} is whole and in its place, but {self.folder} cannot be removed "
+                f"({error.strerror}); remove it.",
+                StorageWarning,
+                stacklevel=2,
+            )
 
 
 def checksum(tensor: torch.Tensor) -> str:

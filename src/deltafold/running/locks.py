@@ -1,0 +1,74 @@
+"""Folders that one process holds at a time; the lock goes with the process, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+from deltafold.checkpoint import disk
+from deltafold.checkpoint.writer import guard_storage
+from deltafold.errors import UsageError
+
+LOCK = "lock"
+_TRIES = 1000  # a folder may be removed, by who held it, while its lock is taken
+
+
+class Lock:
+    """Holds `folder`, which is made if it is not there, until it is released.
+
+    Raises UsageError with the words `taken` if another process holds it, StorageError.
+    """
+
+    def __init__(self, folder: Path, taken: str):
+        self.folder = folder
+        for _ in range(_TRIES):
+            self._descriptor = guard_storage(folder / LOCK, self._open)
+            if self._take():
+                return
+            os.close(self._descriptor)
+            if not self._gone:
+                break
+        raise UsageError(taken)
+
+    def _take(self) -> bool:
+        self._gone = False
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._gone = not os.path.samestat(
+                os.fstat(self._descriptor), (self.folder / LOCK).stat()
+            )
+        except FileNotFoundError:
+            self._gone = True
+        except OSError:
+            return False
+        return not self._gone
+
+    def _open(self) -> int:
+        for _ in range(_TRIES):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        raise FileNotFoundError(2, "it is removed again and again", str(self.folder))
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        os.close(self._descriptor)
+
+    def remove(self, last: str | None = None) -> None:
+        """Remove the folder, the file `last` after the others, and release it. Raises OSError.
+
+        The folder stays if another process has made a lock in it meanwhile: it is theirs.
+        """
+        try:
+            for each in self.folder.iterdir():
+                if each.name not in (LOCK, last):
+                    disk.remove(each)
+            if last is not None:
+                disk.remove(self.folder / last)
+            disk.remove(self.folder / LOCK)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+        finally:
+            self.release()
