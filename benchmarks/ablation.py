@@ -27,7 +27,8 @@ import deltafold
 from deltafold.codecs import auto, steps
 from deltafold.coding import dither
 from deltafold.reporting.markdown import rewrite_block
-from deltafold.running.record import RECORD_VERSION, Meter, Record, machine, write_record
+from deltafold.running.memory import Meter
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 RECORD = Path(__file__).parent / "records" / "ablation-demo.json"
 RATIOS = (16, 32, 64, 96)

@@ -28,7 +28,8 @@ from deltafold.folding.methods.healing import Sums
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Table
 from deltafold.reporting.units import number_text
-from deltafold.running.record import RECORD_VERSION, Meter, Record, machine, write_record
+from deltafold.running.memory import Meter
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 from deltafold.sharing.start import composed_values
 from deltafold.training import pack
 from deltafold.training.loading import load_model

@@ -18,7 +18,8 @@ from smollm2 import default_cache
 
 import deltafold
 from deltafold.reporting.markdown import rewrite_block
-from deltafold.running.record import RECORD_VERSION, Meter, Record, machine, write_record
+from deltafold.running.memory import Meter
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 RECORD = Path(__file__).parent / "records" / "distill-demo.json"
 CELLS = (("bitdelta", 32), ("lowrank", 32), ("delta-come", 64), ("auto", 64), ("auto", 96))

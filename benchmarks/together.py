@@ -19,14 +19,8 @@ from pathlib import Path
 
 from deltafold.checkpoint import open_checkpoint
 from deltafold.reporting.markdown import rewrite_block
-from deltafold.running.record import (
-    RECORD_VERSION,
-    Meter,
-    Record,
-    machine,
-    resident_bytes,
-    write_record,
-)
+from deltafold.running.memory import Meter, resident_bytes
+from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 
 OUT = Path(__file__).parent / "records" / "together.json"
 

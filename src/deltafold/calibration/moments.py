@@ -35,7 +35,7 @@ from deltafold.errors import not_shared
 from deltafold.linalg.matrices import Moments
 from deltafold.running.devices import identity
 from deltafold.running.engine import Progress
-from deltafold.running.record import Meter
+from deltafold.running.memory import Meter
 
 VERSION = 1
 

@@ -30,7 +30,7 @@ from deltafold.errors import MismatchError, NonFiniteError
 from deltafold.linalg.matrices import products
 from deltafold.running.devices import here, put
 from deltafold.running.engine import spread, trim
-from deltafold.running.record import total_memory_bytes
+from deltafold.running.memory import total_memory_bytes
 
 LOGITS_BYTES = 1 << 25
 """Logits made at a time stay below this."""

@@ -37,7 +37,7 @@ from deltafold.evaluation.plan import context_limit
 from deltafold.evaluation.segments import Subject
 from deltafold.restoring.decode import check_codecs
 from deltafold.restoring.ground import fitted_base
-from deltafold.running.record import total_memory_bytes
+from deltafold.running.memory import total_memory_bytes
 
 NAMES = ("base", "fine-tune", "restored")
 SHARE_OF_MEMORY = 0.5

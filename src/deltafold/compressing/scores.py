@@ -6,7 +6,8 @@ from pathlib import Path
 
 from deltafold.compressing.request import CompressRequest
 from deltafold.running.engine import Step
-from deltafold.running.record import Meter, Record, record_path, write_record
+from deltafold.running.memory import Meter
+from deltafold.running.record import Record, record_path, write_record
 
 
 def check_tasks(request: CompressRequest) -> None:

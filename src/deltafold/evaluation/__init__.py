@@ -24,9 +24,9 @@ from deltafold.evaluation.loading import (
     model_folder,
 )
 from deltafold.evaluation.plan import DEFAULT_ANSWERS, Plan, Request, Source
+from deltafold.running.memory import Meter
 from deltafold.running.record import (
     RECORD_VERSION,
-    Meter,
     Record,
     machine,
     read_record,

@@ -22,7 +22,13 @@ from deltafold.evaluation.loading import (
 from deltafold.evaluation.plan import Plan, Request
 from deltafold.evaluation.segments import Subject
 from deltafold.running.engine import Progress, Step
-from deltafold.running.record import Meter, Record, is_main_process, record_path, write_record
+from deltafold.running.memory import Meter
+from deltafold.running.record import (
+    Record,
+    is_main_process,
+    record_path,
+    write_record,
+)
 
 SPEED_TOKENS, SPEED_TRIES = 32, 3
 

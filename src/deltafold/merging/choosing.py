@@ -21,7 +21,8 @@ from deltafold.merging.request import MergeRequest, parse_value
 from deltafold.merging.search import Formed
 from deltafold.running.engine import Progress, Step
 from deltafold.running.front import front
-from deltafold.running.record import Meter, Record, record_path, write_record
+from deltafold.running.memory import Meter
+from deltafold.running.record import Record, record_path, write_record
 
 # The papers' values: Yadav et al. 2023 and Yang et al. 2025 (ImPart, table 8).
 USUAL: dict[str, tuple[float, ...]] = {

@@ -22,7 +22,8 @@ from deltafold.restoring.ground import fitted_base
 from deltafold.restoring.request import VerifyRequest
 from deltafold.running.engine import Task, run_tasks
 from deltafold.running.front import front
-from deltafold.running.record import RECORD_VERSION, Meter, Record, machine
+from deltafold.running.memory import Meter
+from deltafold.running.record import RECORD_VERSION, Record, machine
 
 TASK_MEMORY_BYTES = 250 << 20
 

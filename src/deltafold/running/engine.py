@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from deltafold.lazy import torch
 from deltafold.running.devices import handed_on, task_bytes
-from deltafold.running.record import total_memory_bytes
+from deltafold.running.memory import total_memory_bytes
 
 
 @dataclass(frozen=True)

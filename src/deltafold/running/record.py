@@ -9,10 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
-import sys
-import threading
-import time
 import warnings
 from contextvars import ContextVar
 from pathlib import Path
@@ -21,6 +17,7 @@ from typing import Any
 from deltafold.checkpoint import sealed
 from deltafold.errors import DeltafoldError, StorageError, StorageWarning, UsageError
 from deltafold.running import devices
+from deltafold.running.memory import total_memory_bytes
 from deltafold.version import __version__
 
 RECORD_VERSION = 1
@@ -117,11 +114,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def total_memory_bytes() -> int:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -130,42 +122,3 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-class Meter:
-    """Wall-clock seconds and peak resident memory of a stretch of work, as a context manager.
-
-    The peak is sampled every 20 ms, so that it belongs to this stretch and not to the process's
-    past; where /proc is missing it is the process's own maximum.
-    """
-
-    seconds = 0.0
-    peak_memory_bytes = 0
-
-    def __enter__(self) -> Meter:
-        self._start = time.perf_counter()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while True:
-            self.peak_memory_bytes = max(self.peak_memory_bytes, resident_bytes())
-            if self._stop.wait(0.02):
-                return
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.seconds = time.perf_counter() - self._start
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 (hot path)
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -19,10 +19,10 @@ from typing import Any, Protocol, TypeVar
 
 from deltafold.running.cluster import check_engine, open_engine
 from deltafold.running.engine import Engine, Resources
+from deltafold.running.memory import Meter
 from deltafold.running.outputs import check_output, check_space
 from deltafold.running.record import (
     RECORD_VERSION,
-    Meter,
     Record,
     check_record_path,
     machine,
