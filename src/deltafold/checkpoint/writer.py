@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,6 +115,7 @@ class CheckpointWriter:
         self.folder = folder
         self.layout = layout
         self._starts: dict[str, tuple[int, int]] = {}
+        self._sizes: dict[str, int] = {}
         self._descriptors: list[int] = []
         self._lock = threading.Lock()
         for file, tensors in layout.items():
@@ -130,6 +131,7 @@ class CheckpointWriter:
         end = len(header)
         for name, dtype, shape in bare:
             self._starts[place + name] = (descriptor, starts[name])
+            self._sizes[place + name] = stored_bytes(dtype, shape)
             end = max(end, starts[name] + stored_bytes(dtype, shape))
         os.ftruncate(descriptor, end)
         _write_all(descriptor, memoryview(header), 0)
@@ -163,6 +165,16 @@ class CheckpointWriter:
         position = start + offset_elements * rows.element_size()
         data = tensor_bytes(rows)
         guard_storage(self.folder, lambda: _write_all(descriptor, data, position))
+
+    def stored(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor as they lie in its file now, in order."""
+        (descriptor, at), left = self._starts[name], self._sizes[name]
+        while left:
+            data = os.pread(descriptor, min(left, 1 << 22), at)
+            if not data:
+                return
+            yield data
+            at, left = at + len(data), left - len(data)
 
     def finish(self, indexed: bool = True) -> None:
         """Flush everything to disk and, with `indexed`, write the index of a sharded checkpoint."""

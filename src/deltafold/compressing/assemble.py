@@ -6,7 +6,6 @@ it: the manifest says what came out, so that a decoder that gives other bits is 
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 
 from deltafold.archive import Archive, Tensor, TensorDigest
@@ -16,9 +15,11 @@ from deltafold.checkpoint import tensor_bytes
 from deltafold.compressing.job import CompressJob
 from deltafold.compressing.planned import Plan
 from deltafold.compressing.sizing import draft_manifest, part_specs
+from deltafold.errors import StorageError
+from deltafold.lazy import torch
 from deltafold.restoring.decode import decoded_rows
 from deltafold.running.engine import Resources, Task
-from deltafold.running.workspace import Workspace
+from deltafold.running.workspace import Workspace, checksum
 
 TASK_MEMORY_BYTES = 200 << 20
 _RESTORED = "restored/{:06d}.json"
@@ -26,18 +27,17 @@ _RESTORED = "restored/{:06d}.json"
 
 def assemble(job: CompressJob, plan: Plan, workspace: Workspace, resources: Resources) -> Manifest:
     """Write the archive into the workspace's sub-folder `archive`."""
-    folder = workspace.folder / "archive"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder = workspace.new_folder("archive")
     draft = draft_manifest(job, plan)
-    where: dict[str, tuple[str, str]] = {}  # part's name in the payload -> (file, name in it)
+    # part's name in the payload -> (file, name in it, checksum)
+    where: dict[str, tuple[str, str, str]] = {}
     for planned, tensor in zip(plan.tensors, draft.tensors, strict=True):
         for ours, piece in zip(planned.pieces, tensor.pieces, strict=True):
             file = ours.exact["file"] if ours.exact else f"{ours.folder}/{ours.stem}.safetensors"
-            for part in sorted(piece.parts):
-                where[tensor.part_name(piece, part)] = (file, part)
+            for part, noted in sorted(piece.parts.items()):
+                where[tensor.part_name(piece, part)] = (file, part, noted)
     payload = write_payload(
-        folder, part_specs(job, plan, draft), lambda name: workspace.load_tensor(*where[name])
+        folder, part_specs(job, plan, draft), lambda name: _part(workspace, *where[name])
     )
     write_side_files(folder, job.side_files[1])
     write_manifest(folder, draft.model_copy(update={"payload": payload}))
@@ -45,6 +45,18 @@ def assemble(job: CompressJob, plan: Plan, workspace: Workspace, resources: Reso
     manifest = draft_manifest(job, plan).model_copy(update={"payload": payload})
     write_manifest(folder, manifest)
     return manifest
+
+
+def _part(workspace: Workspace, file: str, part: str, noted: str) -> torch.Tensor:
+    """A part as it was when it was encoded. Raises StorageError if it is another one now."""
+    found = workspace.load_tensor(file, part)
+    if checksum(found) != noted:
+        workspace.drop(file)
+        raise StorageError(
+            f"{workspace.folder / file} is not what was written there a while ago; run the same "
+            "command again, and it is made anew, and look after the disk."
+        )
+    return found
 
 
 def _restored(job: CompressJob, plan: Plan, workspace: Workspace, resources: Resources) -> None:

@@ -26,7 +26,8 @@ def encode_lossy(job: CompressJob, plan: Plan, workspace: Workspace, resources: 
         moments = job.moments(tensor.pairing.name) if codec.uses_moments else None
         settings, parts = codec.encode(rows, asked, key, load_factors(workspace, piece), moments)
         error = relative_error(codec, parts, settings, rows, key)
-        workspace.save_tensors(f"lossy/{piece.stem}.safetensors", parts)
+        file = f"lossy/{piece.stem}.safetensors"
+        workspace.save_tensors(file, parts)
         workspace.save_json(
             f"lossy/{piece.stem}.json",
             {
@@ -35,6 +36,7 @@ def encode_lossy(job: CompressJob, plan: Plan, workspace: Workspace, resources: 
                 "checksums": {name: checksum(part) for name, part in sorted(parts.items())},
                 "error": error,
             },
+            of=[file],
         )
         return parts_bytes(parts)
 

@@ -41,7 +41,8 @@ def _survey_all(job: CompressJob, workspace: Workspace, resources: Resources) ->
 
     def survey(index: int, pairing: Pairing) -> int:
         found = survey_tensor(pair, pairing, index, workspace, job.exact_method)
-        workspace.save_json(f"survey/{index:06d}.json", found.to_json())
+        files = [piece["file"] for span in found.spans for piece in span.exact]
+        workspace.save_json(f"survey/{index:06d}.json", found.to_json(), of=files)
         return sum(span.exact_bytes for span in found.spans)
 
     tasks = [

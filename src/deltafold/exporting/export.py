@@ -121,8 +121,7 @@ def _make(job: ExportJob, run: Run, request: ExportRequest) -> dict[str, Any]:
     factored = factor(job, workspace, moments, run.resources)
     ranks = choose_ranks(job, factored, _free_bytes(job))
     kept = [item for item in job.of("pair") if ranks[item.name] > 0]
-    folder = workspace.folder / FINISHED
-    guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
+    folder = workspace.new_folder(FINISHED)
     errors = _write_peft(job, run, folder, kept, ranks)
     base = job.base.label
     if job.of("fold"):

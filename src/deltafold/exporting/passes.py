@@ -78,15 +78,15 @@ def factor(
         check_base_tensor(job.archive, item.tensor, job.base)
         delta = acting_delta(item, job)
         squared, source, values = float(delta.square().sum(dtype=torch.float64)), "", []
+        kept = []
         if item.how == "pair":
             pair, source = _pair(
                 item, job, delta, None if moments is None else moments.get(item.name)
             )
-            workspace.save_tensors(
-                f"{files[item.name]}.safetensors", {"a": pair.a, "b": pair.b, "s": pair.s}
-            )
+            kept = [f"{files[item.name]}.safetensors"]
+            workspace.save_tensors(kept[0], {"a": pair.a, "b": pair.b, "s": pair.s})
             values = pair.s.tolist()
-        workspace.save_json(f"{files[item.name]}.json", [squared, source, values])
+        workspace.save_json(f"{files[item.name]}.json", [squared, source, values], of=kept)
 
     tasks = [
         Task(item.name, partial(one, item), _memory(item, job), float(_elements(item)))

@@ -75,7 +75,7 @@ def _write(run: Run, job: FactorJob, ranks: Ranks, store: FactorStore) -> tuple[
     request = job.request
     form = factored_form(job, ranks, request.parameters)
     checked = write_shared(
-        job.source, form, store.tensor, run.workspace.folder / FINISHED,
+        job.source, form, store.tensor, run.workspace.new_folder(FINISHED),
         changed=store.changed(ranks), dense=request.dense, shard_bytes=request.shard_bytes,
         resources=run.resources,
     )  # fmt: skip

@@ -30,14 +30,14 @@ class FactorStore:
         return f"{self.folder}/{number:05d}.safetensors"
 
     def has(self, number: int) -> bool:
-        return self.workspace.has(self.file(number)) and self.workspace.has(self._figures(number))
+        return self.workspace.has(self._figures(number))  # which are those of the factors beside
 
     def save(
         self, number: int, tensors: dict[str, torch.Tensor], figures: dict[str, object]
     ) -> int:
         """Keep what a unit has become; its bytes."""
         self.workspace.save_tensors(self.file(number), tensors)
-        self.workspace.save_json(self._figures(number), figures)
+        self.workspace.save_json(self._figures(number), figures, of=[self.file(number)])
         return sum(each.numel() * each.element_size() for each in tensors.values())
 
     def figures(self, number: int) -> dict[str, dict[str, float]]:

@@ -77,20 +77,20 @@ def _identity(request: FoldRequest, job: FoldJob, fingerprint: str) -> dict[str,
 def _written(run: Run, text: FoldRun, folded: Folded) -> tuple[Path, dict[str, dict[str, float]]]:
     """The folder in the workspace that is the result, and its quality: drafted, healed, quantised."""
     request, workspace, checkpoint = text.request, run.workspace, text.checkpoint
-    done = workspace.folder / "folded"
+    done = workspace.new_folder("folded")
     folded.notes["checked"] = write_checked(
         folded.draft, checkpoint, done, workspace.folder, request.shard_bytes, run.resources
     )
     written = {"folded": run.opened(open_checkpoint(done))}
     if request.steps:
         text.release()
-        made = workspace.folder / "healed"
+        made = workspace.new_folder("healed")
         folded.notes["healing"] = heal_folder(text, done, made, workspace)
         check_opens(made, checkpoint.label, checkpoint.path)
         done, written["healed"] = made, run.opened(open_checkpoint(made))
     quality = text.quality(folded, written)
     if request.quantize is not None:
-        made = workspace.folder / "quantised"
+        made = workspace.new_folder("quantised")
         quantize_folder(done, made, request.quantize)
         if text.measured:
             quality["quantised"] = {"perplexity": perplexity_of(made, text.measured)}

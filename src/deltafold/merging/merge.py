@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from deltafold.archive import TensorDigest
 from deltafold.calibration.opens import check_opens
-from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
+from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards, tensor_bytes
 from deltafold.checkpoint.beside import is_own_index
-from deltafold.checkpoint.writer import guard_storage, put_file
+from deltafold.checkpoint.writer import put_file
+from deltafold.lazy import torch
 from deltafold.merging.inputs import Inputs, settle_inputs
 from deltafold.merging.recipe import Recipe
 from deltafold.merging.request import MergeRequest
@@ -26,7 +28,7 @@ from deltafold.running.engine import Resources, Task
 from deltafold.running.outputs import check_space
 from deltafold.running.record import RECORD_VERSION, Record
 from deltafold.running.run import Run
-from deltafold.running.workspace import Workspace
+from deltafold.running.workspace import Workspace, is_written
 
 FOLDER = "merged"
 
@@ -123,8 +125,7 @@ class TensorMerge:
         self.inputs, self.workspace = tensors.inputs, workspace
         self.figures: list[dict[str, Any]] = []
         self.names = list(self.inputs.layout)
-        self.folder = workspace.folder / FOLDER
-        guard_storage(self.folder, lambda: self.folder.mkdir(exist_ok=True))
+        self.folder = workspace.kept_folder(FOLDER)
         self.layout = plan_shards(
             [(n, dtype, shape) for n, (dtype, shape) in self.inputs.layout.items()],
             shard_bytes,
@@ -142,7 +143,7 @@ class TensorMerge:
                 work=float(self.tensors.elements(name)),
             )
             for number, name in enumerate(self.names)
-            if not self.workspace.has(_done(number))
+            if not self._is_done(name, number, writer)
         ]
         try:
             resources.run("merge", tasks)
@@ -156,15 +157,22 @@ class TensorMerge:
 
     def rows(self) -> list[dict[str, Any]]:
         """What was measured of each tensor, in the base's order."""
-        return [self.workspace.load_json(_done(n)) for n in range(len(self.names))]
+        return [self.workspace.load_json(_done(n))["row"] for n in range(len(self.names))]
+
+    def _is_done(self, name: str, number: int, writer: CheckpointWriter) -> bool:
+        """Whether an earlier run has written a tensor, and it lies there as it was."""
+        if not self.workspace.has(_done(number)):
+            return False
+        noted = self.workspace.load_json(_done(number))["checksum"]
+        dtype, shape = self.inputs.layout[name]
+        return is_written(writer, name, TensorDigest(dtype, shape), noted)
 
     def _one(self, name: str, number: int, writer: CheckpointWriter) -> None:
         row = self.tensors.head(name)
         if not self.tensors.is_float(name):
-            writer.write(name, self.inputs.base.tensor(name))
+            whole = self.inputs.base.tensor(name)
         elif self.formed is not None:
             whole, figures = self.formed.finished(name, self.recipe)
-            writer.write(name, whole)
             row |= figures
         else:
             reading = self.tensors.read(name, self.recipe)
@@ -172,8 +180,16 @@ class TensorMerge:
             merged, figures = self.tensors.merged(name, reading, self.recipe, last=True)
             scale = self.recipe.scale_at(name, self.inputs.n_blocks)
             row |= scaled_figures(figures, scale)
-            writer.write(name, self.tensors.added(name, reading.ground, merged, scale))
-        self.workspace.save_json(_done(number), row)
+            whole = self.tensors.added(name, reading.ground, merged, scale)
+        writer.write(name, whole)
+        self.workspace.save_json(
+            _done(number), {"row": row, "checksum": self._checksum(name, whole)}
+        )
+
+    def _checksum(self, name: str, whole: torch.Tensor) -> str:
+        digest = TensorDigest(*self.inputs.layout[name])
+        digest.update(tensor_bytes(whole))
+        return digest.checksum()
 
 
 def _done(number: int) -> str:

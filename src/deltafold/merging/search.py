@@ -66,13 +66,16 @@ class Formed:
     def _form(self, name: str) -> None:
         reading = self.tensors.read(name, self._ways[0])
         row: dict[str, Any] = {"deltas": agreement(reading.deltas), "ways": []}
+        kept: list[str] = []
         if reading.new is not None:  # rows that no model of the base's has: not to be read again
-            self.workspace.save_tensors(self._file(name, "base"), {"rows": reading.ground})
+            kept.append(self._file(name, "base"))
+            self.workspace.save_tensors(kept[-1], {"rows": reading.ground})
         for number, way in enumerate(self._ways):
             merged, figures = self.tensors.merged(name, reading, way)
-            self.workspace.save_tensors(self._file(name, number), {"rows": merged})
+            kept.append(self._file(name, number))
+            self.workspace.save_tensors(kept[-1], {"rows": merged})
             row["ways"].append(figures)
-        self.workspace.save_json(self._figures_file(name), row)
+        self.workspace.save_json(self._figures_file(name), row, of=kept)
 
     def finished(self, name: str, recipe: Recipe) -> tuple[torch.Tensor, dict[str, Any]]:
         """A tensor of a candidate as it would be written, and its figures."""

@@ -6,11 +6,11 @@ import json
 from functools import partial
 from pathlib import Path
 
-from deltafold.archive import Archive, Tensor
+from deltafold.archive import Archive, Tensor, TensorDigest
 from deltafold.archive.manifest import Manifest
 from deltafold.calibration.opens import open_bare
 from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
-from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
+from deltafold.checkpoint.writer import TensorSpec, put_file
 from deltafold.dtypes import stored_bytes
 from deltafold.restoring.decode import check_codecs, checked_rows, named_tensors
 from deltafold.restoring.ground import fitted_base
@@ -20,6 +20,7 @@ from deltafold.running.engine import Task
 from deltafold.running.front import front
 from deltafold.running.record import Record
 from deltafold.running.run import Run
+from deltafold.running.workspace import is_written
 
 TASK_MEMORY_BYTES = 200 << 20
 FOLDER = "restored"
@@ -46,8 +47,7 @@ def run_restore(request: RestoreRequest) -> Record:
         }
         run.begin(identity, sum(map(_tensor_size, wanted)))
         workspace = run.workspace  # what tasks take along; the run itself stays here
-        folder = workspace.folder / FOLDER
-        guard_storage(folder, lambda: folder.mkdir(exist_ok=True))
+        folder = workspace.kept_folder(FOLDER)
         writer = CheckpointWriter(
             folder, layout, opened.manifest.finetuned.metadata or {"format": "pt"}
         )
@@ -62,7 +62,7 @@ def run_restore(request: RestoreRequest) -> Record:
         tasks = [
             Task(t.name, partial(one, t), TASK_MEMORY_BYTES, float(_tensor_size(t)))
             for t in wanted
-            if not workspace.has(done[t.name])
+            if not (workspace.has(done[t.name]) and _is_restored(opened, t, writer))
         ]
         try:
             run.resources.run("restore", tasks)
@@ -78,6 +78,15 @@ def run_restore(request: RestoreRequest) -> Record:
 
 
 restore = front("restore", RestoreRequest, run_restore)
+
+
+def _is_restored(archive: Archive, tensor: Tensor, writer: CheckpointWriter) -> bool:
+    """Whether what an earlier run has written of a tensor is what the archive says."""
+    source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
+    noted = source.restored if source.lossy else tensor.tuned
+    if noted is None:  # format version 1 does not say it
+        return False
+    return is_written(writer, tensor.name, TensorDigest(tensor.dtype, tensor.shape), noted)
 
 
 def _tensor_size(tensor: Tensor) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.archive import TensorDigest
-from deltafold.checkpoint import DTYPE_NAMES, disk, sealed, tensor_bytes
+from deltafold.checkpoint import DTYPE_NAMES, CheckpointWriter, disk, sealed, tensor_bytes
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import (
     ClusterError,
@@ -208,6 +208,10 @@ class Workspace:
         with sealed.open_tensors(self._found(name)) as file:
             return file.tensor(key)
 
+    def drop(self, name: str) -> None:
+        """Forget a result, so that it is made again."""
+        guard_storage(self.folder / name, partial(disk.remove, self.folder / name))
+
     def _found(self, name: str) -> Path:
         """A result's file; one that another machine has just made may take a while to show."""
         path, until = self.folder / name, time.monotonic() + PATIENCE_SECONDS * self._shared
@@ -215,6 +219,12 @@ class Workspace:
             time.sleep(0.2)
             if path.parent.is_dir():
                 list(path.parent.iterdir())  # makes a network file system look again
+        return path
+
+    def kept_folder(self, name: str) -> Path:
+        """A sub-folder for files that are written piece by piece; what is in it stays."""
+        path = self.folder / name
+        guard_storage(path, lambda: path.mkdir(exist_ok=True))
         return path
 
     def new_folder(self, name: str) -> Path:
@@ -259,6 +269,24 @@ class Workspace:
                 StorageWarning,
                 stacklevel=2,
             )
+
+
+def is_written(writer: CheckpointWriter, name: str, digest: TensorDigest, noted: str) -> bool:
+    """Whether a tensor lies in its file with the digest that was `noted`; else it is said.
+
+    `digest` is one of no bytes yet, of the tensor's dtype and shape.
+    """
+    for data in writer.stored(name):
+        digest.update(memoryview(data))
+    if digest.identity().startswith(noted):
+        return True
+    warnings.warn(
+        f"Tensor {name} in {writer.folder}, of an earlier run, is damaged or not whole; it is made "
+        "again.",
+        StorageWarning,
+        stacklevel=3,
+    )
+    return False
 
 
 def checksum(tensor: torch.Tensor) -> str:

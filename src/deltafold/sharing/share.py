@@ -89,7 +89,7 @@ def _write(share_run: ShareRun, run: Run) -> Record:
     request, resources = share_run.request, replace(run.resources, engine=None)
     checked = write_shared(
         share_run.source, share_run.plan.form(), share_run.values.__getitem__,
-        run.workspace.folder / "shared", changed=share_run.changed, dense=request.dense,
+        run.workspace.new_folder("shared"), changed=share_run.changed, dense=request.dense,
         shard_bytes=request.shard_bytes, resources=resources,
     )  # fmt: skip
     run.publish("shared")
