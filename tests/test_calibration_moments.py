@@ -20,7 +20,7 @@ from deltafold.calibration.accumulate import full_bytes
 from deltafold.calibration.batches import Sample
 from deltafold.calibration.kept import cache_folder
 from deltafold.checkpoint import open_checkpoint
-from deltafold.errors import CheckpointError, MismatchError, NonFiniteError
+from deltafold.errors import MismatchError, NonFiniteError, StorageError
 
 Inputs = dict[str, torch.Tensor]
 
@@ -267,7 +267,7 @@ def test_from_a_file_and_from_the_model_itself(tmp_path: Path) -> None:
     own = calibrate(folder, "self", samples=3, max_tokens=9, cache=tmp_path)
     assert len(own.samples) == 3 and max(len(each.ids) for each in own.samples) <= 9
     (kept,) = tmp_path.glob("self-*.json")
-    rows_kept = json.loads(kept.read_text())
+    rows_kept = json.loads(kept.read_text())["value"]
     assert [tuple(row["ids"]) for row in rows_kept] == [each.ids for each in own.samples]
     assert calibrate(folder, "self", samples=3, max_tokens=9, cache=tmp_path).folder == own.folder
 
@@ -278,7 +278,7 @@ def test_a_file_that_is_cut_off_later(
     calibration = calibrate(folder_of("llama"), samples, cache=tmp_path)
     file = calibration.folder / "block-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=r"block-00000.safetensors"):
+    with pytest.raises(StorageError, match=r"block-00000.safetensors"):
         calibration.moments("model.layers.0.self_attn.q_proj.weight")
     assert calibration.moments("model.norm.weight") is None
 

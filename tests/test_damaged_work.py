@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from checkpoints import make_pair, tree_hashes
-from evaluation_models import write_rows
 from folding_models import write_deep, write_text
 
 from deltafold import compress, export, factor, fold, merge, restore, share

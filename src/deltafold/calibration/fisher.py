@@ -29,11 +29,10 @@ from deltafold.calibration.gather import gather_samples
 from deltafold.calibration.kept import cache_folder, key_of
 from deltafold.calibration.precision import settled
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
-from deltafold.checkpoint import Checkpoint, tensor_bytes
-from deltafold.checkpoint.header import build_header
+from deltafold.checkpoint import sealed
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.coding.counter import derive_key, random_u64
-from deltafold.errors import DeltafoldError, NonFiniteError
+from deltafold.errors import NonFiniteError
 from deltafold.linalg.matrices import Fisher
 from deltafold.running import devices
 from deltafold.running.engine import Progress, Step
@@ -299,35 +298,20 @@ def _finite(label: str, name: str, rows: torch.Tensor, columns: torch.Tensor) ->
 
 
 def _write(path: Path, found: Found) -> None:
-    """One safetensors file, by rename: NAME.rows, NAME.columns."""
+    """One sealed safetensors file: NAME.rows, NAME.columns."""
     tensors: dict[str, torch.Tensor] = {}
     for name, each in sorted(found.items()):
         tensors |= {f"{name}.rows": each.rows, f"{name}.columns": each.columns}
-    header, _ = build_header(
-        [(name, "F32", tuple(each.shape)) for name, each in tensors.items()], None
-    )
-    working = path.with_name(f"{path.name}.tmp")
-
-    def write() -> None:
-        with working.open("wb") as out:
-            out.write(header)
-            for tensor in tensors.values():
-                out.write(tensor_bytes(tensor))
-        working.replace(path)
-
-    guard_storage(path, write)
+    sealed.save_tensors(path, tensors)
 
 
 def _read(path: Path) -> Found | None:
     """What was written; None where there is none, or it is damaged."""
-    if not path.is_file():
+    if not sealed.take_up(path):
         return None
-    try:
-        with Checkpoint(path) as file:
-            names = {name.rpartition(".")[0] for name in file.tensors}
-            return {
-                name: Fisher(file.tensor(f"{name}.rows"), file.tensor(f"{name}.columns"))
-                for name in sorted(names)
-            }
-    except (DeltafoldError, KeyError):
-        return None
+    with sealed.open_tensors(path) as file:
+        names = {name.rpartition(".")[0] for name in file.tensors}
+        return {
+            name: Fisher(file.tensor(f"{name}.rows"), file.tensor(f"{name}.columns"))
+            for name in sorted(names)
+        }

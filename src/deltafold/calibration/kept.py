@@ -5,14 +5,14 @@
     KEY/head.safetensors        the same for the head
     KEY/index.json              tensor -> file, entry, input axis, tokens; written last
 
-Files land by rename. Unfinished work has no index: what is there is whole, and is kept.
+Files are sealed (`checkpoint/sealed.py`), and the index is bound to the others: what was damaged
+since is measured again. Unfinished work has no index: what is there and whole is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,7 @@ from typing import Any
 import torch
 
 from deltafold.calibration.batches import Sample
-from deltafold.checkpoint import DTYPE_NAMES, Checkpoint, cache_root, tensor_bytes
-from deltafold.checkpoint.header import build_header
-from deltafold.checkpoint.writer import guard_storage
-from deltafold.errors import DeltafoldError
+from deltafold.checkpoint import cache_root, sealed
 from deltafold.linalg.matrices import Moments
 
 INDEX, SAMPLES = "index.json", "samples.json"
@@ -44,75 +41,50 @@ def key_of(identity: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write by rename. Raises StorageError."""
-    working = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        working.write_text(text, encoding="utf-8")
-        working.replace(path)
-
-    guard_storage(path, write)
-
-
-def read_json(path: Path) -> Any | None:
-    """What a file holds; None where there is none, or it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Token ids as JSON, by rename."""
-    write_text(path, json.dumps([{"ids": each.ids, "start": each.start} for each in samples]))
+    """Token ids as sealed JSON."""
+    sealed.save_json(path, [{"ids": each.ids, "start": each.start} for each in samples])
 
 
 def read_samples_file(path: Path) -> list[Sample] | None:
     """The samples of a file; None where there are none, or they are damaged."""
-    rows = read_json(path)
-    try:
-        return [
-            Sample(tuple(map(int, row["ids"])), int(row["start"])) for row in rows or ()
-        ] or None
-    except (TypeError, KeyError, ValueError):
+    if not sealed.take_up(path):
         return None
+    rows = sealed.load_json(path)
+    return [Sample(tuple(map(int, row["ids"])), int(row["start"])) for row in rows] or None
 
 
 def write_entries(path: Path, entries: Sequence[Moments], places: dict[str, Place]) -> None:
-    """One block's moments, and which tensor has which, as one safetensors file, by rename."""
+    """One block's moments, and which tensor has which, as one sealed safetensors file."""
     tensors: dict[str, torch.Tensor] = {}
     for number, moments in enumerate(entries):
         tensors |= {f"{number}.second": moments.second, f"{number}.mean": moments.mean}
-    specs = [(name, DTYPE_NAMES[each.dtype], tuple(each.shape)) for name, each in tensors.items()]
-    header, _ = build_header(specs, {"places": json.dumps(places)})
-    working = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with working.open("wb") as out:
-            out.write(header)
-            for tensor in tensors.values():
-                out.write(tensor_bytes(tensor))
-        working.replace(path)
-
-    guard_storage(path, write)
+    sealed.save_tensors(path, tensors, {"places": json.dumps(places)})
 
 
 def read_places(path: Path) -> dict[str, Place] | None:
     """Which tensors a file has moments of; None where it is missing or damaged."""
-    try:
-        with Checkpoint(path) as file:
-            places: dict[str, Place] = json.loads(file.metadata["places"])
-    except (DeltafoldError, KeyError, ValueError):
+    if not sealed.take_up(path):
         return None
+    with sealed.open_tensors(path) as file:
+        places: dict[str, Place] = json.loads(file.metadata["places"])
     return places
 
 
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """What all the files of a folder are; it stands with them, as they are now."""
+    files = [folder / name for name in {place["file"]: 0 for place in index["tensors"].values()}]
+    sealed.save_json(folder / INDEX, index, of=[folder / SAMPLES, *files])
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a folder; None where there is none, or something that it speaks of is damaged."""
+    return sealed.load_json(folder / INDEX) if sealed.take_up(folder / INDEX) else None
+
+
 def read_entry(folder: Path, place: Place) -> Moments:
-    """The moments that lie at a place. Raises CheckpointError if the file is damaged."""
-    with Checkpoint(folder / place["file"]) as file:
+    """The moments that lie at a place. Raises StorageError if the file is damaged."""
+    with sealed.open_tensors(folder / place["file"]) as file:
         return Moments(
             file.tensor(f"{place['entry']}.second"),
             file.tensor(f"{place['entry']}.mean"),

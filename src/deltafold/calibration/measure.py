@@ -34,9 +34,10 @@ class Measurement:
         full: bool,
         allowance_bytes: int,
         progress: Progress | None,
+        again: bool = False,
     ):
         self.model, self.folder, self.progress = model, folder, progress
-        self.full, self.allowance_bytes = full, allowance_bytes
+        self.full, self.allowance_bytes, self.again = full, allowance_bytes, again
         self.places: dict[str, Place] = {}
         self._entries: Entries | None = None
         self._written_bytes = 0
@@ -71,7 +72,7 @@ class Measurement:
         self._close(HEAD, "head", self.model.n_blocks + 1)
 
     def _is_there(self, file: str) -> bool:
-        return read_places(self.folder / file) is not None
+        return not self.again and read_places(self.folder / file) is not None
 
     def _close(self, file: str, name: str, done: int) -> None:
         path = self.folder / file
@@ -114,9 +115,13 @@ def measure(
     full: bool,
     allowance_bytes: int,
     progress: Progress | None,
+    again: bool = False,
 ) -> dict[str, Place]:
-    """Measure all blocks and the head into `folder`; where each tensor's moments lie."""
-    measurement = Measurement(model, folder, full, allowance_bytes, progress)
+    """Measure all blocks and the head into `folder`; where each tensor's moments lie.
+
+    `again`: also what is there. Files are replaced one by one, under the eyes of who reads them.
+    """
+    measurement = Measurement(model, folder, full, allowance_bytes, progress, again)
     batches = make_batches(samples, padded=False)
     model = measurement.model = settled(model, samples)
     with model.forward(batches, visitor=measurement) as done:

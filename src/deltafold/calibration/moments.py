@@ -9,8 +9,6 @@ is no padding to leave out. The result is kept on disk by what it was made from,
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,9 @@ from deltafold.calibration.kept import (
     cache_folder,
     key_of,
     read_entry,
-    read_json,
+    read_index,
+    write_index,
     write_samples,
-    write_text,
 )
 from deltafold.calibration.measure import measure
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
@@ -131,12 +129,10 @@ def calibrate(
                 **identity(),
             }
         )
-        if restart:
-            shutil.rmtree(folder, ignore_errors=True)
-        if (index := read_json(folder / INDEX)) is not None:
+        if not restart and (index := read_index(folder)) is not None:
             return Calibration(folder, chosen, index)
         write_samples(folder / SAMPLES, chosen)
-        places = measure(model, chosen, folder, full, allowance // 2, progress)
+        places = measure(model, chosen, folder, full, allowance // 2, progress, again=restart)
     index = {
         "source": str(source) if isinstance(source, str | Path) else "samples",
         "seed": seed,
@@ -145,7 +141,7 @@ def calibrate(
         "peak_memory_bytes": meter.peak_memory_bytes,
         "tensors": places,
     }
-    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    write_index(folder, index)
     return Calibration(folder, chosen, index)
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-import shutil
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from deltafold.checkpoint.writer import TensorSpec, guard_storage
 from deltafold.compressing.methods.renaming import find_renaming
 from deltafold.errors import CheckpointError, MismatchError
 from deltafold.lazy import torch
+from deltafold.running.locks import held, sweep
 
 _OUTER = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight|\.default\.weight|\.default)?$")
@@ -50,14 +51,14 @@ def whole_model(base: str | Path, finetuned: str | Path) -> Iterator[str | Path]
         config = _read_config(folder)
         key = hashlib.sha256(json.dumps([config, ground.fingerprint()]).encode())
         key.update(adapter.fingerprint().encode())
-        root = cache_root() / "merged" / key.hexdigest()[:24]
-        made = root / folder.absolute().name
-        try:
-            if not made.is_dir():
-                _write(made, ground, adapter, folder, config)
+        # Made anew each time, in a place of its own: another run may be busy with the same adapter.
+        place = f"{key.hexdigest()[:24]}-{secrets.token_hex(4)}"
+        root = cache_root() / "merged"
+        sweep(root)
+        with held(root / place) as mine:
+            made = mine / folder.absolute().name
+            _write(made, ground, adapter, folder, config)
             yield made
-        finally:
-            shutil.rmtree(root, ignore_errors=True)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -112,10 +113,8 @@ def _write(
         if name not in base.tensors:
             told = adapter.tensors[source]
             layout[last].append((name, told.dtype, told.shape))
-    working = made.with_name(f".{made.name}.tmp")
-    shutil.rmtree(working, ignore_errors=True)
-    guard_storage(working, lambda: working.mkdir(parents=True))
-    writer = CheckpointWriter(working, layout, base.metadata or {"format": "pt"})
+    guard_storage(made, lambda: made.mkdir(parents=True))
+    writer = CheckpointWriter(made, layout, base.metadata or {"format": "pt"})
     try:
         for name in (spec[0] for specs in layout.values() for spec in specs):
             value = adapter.tensor(given[name]) if name in given else base.tensor(name)
@@ -128,14 +127,13 @@ def _write(
         writer.finish()
     finally:
         writer.close()
-    write_beside(base, working, {})
+    write_beside(base, made, {})
     with Checkpoint(folder) as own:  # what the adapter has of its own goes before
-        write_beside(own, working, {})
+        write_beside(own, made, {})
     # Unfinished work knows its inputs by their times: those of the adapter, whenever it is merged.
     when = (folder / ADAPTER_FILE).stat().st_mtime_ns
-    for file in working.rglob("*"):
+    for file in made.rglob("*"):
         os.utime(file, ns=(when, when))
-    guard_storage(made, lambda: working.rename(made))
 
 
 def _matched(

@@ -16,20 +16,21 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from deltafold.checkpoint import open_checkpoint
+from deltafold.checkpoint.noted import save_note, take_up_folder
 from deltafold.compressing.job import budget_of
 from deltafold.compressing.request import CompressRequest
-from deltafold.errors import BudgetError, DeltafoldError, UsageError
+from deltafold.errors import BudgetError, UsageError
 from deltafold.running.devices import identity
 from deltafold.running.engine import Step
+from deltafold.running.folders import WorkFolder
 from deltafold.running.outputs import check_output
-from deltafold.running.record import Record, check_record_path, record_path, write_record
+from deltafold.running.record import Record, check_record_path, record_path, write_afterwards
 
 # What the papers pick from per model on a validation set.
 CANDIDATES: dict[str, dict[str, tuple[float, ...]]] = {
@@ -55,21 +56,15 @@ def searched(request: CompressRequest, archive_of: Make) -> Record:
     output = Path(request.output)
     check_output(output, request.overwrite, [request.base, request.finetuned])
     check_record_path(request.record)
-    search = ArchiveSearch(request, archive_of)
-    try:
+    with WorkFolder(output, "candidates") as work:
+        search = ArchiveSearch(request, archive_of, work.folder)
         best, tried = (
             search.best() if request.kl_at_most is None else search.below(request.kl_at_most)
         )
-    except DeltafoldError:
-        shutil.rmtree(search.folder, ignore_errors=True)  # the same command would fail again
-        raise
-    archive, record = search.made(best)
-    if request.overwrite and output.exists():
-        shutil.rmtree(output)
-    archive.replace(output)
-    shutil.rmtree(search.folder)
+        archive, record = search.made(best)
+        work.put_in_place(archive, request.overwrite)
     record |= {"archive": str(output), "tried": tried}
-    write_record(record, Path(request.record or record_path(output)))
+    write_afterwards(record, Path(request.record or record_path(output)), output)
     return record
 
 
@@ -96,11 +91,8 @@ def _check(request: CompressRequest) -> None:
 class ArchiveSearch:
     """Candidates of one command, their archives and scores."""
 
-    def __init__(self, request: CompressRequest, archive_of: Make):
-        self.request, self.archive_of = request, archive_of
-        output = Path(request.output)
-        self.folder = output.with_name(f"{output.name}.candidates")
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, request: CompressRequest, archive_of: Make, folder: Path):
+        self.request, self.archive_of, self.folder = request, archive_of, folder
 
     def best(self) -> tuple[Candidate, list[dict[str, Any]]]:
         """The best of all combinations of open settings, and what was tried."""
@@ -159,10 +151,10 @@ class ArchiveSearch:
             inputs = [one.fingerprint(), two.fingerprint(), *identity().values()]  # of a GPU
         named_by = json.dumps([inputs, request.settings(), settings], sort_keys=True)
         archive = self.folder / hashlib.sha256(named_by.encode()).hexdigest()[:16]
-        if not (archive.is_dir() and record_path(archive).is_file()):
-            shutil.rmtree(archive, ignore_errors=True)
-            self.archive_of(request.but(output=archive))
-        return archive, json.loads(record_path(archive).read_text())
+        if (record := take_up_folder(archive)) is None:
+            record = json.loads(json.dumps(self.archive_of(request.but(output=archive))))
+            save_note(archive, record)
+        return archive, record
 
     def _scoring(self) -> AbstractContextManager[Score]:
         return (

@@ -9,10 +9,11 @@ from pathlib import Path
 from deltafold.archive import MANIFEST_FILE, Archive
 from deltafold.checkpoint import cache_root, open_checkpoint
 from deltafold.checkpoint.kinds import ADAPTER_CONFIG
+from deltafold.checkpoint.noted import save_note, take_up_folder
 from deltafold.errors import UsageError
 from deltafold.exporting.export import export
 from deltafold.running.engine import Progress
-from deltafold.running.record import read_record
+from deltafold.running.locks import held
 from deltafold.version import __version__
 
 VERSION = 1  # of what export writes: another number makes kept adapters forgotten
@@ -71,11 +72,12 @@ def find_adapter(
             VERSION, __version__, archive.identity, checkpoint.fingerprint(), runtime, rank,
         ])  # fmt: skip
     kept = adapters_folder() / key
-    if not (kept / ADAPTER_CONFIG).is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        export(
-            folder, kept, base=base, rank=rank, runtime=runtime, workers=workers,
-            memory_bytes=memory_bytes, progress=progress, restart=True,
-        )  # fmt: skip
-    record = read_record(kept)
-    return Adapter(name, kept, int(record["largest_rank"]), float(record["relative_error"]))
+    with held(kept.with_name(f"{key}.making")):
+        if (found := take_up_folder(kept)) is None:
+            record = export(
+                folder, kept, base=base, rank=rank, runtime=runtime, workers=workers,
+                memory_bytes=memory_bytes, progress=progress, restart=True,
+            )  # fmt: skip
+            found = [int(record["largest_rank"]), float(record["relative_error"])]
+            save_note(kept, found)
+    return Adapter(name, kept, *found)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from deltafold.calibration.kept import write_text
+from deltafold.checkpoint import sealed
 from deltafold.errors import UsageError
 from deltafold.folding.work import Folded
 
@@ -32,7 +32,7 @@ def write_explanation(folder: Path, folded: Folded, points: torch.Tensor | None)
         rows = [
             [name, *map(_digits, row)] for name, row in zip(names, matrix.tolist(), strict=True)
         ]
-        write_text(folder / f"similarity-{number:02d}.csv", _csv([["state", *names], *rows]))
+        _write(folder / f"similarity-{number:02d}.csv", _csv([["state", *names], *rows]))
     if points is not None:
         rows = [
             [str(state), str(sample), *map(_digits, place)]
@@ -40,9 +40,9 @@ def write_explanation(folder: Path, folded: Folded, points: torch.Tensor | None)
             for sample, place in enumerate(each)
         ]
         axes = [f"x{axis + 1}" for axis in range(points.shape[-1])]
-        write_text(folder / "embedding.csv", _csv([["state", "sample", *axes], *rows]))
+        _write(folder / "embedding.csv", _csv([["state", "sample", *axes], *rows]))
     steps = {"steps": folded.steps, "kept": folded.draft.numbers}
-    write_text(folder / "steps.json", json.dumps(steps, indent=1) + "\n")
+    _write(folder / "steps.json", json.dumps(steps, indent=1) + "\n")
 
 
 def _csv(rows: list[list[str]]) -> str:
@@ -53,3 +53,7 @@ def _csv(rows: list[list[str]]) -> str:
 
 def _digits(value: float) -> str:
     return f"{value:.6g}"
+
+
+def _write(path: Path, text: str) -> None:
+    sealed.put(path, [text.encode()])

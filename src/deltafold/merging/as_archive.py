@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from deltafold.checkpoint import open_checkpoint
+from deltafold.checkpoint.noted import save_note, take_up_folder
 from deltafold.compressing.compress import archive_of
 from deltafold.compressing.job import budget_of
 from deltafold.compressing.request import CompressRequest
 from deltafold.merging.merge import Wish, merge_models
 from deltafold.merging.request import MergeRequest
 from deltafold.merging.sources import open_source
+from deltafold.running.folders import WorkFolder
 from deltafold.running.outputs import check_output
-from deltafold.running.record import Record, check_record_path, record_path, write_record
+from deltafold.running.record import Record, check_record_path, record_path, write_afterwards
 from deltafold.running.request import options_of
 
 
@@ -31,26 +32,25 @@ def merge_to_archive(request: MergeRequest, wish: Wish) -> Record:
     check_record_path(request.record)
     if request.dry_run:
         return merge_models(request, wish)
-    folder = output.with_name(f"{output.name}.merged")
-    made = _merged_before(request, wish, folder)
-    if made is None:
-        for path in (folder, record_path(folder)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        made = merge_models(request.but(output=folder, overwrite=False, record=None), wish)
-        made["asked"] = _asked(request, wish)
-        write_record(made, record_path(folder))
-    destination = Path(request.record) if request.record else record_path(output)
-    archived = archive_of(_compressing(request, wish, folder, destination))
-    made.pop("asked")
-    made |= {
-        "output": str(output),
-        "archive": archived["totals"] | {"settings": archived["settings"]},
-    }
-    made["seconds"] += archived["seconds"]
-    made["peak_memory_bytes"] = max(made["peak_memory_bytes"], archived["peak_memory_bytes"])
-    write_record(made, destination)
-    shutil.rmtree(folder)
-    record_path(folder).unlink()
+    with WorkFolder(output, "merging") as work:
+        folder = work.folder / "merged"
+        asked = _asked(request, wish)
+        found = None if request.restart else take_up_folder(folder)
+        if found is None or found["asked"] != asked:
+            merging = request.but(output=folder, overwrite=folder.exists(), record=None)
+            found = {"asked": asked, "made": merge_models(merging, wish)}
+            save_note(folder, found)
+        made: Record = found["made"]
+        destination = Path(request.record) if request.record else record_path(output)
+        archived = archive_of(_compressing(request, wish, folder, destination))
+        made |= {
+            "output": str(output),
+            "archive": archived["totals"] | {"settings": archived["settings"]},
+        }
+        made["seconds"] += archived["seconds"]
+        made["peak_memory_bytes"] = max(made["peak_memory_bytes"], archived["peak_memory_bytes"])
+        write_afterwards(made, destination, output)
+        work.finished()
     return made
 
 
@@ -83,12 +83,3 @@ def _asked(request: MergeRequest, wish: Wish) -> dict[str, Any]:
         "seed": request.seed,
     }
     return dict(json.loads(json.dumps(asked)))
-
-
-def _merged_before(request: MergeRequest, wish: Wish, folder: Path) -> Record | None:
-    """The record of a merge that an earlier run finished, if it is of the same inputs."""
-    path = record_path(folder)
-    if request.restart or not (folder.is_dir() and path.is_file()):
-        return None
-    found = json.loads(path.read_text())
-    return found if found.get("asked") == _asked(request, wish) else None

@@ -5,24 +5,44 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from deltafold.checkpoint import disk
 from deltafold.checkpoint.writer import guard_storage
-from deltafold.errors import UsageError
+from deltafold.errors import StorageError, UsageError
 
 LOCK = "lock"
 _TRIES = 1000  # a folder may be removed, by who held it, while its lock is taken
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Path]:
+    """Hold a folder when it is free, and remove it at the end: for what a cache is made with."""
+    lock = Lock(folder, f"{folder} is removed again and again; try once more.", waits=True)
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            lock.remove()
+
+
+def sweep(root: Path) -> None:
+    """Remove the folders in `root` that processes held which are gone."""
+    for folder in root.iterdir() if root.is_dir() else ():
+        if (folder / LOCK).is_file():
+            with contextlib.suppress(UsageError, StorageError, OSError):
+                Lock(folder, "").remove()
+
+
 class Lock:
     """Holds `folder`, which is made if it is not there, until it is released.
 
-    Raises UsageError with the words `taken` if another process holds it, StorageError.
+    Raises UsageError with the words `taken` if another process holds it, or `waits`; StorageError.
     """
 
-    def __init__(self, folder: Path, taken: str):
-        self.folder = folder
+    def __init__(self, folder: Path, taken: str, *, waits: bool = False):
+        self.folder, self._how = folder, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB)
         for _ in range(_TRIES):
             self._descriptor = guard_storage(folder / LOCK, self._open)
             if self._take():
@@ -35,7 +55,7 @@ class Lock:
     def _take(self) -> bool:
         self._gone = False
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, self._how)
             self._gone = not os.path.samestat(
                 os.fstat(self._descriptor), (self.folder / LOCK).stat()
             )

@@ -8,41 +8,39 @@ the rest is removed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from deltafold.archive import TensorDigest
 from deltafold.checkpoint import DTYPE_NAMES, CheckpointWriter, disk, sealed, tensor_bytes
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import (
-    ClusterError,
-    DeltafoldError,
     ResumeError,
     StorageError,
     StorageWarning,
-    UsageError,
     not_shared,
 )
 from deltafold.lazy import torch
 from deltafold.running import devices
-from deltafold.running.locks import LOCK, Lock
+from deltafold.running.folders import WorkFolder
+from deltafold.running.locks import LOCK
 
 JOURNAL = "journal.json"
-REPLACED = "replaced"
+WORD = "partial"
 PATIENCE_SECONDS = 60.0  # a network file system may say so long that a file is not there
 
 
 def partial_path(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
+    return output.with_name(f"{output.name}.{WORD}")
 
 
-class Workspace:
+class Workspace(WorkFolder):
     """The working folder of one output. Use as a context manager: it holds a lock.
 
     On success call `publish`. Otherwise finished results stay for resuming, unless the error is one
@@ -52,13 +50,13 @@ class Workspace:
     hold no lock and decide nothing.
     """
 
+    first = JOURNAL
+
     def __init__(self, output: Path, identity: dict[str, Any], restart: bool = False):
-        self.output = output
-        self.folder = partial_path(output)
+        super().__init__(output, WORD)
         self.identity = json.loads(json.dumps(identity | devices.identity()))
         self.resumed = False
         self.restart = restart
-        self._lock: Lock | None = None
         self._later: disk.Later | None = None  # without it, each file is synced at once
         self._shared = False  # others read and write here, too
 
@@ -79,64 +77,28 @@ class Workspace:
             raise not_shared(found.folder)
         return found
 
-    def __enter__(self) -> Workspace:
-        begun = self._check_ours()
-        self._lock = Lock(
-            self.folder,
-            f"Another deltafold is writing {self.output} right now; wait for it or choose another "
-            "output.",
-        )
-        try:
-            self._open_journal(begun)
-        except BaseException:
-            self._release()
-            raise
-        self._later = disk.Later(self.folder)
-        return self
-
-    def _check_ours(self) -> bool:
-        """Whether an earlier run has left a lock. Raises UsageError for someone else's folder.
-
-        That is one which holds something but no journal: the journal comes first and goes last.
-        """
-        try:
-            names = {item.name for item in self.folder.iterdir()}
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise StorageError(
-                f"{self.folder} is needed for unfinished work and is no folder that can be read "
-                f"({error.strerror}); move it away or choose another output."
-            ) from error
-        found = {name for name in names - {LOCK} if not name.startswith(f"{JOURNAL}.")}
-        if found and JOURNAL not in found:
-            raise UsageError(
-                f"{self.folder} is needed for unfinished work but holds other files "
-                f"({min(found)}); move it away or choose another output."
-            )
-        return LOCK in names
-
-    def _open_journal(self, begun: bool) -> None:
+    def opened(self) -> None:
         """Go on with what the journal is of, or begin. Raises ResumeError."""
+        self._later = disk.Later(self.folder)
         path = self.folder / JOURNAL
         if path.exists() and not self.restart:
-            if self._goes_on(path, begun):
+            if self._goes_on(path):
                 self.resumed = True
                 return
             warnings.warn(
                 f"{path} is damaged or of another version, so nobody knows what the work beside it "
                 "was; it is begun anew.",
                 StorageWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         guard_storage(self.folder, self._clear)
         sealed.save_json(path, self.identity)
         guard_storage(self.folder, partial(disk.sync_named, [self.folder], self.output.parent))
 
-    def _goes_on(self, path: Path, begun: bool) -> bool:
+    def _goes_on(self, path: Path) -> bool:
         """Whether the journal is of this very work; False where it cannot be read."""
         if not sealed.fits(path):
-            if begun:
+            if self.begun:
                 return False
             raise ResumeError(
                 f"{path} is no journal that can be read; move {self.folder} away, or give "
@@ -159,26 +121,16 @@ class Workspace:
             if item.name != LOCK:
                 disk.remove(item)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._later is not None:
             self._later.close()
         sealed.forget(self.folder)
-        hopeless = kind is not None and issubclass(kind, DeltafoldError)
-        if hopeless and not issubclass(kind, StorageError | ClusterError):  # type: ignore[arg-type]
-            self._remove()
-        self._release()
-
-    def _remove(self) -> None:
-        """Remove the folder, as far as that goes."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            with contextlib.suppress(OSError):
-                lock.remove(last=JOURNAL)
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        super().__exit__(kind, error, trace)
 
     def has(self, name: str) -> bool:
         """Whether a result is there, and is what was saved. What is damaged is said, and removed."""
@@ -239,36 +191,10 @@ class Workspace:
         return path
 
     def publish(self, finished: str, overwrite: bool = False) -> None:
-        """What is `finished` gets the output's name, all of it on the disk; the rest is removed.
-
-        Raises StorageError, and UsageError for an output that has come into being meanwhile. That
-        the rest cannot be removed is a warning: the output is there.
-        """
-        made, replaced = self.folder / finished, self.folder / REPLACED
+        """What is `finished`, a sub-folder or a file, gets the output's name; see `put_in_place`."""
         if self._later is not None:
-            self._later.close(sync=False)  # what is left of it goes
-        if self.output.exists() and not overwrite:
-            raise UsageError(
-                f"{self.output} was made while this run was under way; choose another output or add "
-                "--overwrite."
-            )
-
-        def move() -> None:
-            disk.remove(replaced)
-            disk.take_place(made, self.output, replaced)
-
-        guard_storage(self.output, move)
-        lock, self._lock = self._lock, None
-        assert lock is not None
-        try:
-            lock.remove(last=JOURNAL)
-        except OSError as error:
-            warnings.warn(
-                f"{self.output} is whole and in its place, but {self.folder} cannot be removed "
-                f"({error.strerror}); remove it.",
-                StorageWarning,
-                stacklevel=2,
-            )
+            self._later.close(sync=False)  # what is not published goes
+        self.put_in_place(self.folder / finished, overwrite)
 
 
 def is_written(writer: CheckpointWriter, name: str, digest: TensorDigest, noted: str) -> bool:
