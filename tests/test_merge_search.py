@@ -228,7 +228,7 @@ def test_as_archive_goes_on_after_the_merge(
         as_archive=options | {"file_ratio": 3},
     )
     assert merges == [1]
-    assert not (tmp_path / "m.delta.merged").exists()
+    assert not (tmp_path / "m.delta.merging").exists()
 
 
 def test_what_is_best_by_hand() -> None:

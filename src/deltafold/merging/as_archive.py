@@ -40,6 +40,7 @@ def merge_to_archive(request: MergeRequest, wish: Wish) -> Record:
             merging = request.but(output=folder, overwrite=folder.exists(), record=None)
             found = {"asked": asked, "made": merge_models(merging, wish)}
             save_note(folder, found)
+        work.keeps = True
         made: Record = found["made"]
         destination = Path(request.record) if request.record else record_path(output)
         archived = archive_of(_compressing(request, wish, folder, destination))

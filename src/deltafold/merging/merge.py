@@ -27,7 +27,7 @@ from deltafold.merging.tensors import Tensors, agreement, scaled_figures
 from deltafold.running.engine import Resources, Task
 from deltafold.running.outputs import check_space
 from deltafold.running.record import RECORD_VERSION, Record
-from deltafold.running.run import Run
+from deltafold.running.run import Run, texts_identity
 from deltafold.running.workspace import Workspace, is_written
 
 FOLDER = "merged"
@@ -69,6 +69,7 @@ def merge_models(request: MergeRequest, wish: Wish) -> Record:
             "recipe": wish.recipe.to_json(),
             "candidates": [each.to_json() for each in wish.candidates],
             **request.identity(),
+            **(_judged_by(request) if wish.choose is not None else {}),
         }
         workspace, recipe = run.begin(identity, inputs.total_bytes), wish.recipe
         tensors, formed = Tensors(inputs, request.seed), None
@@ -107,6 +108,13 @@ def _content(
         ],
         "tensors": [],
     }
+
+
+def _judged_by(request: MergeRequest) -> dict[str, Any]:
+    """What the scores of candidates come from."""
+    rows = [*(request.search_on or ()), *request.tasks, *request.texts]
+    asked = [*map(str, rows), request.limit, request.batch_size, request.dtype]
+    return {"judged by": asked, "judged on": texts_identity(rows)}
 
 
 class TensorMerge:

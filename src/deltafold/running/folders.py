@@ -37,6 +37,7 @@ class WorkFolder:
         self.output = output
         self.folder = output.with_name(f"{output.name}.{word}")
         self.begun = False  # an earlier run has held it
+        self.keeps = False  # whatever the error, what is in it is of use for another try
         self._lock: Lock | None = None
 
     def __enter__(self) -> Self:
@@ -83,7 +84,7 @@ class WorkFolder:
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
         hopeless = kind is not None and issubclass(kind, DeltafoldError)
-        if hopeless and not issubclass(kind, StorageError | ClusterError):  # type: ignore[arg-type]
+        if hopeless and not self.keeps and not issubclass(kind, StorageError | ClusterError):  # type: ignore[arg-type]
             with contextlib.suppress(OSError):
                 self._remove()
         self._release()

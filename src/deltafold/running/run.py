@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from deltafold.archive import file_digest
 from deltafold.running.cluster import check_engine, open_engine
 from deltafold.running.engine import Engine, Resources
 from deltafold.running.memory import Meter
@@ -33,6 +34,12 @@ from deltafold.running.workspace import Workspace
 
 T = TypeVar("T")
 C = TypeVar("C", bound="Closes")
+
+
+def texts_identity(texts: Sequence[object]) -> dict[str, Any]:
+    """What unfinished work is bound to, of the texts that are files: what they hold."""
+    files = [Path(each) for each in texts if isinstance(each, str | Path) and Path(each).is_file()]
+    return {"text files": [file_digest(each.read_bytes()) for each in files]} if files else {}
 
 
 class Closes(Protocol):
@@ -107,6 +114,7 @@ class Run:
                 getattr(request, "engine", "threads"), request.workers, request.memory_bytes
             )
         )
+        identity = identity | texts_identity([getattr(request, "calibration", None)])
         self.workspace = self.entered(Workspace(self.output, identity, request.restart))
         self.check_output(())  # another run may have made it while this one waited for its turn
         return self.workspace
