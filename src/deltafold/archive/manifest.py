@@ -147,9 +147,9 @@ class PayloadFile(_Strict):
 
 
 class Source(_Strict):
-    """Where the weights came from, for the reader's eyes, and how they lay on disk."""
+    """How the weights lay on disk. `label` is empty; in archives of earlier releases it is a name."""
 
-    label: str
+    label: str = ""
     total_bytes: Size
     files: tuple[PlainPath, ...]
     metadata: dict[str, str] = {}

@@ -29,10 +29,12 @@ def inspect(
 
     totals, budget = found["totals"], found["budget"]
     asked = f" (asked: {budget['kind'].replace('_', ' ')} {budget['asked']:g})" if budget else ""
-    say(
-        f"[bold]{found['archive']}[/bold]  fine-tune [bold]{found['finetuned']}[/bold] on base "
-        f"[bold]{found['base']}[/bold], method {found['method']}{asked}"
+    named = (
+        f"fine-tune [bold]{found['finetuned']}[/bold] on base [bold]{found['base']}[/bold], "
+        if found["base"]
+        else ""
     )
+    say(f"[bold]{found['archive']}[/bold]  {named}method {found['method']}{asked}")
     say(
         f"  {size(totals['checkpoint_bytes'])} -> {size(totals['archive_bytes'])}: file ratio "
         f"{totals['file_ratio']:.2f}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
-from deltafold.archive import MANIFEST_FILE
+from deltafold.archive import MANIFEST_FILE, TensorDigest
 from deltafold.archive.manifest import read_manifest
-from deltafold.checkpoint import Checkpoint, local_folder, open_checkpoint
+from deltafold.checkpoint import Checkpoint, local_folder, open_checkpoint, tensor_bytes
 from deltafold.checkpoint.json_files import read_object
 from deltafold.checkpoint.kinds import ADAPTER_FILE, adapter_folder
 from deltafold.compressing.pair import Pair
@@ -15,6 +16,7 @@ from deltafold.errors import ArchiveError, CheckpointError, UsageError
 
 _CARD_BASE = re.compile(r"^base_model:[ \t]*(?:\n\s*-\s*)?[\"']?([^\s\"']+)", re.M)
 _CARD_BYTES = 1 << 16
+_CHUNK_BYTES = 8 << 20
 
 
 def sides(base: str | Path, finetuned: str | Path) -> list[tuple[str, int]]:
@@ -63,8 +65,27 @@ def _made_the_other_way(output: Path, base: Checkpoint, tuned: Checkpoint) -> bo
         manifest = read_manifest(output) if (output / MANIFEST_FILE).is_file() else None
     except ArchiveError:
         return False
-    labels = (manifest.base.label, manifest.finetuned.label) if manifest else ("", "")
-    return labels == (_name(tuned), _name(base))
+    changed = [
+        each
+        for each in (manifest.tensors if manifest else ())
+        if each.base is not None
+        and each.base != each.tuned
+        and not each.counterpart
+        and each.name in base.tensors
+        and each.name in tuned.tensors
+    ]
+    if not changed:
+        return False
+    least = min(changed, key=lambda each: (math.prod(each.shape), each.name))
+    return (_digest(tuned, least.name), _digest(base, least.name)) == (least.base, least.tuned)
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> str:
+    info = checkpoint.tensors[name]
+    digest = TensorDigest(info.dtype, info.shape)
+    for _, rows in checkpoint.row_chunks(name, _CHUNK_BYTES):
+        digest.update(tensor_bytes(rows))
+    return digest.identity()
 
 
 def _says_it_comes_from(one: Checkpoint, other: Checkpoint) -> bool:

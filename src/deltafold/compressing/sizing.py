@@ -141,7 +141,7 @@ def _manifest_piece(job: CompressJob, tensor: PlannedTensor, piece: PlannedPiece
 
 def _source(checkpoint: Checkpoint) -> Source:
     return Source(
-        label=checkpoint.path.name if checkpoint.path.exists() else checkpoint.label,
+        label="",  # no byte depends on what a folder is called
         total_bytes=checkpoint.total_bytes,
         files=tuple(map(checkpoint.relative, checkpoint.shards)),
         metadata=checkpoint.metadata,

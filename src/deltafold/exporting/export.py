@@ -43,6 +43,7 @@ from deltafold.exporting.request import ExportRequest
 from deltafold.linalg.matrices import Moments
 from deltafold.names import block_of, role_of
 from deltafold.restoring.decode import assembled, checked_rows
+from deltafold.restoring.named import names_of
 from deltafold.running.engine import Task
 from deltafold.running.front import front
 from deltafold.running.record import (
@@ -102,7 +103,11 @@ def _checked(request: ExportRequest) -> tuple[Choice, str]:
 
 
 def _open_base(archive: Archive, base: str | Path | None) -> Checkpoint:
-    label = archive.manifest.base.label
+    label, _ = names_of(archive)
+    if not (base or label):
+        raise UsageError(
+            f"No record beside {archive.folder} says what its base is; give it with --base."
+        )
     try:
         return open_checkpoint(base or label)
     except CheckpointError as error:

@@ -19,6 +19,7 @@ from deltafold.merging.recipe import Model, Recipe
 from deltafold.merging.recipe_files import read_recipe
 from deltafold.merging.request import MergeRequest, parse_value
 from deltafold.merging.search import Formed
+from deltafold.restoring.named import names_of
 from deltafold.running.engine import Progress, Step
 from deltafold.running.front import front
 from deltafold.running.memory import Meter
@@ -110,10 +111,14 @@ def base_named_by(recipe: Recipe) -> str:
     for model in recipe.models:
         if is_archive(model.path):
             with Archive(Path(model.path)) as archive:
-                label = archive.manifest.base.label
+                label, _ = names_of(archive)
+            if not label:
+                break
             beside = Path(model.path).absolute().parent / label
             return str(beside) if beside.is_dir() else label
-    raise UsageError("No archive is among the models that would name the base; give it.")
+    raise UsageError(
+        "No archive with a record is among the models that would name the base; give it."
+    )
 
 
 def _scoring(

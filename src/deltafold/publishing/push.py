@@ -21,6 +21,7 @@ from deltafold.checkpoint.hub import (
 )
 from deltafold.errors import DeltafoldError, HubError, UsageError
 from deltafold.publishing.card import card, license_of
+from deltafold.restoring.named import names_of
 from deltafold.running.record import Record, read_record
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -93,7 +94,7 @@ def packed(folder: Path) -> Parcel:
                 if entry.stored != "base"
             ]
             files = {name: folder / name for name in names}
-            return Parcel(True, files, manifest.base.label, manifest.finetuned.label)
+            return Parcel(True, files, *names_of(archive))
     checkpoint = Checkpoint(folder)
     checkpoint.close()
     found = [*checkpoint.shards, *checkpoint.side_files]

@@ -25,6 +25,7 @@ from deltafold.coding.sums import rounded_sum
 from deltafold.dtypes import ITEM_BYTES, held_shape
 from deltafold.errors import ArchiveError, MismatchError, UsageError, nearest
 from deltafold.lazy import torch
+from deltafold.restoring.named import give_base
 from deltafold.running.neutral import undisturbed
 
 CHUNK_BYTES = 8 << 20
@@ -95,7 +96,7 @@ def check_base_headers(archive: Archive, base: Checkpoint) -> None:
         if found is None:
             raise MismatchError(
                 f"{base.label} is not the base of {archive.folder}: it has no tensor "
-                f"{tensor.name}; give {archive.manifest.base.label}."
+                f"{tensor.name}; {give_base(archive)}."
             )
         rows = [tensor.piece_rows(p)[1] for p in tensor.pieces if p.reference == "base"]
         if (
@@ -104,7 +105,7 @@ def check_base_headers(archive: Archive, base: Checkpoint) -> None:
         ):
             raise MismatchError(
                 f"{base.label} is not the base of {archive.folder}: tensor {tensor.name} has shape "
-                f"{list(found.shape)} there; give {archive.manifest.base.label}."
+                f"{list(found.shape)} there; {give_base(archive)}."
             )
 
 
@@ -133,7 +134,7 @@ def check_base_tensor(archive: Archive, tensor: Tensor, base: Checkpoint) -> Non
     if digest.identity() != tensor.base:
         raise MismatchError(
             f"{base.label} is not the base of {archive.folder}: tensor {tensor.name} differs; "
-            f"give the base it was made from ({archive.manifest.base.label})."
+            f"{give_base(archive)}."
         )
 
 

@@ -6,6 +6,7 @@ from deltafold.archive import Archive
 from deltafold.checkpoint import AlignedCheckpoint, Checkpoint, Segment, fits_together
 from deltafold.errors import MismatchError
 from deltafold.restoring.decode import check_base_headers
+from deltafold.restoring.named import give_base
 
 
 def fitted_base(archive: Archive, base: Checkpoint) -> Checkpoint:
@@ -23,7 +24,7 @@ def fitted_base(archive: Archive, base: Checkpoint) -> Checkpoint:
             wanted = ", ".join(dict.fromkeys(name for name, _, _ in segments))
             raise MismatchError(
                 f"{base.label} is not the base of {archive.folder}: it has no such rows of "
-                f"{wanted[:200]}; give {archive.manifest.base.label}."
+                f"{wanted[:200]}; {give_base(archive)}."
             )
         sources[tensor.name] = segments
     fitted = AlignedCheckpoint(base, sources) if sources else base

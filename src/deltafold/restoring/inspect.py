@@ -9,6 +9,7 @@ from deltafold.archive import Archive
 from deltafold.checkpoint.store import shown
 from deltafold.names import block_of, role_of
 from deltafold.restoring.decode import check_codecs
+from deltafold.restoring.named import names_of
 from deltafold.restoring.totals import archive_totals, codec_names, tensor_bytes
 
 
@@ -16,7 +17,7 @@ def inspect(archive: str | Path) -> dict[str, Any]:
     """Sizes, settings, and one row a tensor. Raises ArchiveError."""
     with Archive(Path(archive)) as opened:
         check_codecs(opened)
-        manifest = opened.manifest
+        manifest, (base, finetuned) = opened.manifest, names_of(opened)
         return {
             "archive": shown(archive),
             "format_version": manifest.format_version,
@@ -25,8 +26,8 @@ def inspect(archive: str | Path) -> dict[str, Any]:
             "seed": manifest.seed,
             "budget": dict(manifest.budget),
             "codecs": {name: entry.model_dump() for name, entry in manifest.codecs.items()},
-            "base": manifest.base.label,
-            "finetuned": manifest.finetuned.label,
+            "base": base,
+            "finetuned": finetuned,
             "removed": sorted(manifest.removed),
             "files": [
                 {"name": entry.name, "n_bytes": entry.n_bytes, "stored": entry.stored}
