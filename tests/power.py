@@ -198,8 +198,7 @@ def failures(
     with recorded(root, seed) as counted:
         run()
     reset(root, start)
-    drawn = random.Random(seed)
-    moments = frozenset(drawn.sample(range(counted.count), min(number, counted.count)))
+    moments = frozenset(drawn_moments(random.Random(seed), counted.count, number))
     with recorded(root, seed, moments) as found:
         run()
     reset(root, start)
@@ -207,6 +206,14 @@ def failures(
     for folder, state in zip(folders, found.cut, strict=True):
         state.write(folder)
     return folders
+
+
+def drawn_moments(drawn: random.Random, count: int, number: int) -> list[int]:
+    """Half of them anywhere, half near the end, where the output gets its name."""
+    last = range(max(0, count - 8), count)
+    near = drawn.sample(last, min(number // 2, len(last)))
+    others = [moment for moment in range(count) if moment not in near]
+    return near + drawn.sample(others, min(number - len(near), len(others)))
 
 
 def reset(root: Path, state: State) -> None:

@@ -278,12 +278,12 @@ def test_a_shape_that_the_base_does_not_have(
 def test_restore_larger_than_the_disk(
     archive: Path, pair: PairFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltafold.running import workspace
+    from deltafold.running import outputs
 
     class Full:
         free = 1000
 
-    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda path: Full)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: Full)
     out = archive.parent / "restored"
     refused(StorageError, lambda: restore(archive, pair.base, out), str(out), "GB free")
     nothing_left(out)

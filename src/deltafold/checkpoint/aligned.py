@@ -7,6 +7,7 @@ fine-tune's names reads this in its place and need not know.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -35,6 +36,11 @@ class AlignedCheckpoint(Checkpoint):
 
     def __reduce__(self) -> tuple[Callable[..., Checkpoint], Any]:
         return _aligned_elsewhere, (self.origin, tuple(self.sources.items()))
+
+    def fingerprint(self) -> str:
+        """That of the origin, and how it is put together."""
+        made_of = repr(sorted(self.sources.items()))
+        return hashlib.sha256((self.origin.fingerprint() + made_of).encode()).hexdigest()[:32]
 
     def close(self) -> None:
         self.origin.close()

@@ -86,6 +86,7 @@ class Lock:
                 if each.name not in (LOCK, last):
                     disk.remove(each)
             if last is not None:
+                disk.sync(self.folder)
                 disk.remove(self.folder / last)
             disk.remove(self.folder / LOCK)
             with contextlib.suppress(OSError):

@@ -117,9 +117,11 @@ class Workspace(WorkFolder):
 
     def _clear(self) -> None:
         """All goes but the lock, the journal last."""
-        for item in sorted(self.folder.iterdir(), key=lambda each: each.name == JOURNAL):
-            if item.name != LOCK:
+        for item in self.folder.iterdir():
+            if item.name not in (LOCK, JOURNAL):
                 disk.remove(item)
+        disk.sync(self.folder)
+        disk.remove(self.folder / JOURNAL)
 
     def __exit__(
         self,
