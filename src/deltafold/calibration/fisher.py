@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from deltafold.calibration.accumulate import Name, Products
 from deltafold.calibration.backward import backward
 from deltafold.calibration.batches import Batch, Sample, make_batches
 from deltafold.calibration.gather import gather_samples
-from deltafold.calibration.kept import cache_folder, key_of
+from deltafold.calibration.kept import cache_folder, keep, key_of
 from deltafold.calibration.precision import settled
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 from deltafold.checkpoint import sealed
@@ -93,7 +94,7 @@ def measure_fisher(
         found = None if restart else _read(path)
         if found is None:
             found = _Measurement(settled(model, chosen), chosen, seed, progress).run()
-            _write(path, found)
+            keep("What errors cost", partial(_write, path, found))
     return found
 
 

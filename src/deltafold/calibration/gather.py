@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deltafold.calibration.batches import Sample
-from deltafold.calibration.kept import cache_folder, key_of, read_samples_file, write_samples
+from deltafold.calibration.kept import cache_folder, keep, key_of, read_samples_file, write_samples
 from deltafold.calibration.samples import (
     GENERAL,
     PAGES,
@@ -60,7 +61,7 @@ def gather_samples(
     if found is None:
         allowance = memory_bytes or default_memory_bytes()
         found = write_texts(model, encoder, samples, seed, allowance)
-        write_samples(path, found)
+        keep("The text", partial(write_samples, path, found))
     return found
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 from deltafold.calibration.batches import Sample
 from deltafold.checkpoint import cache_root, sealed
+from deltafold.errors import StorageError, StorageWarning
 from deltafold.linalg.matrices import Moments
 
 INDEX, SAMPLES = "index.json", "samples.json"
@@ -39,6 +41,14 @@ def key_of(identity: object) -> str:
     """A short name for what a result was made from."""
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def keep(what: str, action: Callable[[], None]) -> None:
+    """Keep what is known anyway; that it cannot be kept is a warning."""
+    try:
+        action()
+    except StorageError as error:
+        warnings.warn(f"{what} is not kept for the next run: {error}", StorageWarning, stacklevel=2)
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,28 @@ def take_up_folder(folder: Path) -> Any | None:
     guard_storage(folder, lambda: disk.remove(folder))
     guard_storage(path, lambda: disk.remove(path))
     return None
+
+
+def keep_files(path: Path, files: Mapping[Path, str], fetch: Callable[[str, Path], None]) -> None:
+    """Fetch those of some files that are not as the note at `path` says, and note them.
+
+    `fetch` is given where a file comes from, and the file. They may be large: content is read where
+    times or inode are others than noted, as they are when anything has written there.
+    """
+    known = sealed.load_json(path) if sealed.take_up(path) else {}
+    notes: dict[str, Note] = {}
+    for file, source in files.items():
+        key = str(file.relative_to(path.parent))
+        note = known.get(key)
+        if not is_as_noted(file, note, look=False):
+            if note is not None and file.exists():
+                warnings.warn(
+                    f"{file} is damaged; it is fetched again.", StorageWarning, stacklevel=2
+                )
+            fetch(source, file)
+        notes[key] = note_of(file) if note is None or _stamp(file) != note[:-1] else note
+    if notes != known:
+        sealed.save_json(path, notes)
 
 
 def _fits(files: dict[str, Path], found: dict[str, Any], name: str) -> bool:

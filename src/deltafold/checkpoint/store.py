@@ -7,19 +7,32 @@ of that cache and stored when it is whole, the file last that makes a folder a m
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import os
 import re
+import secrets
 import shutil
+import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from deltafold.checkpoint import disk
 from deltafold.checkpoint.contents import is_plain_path
-from deltafold.errors import CheckpointError, DeltafoldError, StorageError, UsageError
+from deltafold.checkpoint.noted import keep_files, note_path
+from deltafold.errors import (
+    CheckpointError,
+    DeltafoldError,
+    StorageError,
+    StorageWarning,
+    UsageError,
+)
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?!/)(.+)")
 LAST = ("delta.json", "config.json", "adapter_config.json")
@@ -48,9 +61,28 @@ def shown(place: str | Path) -> str:
 
 
 def cache_root() -> Path:
-    """DELTAFOLD_CACHE, else `~/.cache/deltafold`."""
+    """DELTAFOLD_CACHE, else `~/.cache/deltafold`; a folder for this process if that cannot be written."""
     root = os.environ.get("DELTAFOLD_CACHE") or Path.home() / ".cache" / "deltafold"
-    return Path(root).expanduser()
+    return _writable(Path(root).expanduser())
+
+
+@functools.cache
+def _writable(root: Path) -> Path:
+    """The folder, if files can be made in it; else, with a word, one that lasts as long as this process."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+        return root
+    except OSError as error:
+        warnings.warn(
+            f"The cache {root} cannot be written ({error.strerror}), so nothing is kept for the next "
+            "run; set DELTAFOLD_CACHE to a folder that can be.",
+            StorageWarning,
+            stacklevel=3,
+        )
+    own = Path(tempfile.mkdtemp(prefix="deltafold-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
 
 
 @dataclass(frozen=True)
@@ -101,22 +133,21 @@ class Remote:
         name = PurePosixPath(self.root).name
         folder = cache_root() / "stores" / _key(self.address, *map(str, marks)) / name
         one = len(wanted) == 1 and name in wanted
-        for local, path in wanted.items():
-            self._fetch_file(path, folder if one else folder / local)
+        files = {folder if one else folder / local: path for local, path in wanted.items()}
+        keep_files(note_path(folder), files, self._fetch_file)
         return folder
 
     def _fetch_file(self, path: str, local: Path) -> None:
         from fsspec.callbacks import TqdmCallback
 
-        if local.is_file():
-            return
         local.parent.mkdir(parents=True, exist_ok=True)
-        working = local.with_name(f"{local.name}.{os.getpid()}.tmp")
+        working = local.with_name(f"{local.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         bar = {"desc": local.name, "unit": "B", "unit_scale": True, "disable": None}
         with self._plainly(CheckpointError):
             try:
                 self.files.get_file(path, str(working), callback=TqdmCallback(tqdm_kwargs=bar))
-                working.replace(local)
+                disk.sync(working)
+                disk.rename(working, local)
             finally:
                 working.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from deltafold.compressing.request import CompressRequest
 from deltafold.running.engine import Step
 from deltafold.running.memory import Meter
-from deltafold.running.record import Record, record_path, write_record
+from deltafold.running.record import Record, record_path, write_afterwards
 
 
 def check_tasks(request: CompressRequest) -> None:
@@ -45,5 +45,5 @@ def with_scores(record: Record, request: CompressRequest) -> Record:
         report("")
     record["scores"] = list(found["models"])
     record["score_seconds"] = meter.seconds
-    write_record(record, Path(request.record or record_path(output)))
+    write_afterwards(record, Path(request.record or record_path(output)), output)
     return record

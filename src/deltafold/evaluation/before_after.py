@@ -27,7 +27,7 @@ from deltafold.running.record import (
     Record,
     is_main_process,
     record_path,
-    write_record,
+    write_afterwards,
 )
 
 SPEED_TOKENS, SPEED_TRIES = 32, 3
@@ -57,7 +57,9 @@ def scored(asked: Any, run: Callable[[Any], Record], label: str) -> Record:
             request, asked.model, asked.output, wanted, where, asked.progress, ("whole", label)
         )
     record["score_seconds"] = meter.seconds
-    write_record(record, Path(asked.record or record_path(Path(asked.output))))
+    write_afterwards(
+        record, Path(asked.record or record_path(Path(asked.output))), Path(asked.output)
+    )
     return record
 
 

@@ -23,7 +23,7 @@ from deltafold.restoring.named import names_of
 from deltafold.running.engine import Progress, Step
 from deltafold.running.front import front
 from deltafold.running.memory import Meter
-from deltafold.running.record import Record, record_path, write_record
+from deltafold.running.record import Record, record_path, write_afterwards
 
 # The papers' values: Yadav et al. 2023 and Yang et al. 2025 (ImPart, table 8).
 USUAL: dict[str, tuple[float, ...]] = {
@@ -53,7 +53,7 @@ def run_merge(request: MergeRequest) -> Record:
         with Meter() as meter:
             scores = _scores(wish, output, record, scoring, request.progress)
         record["scores"], record["score_seconds"] = scores, meter.seconds
-        write_record(record, Path(request.record or record_path(output)))
+        write_afterwards(record, Path(request.record or record_path(output)), output)
     return record
 
 

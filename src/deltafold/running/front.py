@@ -13,7 +13,7 @@ from deltafold.checkpoint.store import address_of, is_address, output_of
 from deltafold.errors import UsageError, nearest
 from deltafold.running.devices import computing
 from deltafold.running.neutral import as_at_start
-from deltafold.running.record import Record, record_path, write_record
+from deltafold.running.record import Record, record_path, write_afterwards
 from deltafold.running.request import Request, default_of, flag_of, joined, options_of
 
 P = ParamSpec("P")
@@ -93,7 +93,7 @@ def carry_out(request: Any, run: Callable[[Any], Record]) -> Record:
                 if result.get(key) == str(local):
                     result[key] = address_of(output)
             if local.exists():
-                write_record(result, Path(request.record or record_path(local)))
+                write_afterwards(result, Path(request.record or record_path(local)), local)
         return result
 
 
