@@ -67,10 +67,6 @@ class Units:
     def all_slices(self) -> tuple[Slice, ...]:
         return (*self.slices, *self.outputs)
 
-    def locals(self) -> frozenset[str]:
-        """Local names of the tensors that know these units."""
-        return frozenset(each.local for each in self.all_slices)
-
 
 @dataclass(frozen=True)
 class Heads:

@@ -96,11 +96,6 @@ class Pass:
         """What comes out of the last block, before the last norm."""
         return self.stores[-1]
 
-    @property
-    def counted_rows(self) -> int:
-        """Number of predictions that count."""
-        return sum(int(batch.counted.sum()) for batch in self.batches)
-
     def rows(self, number: int) -> torch.Tensor:
         """Last hidden states (n, width) of one batch where predictions count."""
         return self.last.near(number)[self.batches[number].counted]

@@ -33,10 +33,6 @@ class Pair:
     b: torch.Tensor
     s: torch.Tensor
 
-    @property
-    def rank(self) -> int:
-        return len(self.s)
-
 
 def stored_pair(left: torch.Tensor, right: torch.Tensor) -> Pair:
     """Factors as a codec stores them (delta = left^T right), the lengths of each two made equal."""

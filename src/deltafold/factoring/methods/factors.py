@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from deltafold.linalg.matrices import Moments
-from deltafold.linalg.whitening import DAMPING, whitened_svd
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,6 @@ class Factored:
     b: torch.Tensor
     a: torch.Tensor
     bias: torch.Tensor | None = None
-
-    @property
-    def dense(self) -> torch.Tensor:
-        """B A, o x i."""
-        return self.b @ self.a
 
 
 def covariance(moments: Moments) -> torch.Tensor:
@@ -42,20 +36,6 @@ def input_gram(moments: Moments | None, centred: bool) -> torch.Tensor | None:
     if moments is None:
         return None
     return covariance(moments) if centred else moments.second.double()
-
-
-def factored(
-    weight: torch.Tensor,
-    moments: Moments | None,
-    rank: int,
-    key: int,
-    centred: bool = False,
-    damping: float = DAMPING,
-) -> Factored:
-    """The best factors of one matrix (o x i); without moments those of the plain SVD."""
-    made = whitened_svd(weight, input_gram(moments, centred), rank, key, damping)
-    found = Factored(made.q, made.a)
-    return with_bias(weight, found, moments) if centred else found
 
 
 def with_bias(weight: torch.Tensor, made: Factored, moments: Moments | None) -> Factored:

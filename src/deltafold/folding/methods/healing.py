@@ -89,11 +89,6 @@ class Fit:
     before: float
     after: float
 
-    @property
-    def gained(self) -> float:
-        """Share of the held-out error that is gone; 0 where nothing was better."""
-        return 1 - self.after / self.before if self.before else 0.0
-
 
 @dataclass
 class Regression:

@@ -14,7 +14,7 @@ from deltafold.folding.methods.similarity import ABSENCES, SIMILARITIES
 class Preset:
     """A method. `ratio` says where a kept block's share of a weighted sum comes from.
 
-    `similarity`: the value for the pair. `reference`: what MKA's program takes. `half`: 0.5.
+    `similarity`: the value for the pair. `reference`: what MKA's program takes.
     `closed_form` is the healing where none is asked for: `none`, `cut` or `through`.
     """
 
@@ -45,7 +45,6 @@ PRESETS: dict[str, Preset] = {
     "come": Preset("cosine", "adjacent-pairs", "concatenate", paper="2510.15304"),
 }
 METHODS = tuple(PRESETS)
-RATIOS = ("similarity", "reference", "half")
 
 
 @dataclass(frozen=True)

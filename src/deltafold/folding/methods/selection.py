@@ -229,20 +229,19 @@ class Chooser:
     """A row of the table; `needs` says what of the evidence it asks for."""
 
     choose: Selection
-    iterated: bool = False
     needs: Literal["nothing", "matrix", "absence", "parts", "closeness"] = "matrix"
 
 
 SELECTIONS: dict[str, Chooser] = {
-    "adjacent-pairs": Chooser(adjacent_pairs, iterated=True),
-    "last-pair": Chooser(last_pair, iterated=True),
+    "adjacent-pairs": Chooser(adjacent_pairs),
+    "last-pair": Chooser(last_pair),
     "last": Chooser(last, needs="nothing"),
     "contiguous": Chooser(contiguous),
     "lowest": Chooser(lowest),
-    "greedy": Chooser(greedy, iterated=True, needs="absence"),
+    "greedy": Chooser(greedy, needs="absence"),
     "lazy": Chooser(lazy, needs="absence"),
     "stretch": Chooser(stretch, needs="absence"),
     "random": Chooser(at_random, needs="nothing"),
-    "top-down": Chooser(top_down, iterated=True, needs="closeness"),
+    "top-down": Chooser(top_down, needs="closeness"),
     "joint": Chooser(joint, needs="parts"),
 }
