@@ -116,12 +116,12 @@ class Method:
                 f"The selection {preset.selection} compares states, and {preset.similarity} does not; "
                 "take the selection greedy, or another similarity."
             )
-        if preset.selection == "joint" and preset.rule != "drop":
+        if self.chooser.removes == "part" and preset.rule != "drop":
             raise UsageError(
                 f"Attention and MLP that go alone are dropped, so the rule {preset.rule} does "
-                "not suit the selection joint."
+                f"not suit the selection {preset.selection}."
             )
-        if preset.selection == "top-down" and not self.rule.merges:
+        if self.chooser.needs == "closeness" and not self.rule.merges:
             raise UsageError(
-                "The selection top-down folds blocks together; take the rule collapse or average."
+                f"The selection {preset.selection} folds blocks together; take the rule collapse or average."
             )
