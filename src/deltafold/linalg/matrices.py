@@ -139,9 +139,13 @@ def feed_forward(
 ) -> torch.Tensor:
     """Round the columns of an m x i matrix one after the other, each error fed to those that follow.
 
-    `rounded(column, j)` gives the codes of column j, and the values that they stand for. Returns the
-    codes. Source: Frantar et al. 2022 (arXiv 2210.17323), with lazy
-    updates of blocks of columns.
+    `rounded(column, j)` gives the codes (m,) of column j, and the values (m,) that they stand for;
+    `factor` (i, i) is upper triangular. Returns the codes (m, i). Source: Frantar et al. 2022 (arXiv
+    2210.17323), with lazy updates of blocks of columns.
+
+    `coding/gptq` does the same with grids and a mask, in fp64 on the CPU, and adds up the errors of
+    a block in one product. The two round differently, and archives hold what each of them gives, so
+    they stay two.
     """
     left, out = values.clone(), torch.empty_like(values)
     i = values.shape[1]

@@ -23,12 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from deltafold.coding.counter import derive_key, random_u64
+from deltafold.coding.counter import derive_key, shuffled
 from deltafold.errors import NonFiniteError, UsageError
 from deltafold.running.devices import steady_backward
 from deltafold.training.distilled import distilled
 from deltafold.training.processes import Processes
 from deltafold.training.rows import Rows
+from deltafold.training.tables import Tensors, group_of, joined
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 WARM_SHARE = 0.03
@@ -39,7 +40,8 @@ FORWARD_TOKENS = 1024
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids (b, t) -> logits (b, t, vocabulary)."""
-Tensors = dict[str, torch.Tensor]
+GROUPS = ("values", "first", "second", "counts", "best")
+"""Tables of tensors that a state holds."""
 
 
 class Student(Protocol):
@@ -134,10 +136,8 @@ class State:
 
     def to_tensors(self) -> Tensors:
         """One flat table, for a file."""
-        groups = {"values": self.values, "first": self.first, "second": self.second,
-                  "counts": self.counts, "best": self.best}  # fmt: skip
-        flat = {f"{group}/{k}": v.cpu() for group, held in groups.items() for k, v in held.items()}
-        return flat | {
+        groups = {name: getattr(self, name) for name in GROUPS}
+        return joined(groups) | {
             "steps": torch.tensor([self.step, self.best_step]),
             "scale": torch.tensor(self.scale, dtype=torch.float64),
             "curve": torch.tensor(self.curve, dtype=torch.float64).reshape(-1, 4),
@@ -146,19 +146,11 @@ class State:
 
     @classmethod
     def from_tensors(cls, tensors: Tensors) -> State:
-        def group(name: str) -> Tensors:
-            return {
-                key.removeprefix(f"{name}/"): value
-                for key, value in tensors.items()
-                if key.startswith(f"{name}/")
-            }
-
         step, best_step = tensors["steps"].tolist()
         curve, exams = ([tuple(row) for row in tensors[key].tolist()] for key in ("curve", "exams"))
-        return cls(
-            step, group("values"), group("first"), group("second"), group("counts"), group("best"),
-            best_step, curve, exams, float(tensors.get("scale", 1.0)),
-        )  # fmt: skip
+        tables: dict[str, Any] = {name: group_of(tensors, name) for name in GROUPS}
+        scale = float(tensors.get("scale", 1.0))
+        return cls(step=step, best_step=best_step, curve=curve, exams=exams, scale=scale, **tables)
 
 
 def train(
@@ -339,8 +331,7 @@ def batch_rows(total: int, settings: Settings, step: int) -> list[int]:
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, round_: int, total: int) -> NDArray[np.intp]:
     """In which order all rows come, one time round."""
-    keys = random_u64(derive_key(seed, "training rows", str(round_)), 0, total)
-    return np.argsort(keys, kind="stable")
+    return shuffled(derive_key(seed, "training rows", str(round_)), total)
 
 
 def _pieces(rows: Rows, tokens: int) -> Iterator[Rows]:

@@ -14,9 +14,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from deltafold.calibration.backward import Hook, Loss, backward
@@ -24,8 +23,9 @@ from deltafold.calibration.batches import Sample, make_batches
 from deltafold.calibration.divergence import Judge
 from deltafold.calibration.stream import StreamedModel
 from deltafold.calibration.whole import backward_whole
-from deltafold.coding.counter import derive_key, random_u64
+from deltafold.coding.counter import derive_key, shuffled
 from deltafold.coding.trainable import Values
+from deltafold.training.tables import group_of, joined
 
 SAMPLES_A_STEP = 12
 HELD_OUT = 8  # one sample in so many
@@ -33,6 +33,7 @@ CHECK_STEPS = 10  # between looks at the held-out samples; then the state is sav
 WARM_STEPS = 3
 START_BATCHES = 2  # whose gradient says where corrections start
 BETAS, EPSILON = (0.9, 0.99), 1e-12
+GROUPS = ("values", "first", "second", "best")  # tables of tensors that a state holds
 WHOLE_BYTES = 16  # of a parameter in memory: weight, gradient, and what its delta is made of
 
 
@@ -71,27 +72,19 @@ class State:
 
     def to_tensors(self) -> Values:
         numbers = torch.tensor([self.step, self.best_kl, self.start_kl], dtype=torch.float64)
-        groups = {
-            "values": self.values, "first": self.first, "second": self.second, "best": self.best
-        }  # fmt: skip
-        flat = {f"{group}/{k}": v for group, held in groups.items() for k, v in held.items()}
-        return flat | {"numbers": numbers}
+        return joined({name: getattr(self, name) for name in GROUPS}) | {"numbers": numbers}
 
     @classmethod
     def from_tensors(cls, tensors: Values) -> State:
         step, best_kl, start_kl = tensors["numbers"].tolist()
-
-        def group(name: str) -> Values:
-            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-
-        values, first, second, best = map(group, ("values/", "first/", "second/", "best/"))
-        return cls(int(step), values, first, second, best, best_kl, start_kl)
+        tables: dict[str, Any] = {name: group_of(tensors, name) for name in GROUPS}
+        return cls(step=int(step), best_kl=best_kl, start_kl=start_kl, **tables)
 
 
 def split_samples(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
     """(samples to train on, held-out samples), both in the given order."""
-    order = _shuffled(len(samples), derive_key(seed, "distill", "held out"))
-    held = set(order[: max(1, len(samples) // HELD_OUT)])
+    order = shuffled(derive_key(seed, "distill", "held out"), len(samples))
+    held = set(order[: max(1, len(samples) // HELD_OUT)].tolist())
     return (
         [each for n, each in enumerate(samples) if n not in held],
         [each for n, each in enumerate(samples) if n in held],
@@ -178,8 +171,8 @@ class Lessons:
         size = min(SAMPLES_A_STEP, n)
         places = range(step * size, (step + 1) * size)
         rounds = {place // n for place in places}
-        orders = {k: _shuffled(n, derive_key(self.seed, "distill", f"round {k}")) for k in rounds}
-        return list(dict.fromkeys(orders[place // n][place % n] for place in places))
+        orders = {k: shuffled(derive_key(self.seed, "distill", f"round {k}"), n) for k in rounds}
+        return list(dict.fromkeys(int(orders[place // n][place % n]) for place in places))
 
     def _backward(self, student: Student, numbers: list[int], hook: Hook) -> float:
         batches = make_batches([self.samples[number] for number in numbers])
@@ -227,7 +220,3 @@ def _adam(state: State, student: Student, pace: float) -> State:
         size = (second[name] / (1 - BETAS[1] ** step)).sqrt()
         values[name] = value - student.rates[name] * pace * mean / (size + EPSILON)
     return State(step, values, first, second, state.best, state.best_kl, state.start_kl)
-
-
-def _shuffled(n: int, key: int) -> list[int]:
-    return [int(k) for k in np.argsort(random_u64(key, 0, n), kind="stable")]
