@@ -62,7 +62,7 @@ class Texts:
         """Tokenise and cut; `limit` keeps the first windows of each text. Raises TaskError."""
         segments: list[Segment] = []
         for file in files:
-            cut = windows(encoder.plain(file.text), encoder.prefix, max_length)
+            cut = windows(encoder.ids(file.text), encoder.prefix, max_length)
             if not cut:
                 raise TaskError(f"{file.path} has fewer than two tokens; give a longer text.")
             segments += cut[:limit]

@@ -19,7 +19,7 @@ from deltafold.folding.methods.selection import Step
 from deltafold.folding.methods.similarity import SIMILARITIES
 from deltafold.folding.request import FoldRequest
 from deltafold.folding.states import States
-from deltafold.running.engine import Step as Told
+from deltafold.running.engine import Step as ProgressStep
 
 Row = dict[str, Any]
 HALF = 0.5
@@ -175,5 +175,5 @@ class BlockFolder:
     def _tell(self, whole: Draft, done: int, total: int) -> None:
         if self.request.progress:
             self.request.progress(
-                Told("fold", f"{done} of {total} blocks", float(done), float(total), 0)
+                ProgressStep("fold", f"{done} of {total} blocks", float(done), float(total), 0)
             )

@@ -144,10 +144,11 @@ def _load_solvers() -> None:
     torch.linalg.cholesky(torch.eye(2, device=here()))
 
 
-def handed_on(run: Callable[[], T], tensors: bool = True) -> Callable[[], T]:
-    """`run` for another thread, computing where this one does, on a stream of that thread's own.
+def for_another_thread(run: Callable[[], T], tensors: bool = True) -> Callable[[], T]:
+    """`run`, to be called in another thread: it computes on this thread's device, on its own stream.
 
-    Where there are `tensors`, torch is as at its start there; gradients switched off are not taken over.
+    With `tensors` torch has its initial settings there; that gradients are switched off here is not
+    passed on.
     """
     context, chosen = copy_context(), place()
 
@@ -349,6 +350,6 @@ def one_sentence(chosen: Place) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceError(
-            f"The memory of {chosen.name} does not do for this model beside what else runs there; "
+            f"{chosen.name} has too little memory free for this model, beside what else runs there; "
             "give a smaller --memory, fewer --workers or --device cpu."
         ) from error

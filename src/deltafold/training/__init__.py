@@ -5,8 +5,8 @@ Knows nothing of what is trained: any student that gives logits and names its pa
 
 from deltafold.training.loop import Settings, State, exam, train
 from deltafold.training.masters import Masters
+from deltafold.training.memory import forward_tokens
 from deltafold.training.processes import Processes
-from deltafold.training.room import forward_tokens
 from deltafold.training.rows import Rows, pack
 
 __all__ = [

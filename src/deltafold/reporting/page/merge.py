@@ -106,7 +106,7 @@ def _picture(record: MergeRecord) -> Picture:
         return Picture("Share of answers right", bars, 1.0, legend=False)
     bars = []
     for number, name in enumerate(record.short):
-        left = _brought(record.floats, number)
+        left = _share_left(record.floats, number)
         bars.append(
             Bar(name, share_text(left), [Segment(name, max(0.0, left or 0.0), "", "strong")])
         )
@@ -115,7 +115,7 @@ def _picture(record: MergeRecord) -> Picture:
     return Picture("What is left of each delta", bars, top, legend=False, note=note)
 
 
-def _brought(tensors: Sequence[MergedTensor], model: int) -> float | None:
+def _share_left(tensors: Sequence[MergedTensor], model: int) -> float | None:
     """<merged, D> / <D, D>, all tensors taken as one."""
     squares = [(t.norms[model] ** 2, t.brought[model]) for t in tensors if t.norms is not None]
     whole = math.fsum(square for square, _ in squares)
