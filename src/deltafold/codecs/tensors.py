@@ -87,7 +87,8 @@ class TensorCodec:
     def decode(self, parts: Encoded, base: torch.Tensor | None = None) -> torch.Tensor:
         """The delta in fp32, or, for an exact codec and with the same `base`, every bit of the tensor.
 
-        In the shape that was encoded. Raises UsageError; ValueError if parts do not fit together.
+        In the shape that was encoded: any shape. Raises UsageError; ValueError if parts do not fit
+        together.
         """
         if parts.codec != self.name:
             raise UsageError(f"These parts are of {parts.codec}, not of {self.name}.")
