@@ -49,7 +49,7 @@ class ExportText:
         )
 
     def restored(self, name: str) -> torch.Tensor:
-        """A tensor of the restored model, in the rows that the base has."""
+        """A tensor of the restored model in its shape, but with no more rows than the base has."""
         tensor = self.job.archive.by_name.get(name)
         if tensor is None:
             return self.job.base.tensor(name)
