@@ -24,7 +24,7 @@ class Factored:
 
 
 def covariance(moments: Moments) -> torch.Tensor:
-    """E[x x^T] - mu mu^T, or its diagonal; float64."""
+    """E[x x^T] - mu mu^T (i, i), or its diagonal (i,); float64."""
     mean = moments.mean.double()
     if moments.second.ndim == 1:
         return (moments.second.double() - mean.square()).clamp_min(0)
@@ -32,14 +32,14 @@ def covariance(moments: Moments) -> torch.Tensor:
 
 
 def input_gram(moments: Moments | None, centred: bool) -> torch.Tensor | None:
-    """What inputs look like to the methods: G, or the covariance; None where nothing is known."""
+    """What inputs look like to the methods: G, or the covariance, (i, i) or (i,); None: not known."""
     if moments is None:
         return None
     return covariance(moments) if centred else moments.second.double()
 
 
 def with_bias(weight: torch.Tensor, made: Factored, moments: Moments | None) -> Factored:
-    """The factors with the bias that makes the mean of the outputs exact: (W - B A) mu."""
+    """The factors of W (o, i) with the bias that makes the mean of the outputs exact: (W - B A) mu."""
     if moments is None:
         return made
     lost = weight.double() - made.b.double() @ made.a.double()
