@@ -39,7 +39,7 @@ def distances(rows: torch.Tensor) -> torch.Tensor:
 
 
 def median_distance(gaps: torch.Tensor) -> float:
-    """The median distance of two different rows; 1 where all rows are equal."""
+    """The median of the distances (n, n) of two different rows; 1 where all rows are equal."""
     above = gaps[tuple(torch.triu_indices(len(gaps), len(gaps), offset=1))]
     return float(above.median()) or 1.0 if above.numel() else 1.0
 
@@ -147,7 +147,7 @@ def npib(states: torch.Tensor, mode: Mode = "paper") -> torch.Tensor:
 
 
 def reference_ratio(alike: torch.Tensor, lower: int, upper: int) -> float:
-    """The released program's merge ratio: sigmoid(s_l / (s_l + s_m)), s the row means of S.
+    """The released program's merge ratio: sigmoid(s_l / (s_l + s_m)), s the row means of S (n, n).
 
     It lies between 0.5 and 0.731, whatever the blocks.
     """
