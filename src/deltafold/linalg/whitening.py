@@ -103,7 +103,10 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
 def output_error(
     matrix: torch.Tensor, made: torch.Tensor, second: torch.Tensor | None
 ) -> tuple[float, float]:
-    """(E |W x - W' x|^2, E |W x|^2): squared norms, of the matrices themselves where G is None."""
+    """(E |W x - W' x|^2, E |W x|^2) of W and W' (o, i), G (i, i) or (i,).
+
+    Without G the squared norms of the matrices themselves.
+    """
     return _energy(matrix.double() - made.double(), second), _energy(matrix.double(), second)
 
 
