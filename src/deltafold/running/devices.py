@@ -174,10 +174,10 @@ def wide() -> torch.dtype:
 
 
 def put(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The tensor where heavy steps compute, in `dtype` (its own if None); on the CPU, converted only.
+    """The tensor, of any shape, where heavy steps compute, in `dtype` (its own if None).
 
-    It travels in its own dtype and is converted there. From pinned memory, so that the copy runs
-    beside what the GPU computes.
+    On the CPU it is only converted. To a GPU it travels in its own dtype and is converted there; from
+    pinned memory, so that the copy runs beside what the GPU computes.
     """
     at = here()
     if tensor.device != at:
