@@ -43,7 +43,10 @@ def fit(
     seed: int,
     progress: Progress | None = None,
 ) -> Tensors:
-    """New values of the factors and scales of what writes, by name; the student has them then, too."""
+    """New factors (rank, in), (rows, rank) and scales (out,) of layers that end a sub-layer, by name.
+
+    The student has them then, too.
+    """
     student.begin_exam()
     form, shared = plan.form(), {place.block for place in plan.places}
     calls, hidden = _block_calls(student, blocks, rows, device)
