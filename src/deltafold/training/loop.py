@@ -135,7 +135,7 @@ class State:
         return min(row[2] for row in self.exams)
 
     def to_tensors(self) -> Tensors:
-        """One flat table, for a file."""
+        """One flat table, for a file: values in their shapes, curve (n, 4), exams (n, 3)."""
         groups = {name: getattr(self, name) for name in GROUPS}
         return joined(groups) | {
             "steps": torch.tensor([self.step, self.best_step]),
@@ -146,6 +146,7 @@ class State:
 
     @classmethod
     def from_tensors(cls, tensors: Tensors) -> State:
+        """Inverse of `to_tensors`, in the same shapes."""
         step, best_step = tensors["steps"].tolist()
         curve, exams = ([tuple(row) for row in tensors[key].tolist()] for key in ("curve", "exams"))
         tables: dict[str, Any] = {name: group_of(tensors, name) for name in GROUPS}

@@ -64,7 +64,7 @@ class Processes:
                 distributed.all_reduce(parameter.grad)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all processes."""
+        """The sum of a tensor, of any shape, over all processes."""
         if self.world > 1:
             import torch.distributed as distributed
 

@@ -44,16 +44,16 @@ class Student(Protocol):
     rates: dict[str, float]
 
     def weights(self, name: str) -> torch.Tensor:
-        """A checkpoint tensor as it would be restored."""
+        """A checkpoint tensor as it would be restored, in its shape."""
 
     def wanted(self, name: str) -> bool:
         """True if values depend on the gradient of this checkpoint tensor."""
 
     def pull(self, name: str, gradient: torch.Tensor) -> None:
-        """Add what the gradient of a checkpoint tensor means for the values to `gradients`."""
+        """Add to `gradients` what the gradient of a checkpoint tensor (its shape) means for the values."""
 
     def begin(self, name: str, gradient: torch.Tensor) -> None:
-        """Choose values to start from, given the gradient of a checkpoint tensor."""
+        """Choose values to start from, given the gradient of a checkpoint tensor, of its shape."""
 
     gradients: Values
 
@@ -71,11 +71,13 @@ class State:
     start_kl: float
 
     def to_tensors(self) -> Values:
+        """One flat table, for a file: values of any shapes, and three numbers (3,)."""
         numbers = torch.tensor([self.step, self.best_kl, self.start_kl], dtype=torch.float64)
         return joined({name: getattr(self, name) for name in GROUPS}) | {"numbers": numbers}
 
     @classmethod
     def from_tensors(cls, tensors: Values) -> State:
+        """Inverse of `to_tensors`, in the same shapes."""
         step, best_kl, start_kl = tensors["numbers"].tolist()
         tables: dict[str, Any] = {name: group_of(tensors, name) for name in GROUPS}
         return cls(step=int(step), best_kl=best_kl, start_kl=start_kl, **tables)
