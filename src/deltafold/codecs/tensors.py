@@ -114,8 +114,8 @@ class TensorCodec:
             raise UsageError(f"{self.name} is exact: it needs the base's tensor; give base.")
         if tuple(base.shape) != shape or dtype not in (None, base.dtype):
             raise UsageError(
-                f"The base's tensor is {base.dtype} {list(base.shape)}, the other "
-                f"{dtype or 'of shape'} {list(shape)}; {self.name} needs two that are alike."
+                f"The base's tensor is {base.dtype} {list(base.shape)}, the fine-tune's "
+                f"{dtype or 'of shape'} {list(shape)}; {self.name} needs the same dtype and shape."
             )
         return base
 

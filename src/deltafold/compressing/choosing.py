@@ -78,8 +78,8 @@ def _check(request: CompressRequest) -> None:
     known = CANDIDATES.get(method, {})
     if wrong := [name for name in request.open_settings if name not in known]:
         raise UsageError(
-            f"{', '.join(wrong)} of {method} cannot be auto; that is for beta and C of impart and "
-            "impart-qt, and for bits of dare-qt."
+            f"{', '.join(wrong)} of {method} cannot be auto; only beta and C of impart and "
+            "impart-qt, and bits of dare-qt, can."
         )
     if limit is None:
         return

@@ -31,8 +31,8 @@ def check_distill(steps: int, method: str) -> None:
     if steps and not can_train(method):
         able = ", ".join(name for name in names() if can_train(name))
         raise UsageError(
-            f"The method {method} stores nothing that --steps could train; drop it, or choose "
-            f"one of {able}."
+            f"The method {method} stores nothing that --steps could train; leave out --steps, "
+            f"or choose one of {able}."
         )
 
 

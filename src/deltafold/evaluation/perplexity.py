@@ -76,8 +76,8 @@ class Texts:
             figures = {"perplexity": exponential(loss)}
         except OverflowError:
             raise NonFiniteError(
-                f"The perplexity of {student.label} is beyond any number ({loss['value']:.0f} nats "
-                "a token); its weights are of no use, leave it out."
+                f"The perplexity of {student.label} is too large for any number ({loss['value']:.0f} "
+                "nats a token); its weights are useless: leave it out."
             ) from None
         if teacher is not None:
             figures["kl_text"], figures["agreement_text"] = scores.divergence()

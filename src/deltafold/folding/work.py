@@ -67,8 +67,8 @@ class BlockFolder:
                 return done
             if len(done.draft) - wanted == left:
                 raise MismatchError(
-                    f"{self.job.method.name}: no choice of {left} more blocks is left; protect "
-                    "fewer, or ask for fewer."
+                    f"{self.job.method.name} finds no {left} more blocks that may go; protect fewer, "
+                    "or ask for fewer."
                 )
         return done
 

@@ -334,8 +334,8 @@ def steady_backward() -> Iterator[None]:
             raise
         operation = str(error).partition(" does not")[0].split()[-1]
         raise DeviceError(
-            f"torch has no backward pass of this model on a GPU that gives the same numbers each "
-            f"time ({operation}); give --device cpu, or set {UNSTEADY}=1 to do without."
+            f"On a GPU torch has no backward pass for this model that gives the same numbers each time "
+            f"({operation}); give --device cpu, or set {UNSTEADY}=1 to accept numbers that vary."
         ) from error
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)

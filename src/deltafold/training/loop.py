@@ -269,7 +269,7 @@ class _Run:
         ce_mean, kl_mean = (self.processes.total(sums) / count).tolist()
         if not math.isfinite(ce_mean + kl_mean):
             raise NonFiniteError(
-                f"The loss is not finite any more at step {state.step + 1}; lower the rate "
+                f"The loss is no longer finite at step {state.step + 1}; lower the rate "
                 f"({settings.rate:g})."
             )
         nn.utils.clip_grad_norm_(self.parameters, settings.clip, foreach=self.device.type != "cpu")

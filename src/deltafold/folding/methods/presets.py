@@ -118,8 +118,8 @@ class Method:
             )
         if self.chooser.removes == "part" and preset.rule != "drop":
             raise UsageError(
-                f"Attention and MLP that go alone are dropped, so the rule {preset.rule} does "
-                f"not suit the selection {preset.selection}."
+                f"Attention or MLP can only be dropped alone, so the rule {preset.rule} does not suit "
+                f"the selection {preset.selection}; take the rule drop."
             )
         if self.chooser.needs == "closeness" and not self.rule.merges:
             raise UsageError(

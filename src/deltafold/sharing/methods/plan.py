@@ -223,8 +223,8 @@ def _pairs(
         return [(block, free[-count - 1]) for block in free[-count:][::-1]] if count > 0 else []
     if costs is None:
         raise UsageError(
-            "The placement searched measures what each block costs, for which it needs weights and "
-            "text: it is made by share, and plan does alternating and sequential."
+            "The placement searched measures what each block costs, and needs weights and text for "
+            "that: use share; plan knows the placements alternating and sequential."
         )
     order = sorted((n for n in free if n in costs), key=lambda n: (costs[n], -n))
     if request.shared is not None:
