@@ -10,7 +10,7 @@ from deltafold.running.record import Meter, Record, record_path, write_record
 
 
 def check_tasks(request: CompressRequest) -> None:
-    """A broken file, and a missing tokenizer, are told of before any work. Raises DeltafoldError."""
+    """A broken file or a missing tokenizer is reported before any work. Raises DeltafoldError."""
     from deltafold.calibration.models import quiet
     from deltafold.evaluation.data import read_tasks
     from deltafold.evaluation.loading import load_tokenizer, model_folder

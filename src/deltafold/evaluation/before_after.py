@@ -41,7 +41,7 @@ def scored(asked: Any, run: Callable[[Any], Record], label: str) -> Record:
         answers=asked.answers,
     )  # fmt: skip
     wanted, where = choose_dtype(asked.dtype), choose_device(asked.device)
-    read_tasks(request.tasks, request.limit)  # a broken file, a missing tokenizer: told of first
+    read_tasks(request.tasks, request.limit)  # a broken file, a missing tokenizer: reported first
     load_tokenizer(asked.model)
     record = run(asked)
     if asked.dry_run or not is_main_process():

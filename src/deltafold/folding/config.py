@@ -105,7 +105,7 @@ def _better(
 
 
 def _scaled(whole: _Whole, config: Config, found: list[Difference]) -> Iterator[Config]:
-    """A scale that is divided by the depth is brought back by what it is made of."""
+    """Configs in which a scale that is divided by the depth has its old value again."""
     old, new = found[0].old, found[0].new
     if not (isinstance(old, float) and isinstance(new, float) and new):
         return

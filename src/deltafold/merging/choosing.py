@@ -129,13 +129,13 @@ def _scoring(
         tuple(map(str, tasks)), tuple(map(str, texts)), batch_size=request.batch_size,
         limit=request.limit, answers=answers,
     )  # fmt: skip
-    read_tasks(asked.tasks, request.limit)  # a broken file is told of before any work
+    read_tasks(asked.tasks, request.limit)  # a broken file is reported before any work
     read_texts(asked.texts)
     return Scoring(asked, choose_dtype(request.dtype), choose_device(request.device))
 
 
 def _check_tokenizers(base: str | Path, recipe: Recipe) -> None:
-    """A folder without one is told of before any work. Raises CheckpointError."""
+    """A folder without one is reported before any work. Raises CheckpointError."""
     for source in (base, *(model.path for model in recipe.models)):
         if not is_archive(source):
             load_tokenizer(source)

@@ -112,7 +112,7 @@ def place() -> Place:
 def computing(asked: str | None) -> Iterator[Place]:
     """Heavy steps compute on this device inside; None: where they did before, at first the CPU.
 
-    Raises UsageError for a device that is not there; DeviceError where its memory does not do.
+    Raises UsageError for a device that is not there; DeviceError where its memory is not enough.
     """
     if asked is None:
         yield place()

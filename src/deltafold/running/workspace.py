@@ -163,18 +163,19 @@ class Workspace:
         return json.loads(self._found(name).read_text())
 
     def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Write tensors (sorted by name) as one safetensors file, by rename."""
+        """Write tensors of any shape (sorted by name) as one safetensors file, by rename."""
         specs = [(k, DTYPE_NAMES[t.dtype], tuple(t.shape)) for k, t in sorted(tensors.items())]
         header, _ = build_header(specs, None)
         path = self.folder / name
         self._write(path, [header, *(tensor_bytes(tensors[key]) for key, _, _ in specs)])
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """All tensors of a saved file, in their stored shapes."""
         with Checkpoint(self._found(name)) as file:
             return {key: file.tensor(key) for key in file.tensors}
 
     def load_tensor(self, name: str, key: str) -> torch.Tensor:
-        """One tensor of a saved file; the others are not read."""
+        """One tensor of a saved file, in its stored shape; the others are not read."""
         with Checkpoint(self._found(name)) as file:
             return file.tensor(key)
 
@@ -259,7 +260,7 @@ def check_space(output: Path, needed_bytes: int) -> None:
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """Checksum of one part as the manifest holds it."""
+    """Checksum of one part, of any shape, as the manifest holds it."""
     digest = TensorDigest(DTYPE_NAMES[tensor.dtype], tensor.shape)
     digest.update(tensor_bytes(tensor))
     return digest.checksum()
