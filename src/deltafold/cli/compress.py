@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltafold.cli.command import command, record_place
+from deltafold.cli.command import Extras, command, record_place
 from deltafold.cli.method_settings import METHOD_SETTINGS, with_method_settings
 from deltafold.compressing.request import CompressRequest
 
@@ -104,7 +104,6 @@ compress = command(
     CompressRequest,
     "deltafold.compressing.compress:run_compress",
     _show,
-    extra=METHOD_SETTINGS,
-    fold_in=with_method_settings,
+    extras=Extras(with_method_settings, [*METHOD_SETTINGS.values()]),
     announce=_announce,
 )

@@ -7,23 +7,25 @@ import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from deltafold.checkpoint.store import address_of, is_address, output_of
 from deltafold.errors import UsageError, nearest
+from deltafold.running.common import Running
 from deltafold.running.devices import computing
 from deltafold.running.neutral import as_at_start
 from deltafold.running.record import Record, record_path, write_record
 from deltafold.running.request import Request, default_of, flag_of, joined, options_of
 
 P = ParamSpec("P")
+T = TypeVar("T")
 EXTRAS = "method_settings"
 """The field that takes what keywords are left: the settings of a method's own."""
 
 
 def front(
-    name: str, request: Callable[P, Request], run: Callable[[Any], Record]
-) -> Callable[P, Record]:
+    name: str, request: Callable[P, Request], run: Callable[[Any], T]
+) -> Callable[P, T]:
     """A function `name` that takes the fields of `request` and carries out what they ask.
 
     To a type checker it has the signature of the request; to `inspect.signature` and `help` as well.
@@ -31,13 +33,14 @@ def front(
     assert isinstance(request, type)
     kind: type[Request] = request
 
-    def verb(*args: Any, **kwargs: Any) -> Record:
+    def verb(*args: Any, **kwargs: Any) -> T:
         return carry_out(made(kind, name, args, kwargs), run)
 
     verb.__name__ = verb.__qualname__ = name
     verb.__module__ = run.__module__
     verb.__doc__ = docs_of(kind)
-    verb.__signature__ = signature_of(kind)  # type: ignore[attr-defined]
+    gives = inspect.get_annotations(run).get("return", "Record")
+    verb.__signature__ = signature_of(kind).replace(return_annotation=gives)  # type: ignore[attr-defined]
     verb.request = kind  # type: ignore[attr-defined]
     return verb
 
@@ -76,19 +79,20 @@ def _renamed(kind: type[Request], kwargs: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def carry_out(request: Any, run: Callable[[Any], Record]) -> Record:
+def carry_out(request: Any, run: Callable[[Any], T]) -> T:
     """Run a request on its device, in a torch that is as at its start.
 
     An output with an address in a store is stored when it is whole.
 
     The record of such an output speaks of the address; it lies beside it, or where `record` says.
     """
-    with as_at_start(), computing(getattr(request, "device", None)):
+    with as_at_start(), computing(request.device if isinstance(request, Running) else None):
         output = getattr(request, "output", None)
         if output is None or not is_address(output):
             return run(request)
         with output_of(output, bool(request.overwrite)) as local:
             result = run(request.but(output=local))
+            assert isinstance(result, dict)  # the record of what was written
             for key in ("output", "archive"):
                 if result.get(key) == str(local):
                     result[key] = address_of(output)
@@ -117,7 +121,7 @@ def signature_of(kind: type[Request]) -> inspect.Signature:
     more = []
     if any(field.name == EXTRAS for field in dataclasses.fields(kind)):
         more = [inspect.Parameter(EXTRAS, inspect.Parameter.VAR_KEYWORD, annotation="Any")]
-    return inspect.Signature([*placed, *keywords, *more], return_annotation="Record")
+    return inspect.Signature([*placed, *keywords, *more])
 
 
 def docs_of(kind: type[Request]) -> str:

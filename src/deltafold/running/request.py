@@ -165,10 +165,10 @@ class Request:
 
 
 def options_of(request: type[Request]) -> dict[str, Option]:
-    """Every option of a request by its name: the verb's own first, then what it shares with others."""
+    """Every option of a request by its name: arguments, the verb's own, what it shares with others."""
     found = {f.name: f.metadata[_KEY] for f in dataclasses.fields(request) if _KEY in f.metadata}
     own = inspect.get_annotations(request)
-    return dict(sorted(found.items(), key=lambda pair: pair[0] not in own))
+    return dict(sorted(found.items(), key=lambda p: (not p[1].is_argument, p[0] not in own)))
 
 
 def types_of(request: type[Request]) -> dict[str, Any]:
