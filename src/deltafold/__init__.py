@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deltafold.codecs.tensors import codec
     from deltafold.compressing.compress import compress
     from deltafold.compressing.plan import plan
-    from deltafold.evaluation import evaluate
+    from deltafold.evaluation.evaluate import evaluate
     from deltafold.exporting.export import export
     from deltafold.exporting.load import load
     from deltafold.factoring.factor import factor
@@ -45,7 +45,7 @@ _PUBLIC = {
     "fold": "deltafold.folding.fold",
     "factor": "deltafold.factoring.factor",
     "share": "deltafold.sharing.share",
-    "evaluate": "deltafold.evaluation",
+    "evaluate": "deltafold.evaluation.evaluate",
     "push_to_hub": "deltafold.publishing",
     "tensors": "deltafold.restoring.load",
     "codec": "deltafold.codecs.tensors",

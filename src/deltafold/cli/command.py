@@ -67,7 +67,9 @@ def command(
     *,
     extras: Extras = NOTHING,
     announce: Callable[[Any], None] | None = None,
-    watch: Callable[[type[Request]], contextlib.AbstractContextManager[dict[str, Any]]] = progress_bar,
+    watch: Callable[
+        [type[Request]], contextlib.AbstractContextManager[dict[str, Any]]
+    ] = progress_bar,
     plain: Callable[[Any], Any] = lambda found: found,
     after: Callable[[Any, Any], None] | None = None,
 ) -> Callable[..., None]:

@@ -14,7 +14,7 @@ from deltafold.errors import UsageError, nearest
 from deltafold.running.common import Running
 from deltafold.running.devices import computing
 from deltafold.running.neutral import as_at_start
-from deltafold.running.record import Record, record_path, write_record
+from deltafold.running.record import record_path, write_record
 from deltafold.running.request import Request, default_of, flag_of, joined, options_of
 
 P = ParamSpec("P")
@@ -23,9 +23,7 @@ EXTRAS = "method_settings"
 """The field that takes what keywords are left: the settings of a method's own."""
 
 
-def front(
-    name: str, request: Callable[P, Request], run: Callable[[Any], T]
-) -> Callable[P, T]:
+def front(name: str, request: Callable[P, Request], run: Callable[[Any], T]) -> Callable[P, T]:
     """A function `name` that takes the fields of `request` and carries out what they ask.
 
     To a type checker it has the signature of the request; to `inspect.signature` and `help` as well.
