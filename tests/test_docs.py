@@ -342,9 +342,7 @@ def test_a_wrong_command_line_is_noticed():
             check_command(line)
 
 
-@pytest.mark.parametrize(
-    "name", ["compress", "restore", "verify", "export", "merge", "fold", "share", "factor"]
-)
+@pytest.mark.parametrize("name", sorted(commands_of_the_program().commands))
 def test_the_table_of_options_is_the_requests(name: str):
     """After a change: python scripts/write_option_tables.py."""
     spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts/write_option_tables.py")

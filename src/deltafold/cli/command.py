@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from deltafold.cli.parameters import former_name, options_as_parameters, parameters
+from deltafold.cli.parameters import former_name, no_markup, options_as_parameters, parameters
 from deltafold.errors import UsageError, nearest
 from deltafold.running.record import is_main_process
 from deltafold.running.request import Request, default_of, flag_of, joined, options_of
@@ -111,6 +111,7 @@ def command(
 
     run.__doc__ = _words(kind)
     run.__name__ = kind.__name__.removesuffix("Request").lower()
+    run.request = kind  # type: ignore[attr-defined]
     taken = parameters(kind, extras.all_parameters())
     run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in taken}
@@ -120,7 +121,12 @@ def command(
 def _words(kind: type[Request]) -> str:
     """What `--help` says first: one sentence and the example, not what Python returns and raises."""
     parts = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
-    return "\n\n".join([parts[0], *(part for part in parts[1:] if part.startswith("Example:"))])
+    said = [
+        parts[0],
+        *filter(None, [kind.more_help]),
+        *(part for part in parts[1:] if part.startswith("Example:")),
+    ]
+    return no_markup("\n\n".join(said))
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -52,6 +52,11 @@ def extra_option(name: str, kind: Any, default: Any, *flags: str, **said: Any) -
     return parameter(name, Annotated[kind, typer.Option(*flags, **said)], default)
 
 
+def no_markup(text: str) -> str:
+    """A text of help in which `deltafold[compare]` is no markup."""
+    return text.replace("[", "\\[")
+
+
 def parameter(
     name: str, annotation: Any, default: Any = inspect.Parameter.empty
 ) -> inspect.Parameter:
@@ -90,7 +95,9 @@ def _settled() -> list[inspect.Parameter]:
 
 
 def _argument(kind: type[Request], name: str, each: Option, hint: Any) -> inspect.Parameter:
-    said = typer.Argument(metavar=each.metavar or name.upper(), help=each.doc, show_default=False)
+    said = typer.Argument(
+        metavar=each.metavar or name.upper(), help=no_markup(each.doc), show_default=False
+    )
     default = default_of(kind, name)
     inner: Any = list[str] if _is_many(hint) else str
     if default is dataclasses.MISSING:
@@ -112,7 +119,11 @@ def _option(kind: type[Request], name: str) -> inspect.Parameter:
         shown = bool(default)
         flags = [flag if default is False else _both_ways(flag), *each.flags]
     said = typer.Option(
-        *flags, help=each.doc, metavar=each.metavar, rich_help_panel=each.panel, show_default=shown
+        *flags,
+        help=no_markup(each.doc),
+        metavar=each.metavar,
+        rich_help_panel=each.panel,
+        show_default=shown,
     )
     return parameter(name, Annotated[inner, said], default)
 

@@ -21,10 +21,14 @@ SETTINGS = ("beta", "c", "value_dtype", "setting")
 @asked
 class PlanEitherRequest(Budgeted):
     """Show what compress would do, from headers alone: roles, sizes, what does not match.
-    With a method of share: which blocks would refer to which, and exact counts, from the config alone.
 
     Example: deltafold plan base/ math/ --file-ratio 64
     """
+
+    more_help = (
+        "With a method of share: which blocks would refer to which, and exact counts, from the config "
+        "alone."
+    )
 
     base: str | Path = argument(
         "Base checkpoint; for a method of share a folder or config.json.",

@@ -76,6 +76,19 @@ class PlanRequest(Budgeted, Pair):
 
 
 @asked
+class MethodsRequest(Request):
+    """List the codecs: what each is, where it comes from, its bits per weight at a ratio of 32.
+
+    Returns one row a codec; bits are the true ones stored of a matrix of `shape` at nominal ratio 32. For
+    codecs that look at singular values, those of the example fall off as 1 / sqrt(index).
+    """
+
+    shape: tuple[int, int] = option(
+        "Rows and columns of the matrix that bits are counted for.", default=(2048, 2048), cli=False
+    )
+
+
+@asked
 class CompressRequest(Budgeted, Clustered, Scored, Seeded, Writing, Pair):
     """Compress a fine-tuned checkpoint against its base into an archive.
 

@@ -23,12 +23,6 @@ from deltafold.running.request import (
 class Measuring(Answered):
     """What is measured of a model, and how. Raises UsageError where that is nothing."""
 
-    tasks: Sequence[str | Path] = option(
-        "JSON lines of prompts and answers, or of multiple choice.",
-        default=(),
-        panel=TEXT,
-        flag="--task",
-    )
     texts: Sequence[str | Path] = option(
         "A UTF-8 text for perplexity and KL.", default=(), panel=TEXT, flag="--text"
     )

@@ -148,6 +148,10 @@ class Seeded(Request):
 class Answered(Request):
     """A verb that lets models answer rows of tasks."""
 
+    tasks: Sequence[str | Path] = option(
+        "JSON lines of prompts and answers, or of multiple choice.",
+        default=(), panel=TEXT, flag="--task", identity=False, record=False,
+    )  # fmt: skip
     limit: int | None = option(
         "Only the first rows of a task, and windows of a text.", default=None, panel=TEXT, low=1,
         identity=False, record=False,
@@ -173,7 +177,7 @@ class Generating(Request):
 
 
 @asked
-class Scored(Answered, Generating):
+class Scored(Generating, Answered):
     """A verb that can answer tasks and measure texts, before and after. Nothing of it is stored."""
 
     tasks: Sequence[str | Path] = option(

@@ -47,7 +47,7 @@ def made(kind: type[Request], name: str, args: tuple[Any, ...], kwargs: dict[str
     """The request of a call. Raises UsageError for a keyword that is not known, with the nearest."""
     args, kwargs = kind.former(args, kwargs)
     given = _renamed(kind, kwargs)
-    fields = {f.name for f in dataclasses.fields(kind)}
+    fields = {f.name for f in dataclasses.fields(kind) if _in_python(kind, f.name)}
     left = {key: given.pop(key) for key in [*given] if key not in fields}
     if EXTRAS in fields:
         given[EXTRAS] = {**given.get(EXTRAS, {}), **left}
@@ -104,7 +104,7 @@ def signature_of(kind: type[Request]) -> inspect.Signature:
     placed: list[inspect.Parameter] = []
     keywords: list[inspect.Parameter] = []
     for field in dataclasses.fields(kind):
-        if field.name == EXTRAS:
+        if field.name == EXTRAS or not _in_python(kind, field.name):
             continue
         default = default_of(kind, field.name)
         parameter = inspect.Parameter(
@@ -122,27 +122,40 @@ def signature_of(kind: type[Request]) -> inspect.Signature:
     return inspect.Signature([*placed, *keywords, *more])
 
 
+def _in_python(kind: type[Request], name: str) -> bool:
+    """False for what only the command line takes."""
+    found = options_of(kind).get(name)
+    return found is None or found.python
+
+
 def docs_of(kind: type[Request]) -> str:
     """The request's own words, then a line for each option."""
     text, _, rest = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")
     lines = [text, "", "Args:"]
     for name, found in options_of(kind).items():
-        lines.append(f"    {name}: {found.doc}")
+        if found.python:
+            lines.append(f"    {name}: {found.doc}")
     return "\n".join([*lines, "", rest]).rstrip() + "\n"
 
 
-def options_table(kind: type[Request]) -> str:
-    """The options as a Markdown table for a page of docs, panel by panel."""
+def options_table(kind: type[Request], public: bool = True) -> str:
+    """The options as a Markdown table for a page of docs, panel by panel.
+
+    `public`: Python takes them too, under the names that are shown then.
+    """
     from deltafold.running.request import PANELS
 
     rows = ["| option | in Python | default | |", "|---|---|---|---|"]
+    if not public:
+        rows = ["| option | default | |", "|---|---|---|"]
     found = options_of(kind)
     for panel in PANELS:
         for name, each in found.items():
             if each.panel != panel or each.is_argument or not each.cli:
                 continue
             flags = ", ".join(f"`{flag}`" for flag in (each.flag or flag_of(name), *each.flags))
-            rows.append(f"| {flags} | `{name}` | {shown_default(kind, name)} | {each.doc} |")
+            ours = (f"`{name}`" if each.python else "") + " | " if public else ""
+            rows.append(f"| {flags} | {ours}{shown_default(kind, name)} | {each.doc} |")
     return "\n".join(rows) + "\n"
 
 
