@@ -62,7 +62,13 @@ def _show(record: dict[str, Any], request: CompressRequest) -> None:
         say(f"  {named}: {tried['criterion']} {tried['value']:.4g}{kept}")
     if why := record.get("calibration", {}).get("why"):
         say(f"  all values count alike: {why}")
-    if trained := record.get("distill"):
+    trained = record.get("distill")
+    if trained and not trained["values"]:
+        say(
+            "  nothing was trained: no number that is stored here can move; KL on samples held out "
+            f"{trained['kl_after']:.4g}"
+        )
+    elif trained:
         say(
             f"  distilled {trained['steps']} steps: KL on samples held out "
             f"{trained['kl_before']:.4g} -> {trained['kl_after']:.4g}; kept: {trained['kept']}"

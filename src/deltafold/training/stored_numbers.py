@@ -122,7 +122,8 @@ def train(
     ):
         lessons = Lessons(teacher, learn, model, seed, memory_bytes // 2)
         if state is None:
-            lessons.begin(student)
+            if student.values:
+                lessons.begin(student)
             kl = exam.kl(student.weights)
             zeros = {name: torch.zeros_like(each) for name, each in student.values.items()}
             state = State(0, student.values, zeros, zeros, student.values, kl, kl)
