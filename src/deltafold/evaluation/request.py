@@ -45,6 +45,8 @@ class Measuring(Answered):
 
     def check(self) -> None:
         """Raises UsageError."""
+        for name in ("tasks", "texts"):  # as a record says them
+            object.__setattr__(self, name, tuple(map(str, getattr(self, name))))
         if not (self.tasks or self.texts or self.lm_eval):
             raise UsageError("There is nothing to measure; give a --text, a --task or --lm-eval.")
 
