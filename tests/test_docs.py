@@ -342,9 +342,7 @@ def test_a_wrong_command_line_is_noticed():
             check_command(line)
 
 
-@pytest.mark.parametrize(
-    "name", ["compress", "restore", "verify", "export", "merge", "fold", "share", "factor"]
-)
+@pytest.mark.parametrize("name", sorted(commands_of_the_program().commands))
 def test_the_table_of_options_is_the_requests(name: str):
     """After a change: python scripts/write_option_tables.py."""
     spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts/write_option_tables.py")
@@ -352,6 +350,30 @@ def test_the_table_of_options_is_the_requests(name: str):
     spec.loader.exec_module(tables)
     page = ROOT / "docs" / "commands" / f"{name}.md"
     assert page.read_text(encoding="utf-8") == tables.page_with_table(name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_pages_use_the_names_of_today(page: Path):
+    """No former option in a command line, nor in the page of its command."""
+    group = commands_of_the_program()
+    text = page.read_text(encoding="utf-8")
+    lines = [
+        *commands(page),
+        *(f"deltafold {rest}" for rest in re.findall(r"`deltafold ([^`]+)`", text)),
+    ]
+    if page.parent.name == "commands":
+        lines += [
+            f"deltafold {page.stem} {found}" for found in re.findall(r"`([^`\n]*--[^`\n]*)`", text)
+        ]
+    used = set()
+    for line in lines:
+        words = line.split()[1:]
+        if words and words[0] in group.commands:
+            params = group.commands[words[0]].params
+            today = {word for p in params if not getattr(p, "hidden", False) for word in p.opts}
+            former = {word for p in params if getattr(p, "hidden", False) for word in p.opts}
+            used |= {f"{words[0]} {word}" for word in words if word in former - today}
+    assert used == set()
 
 
 def test_every_command_has_a_page():

@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 
 from deltafold.cli.evaluate import evaluate as command
 from deltafold.errors import CheckpointError, DeltafoldError, MismatchError, UsageError
-from deltafold.evaluation import evaluate, loading
+from deltafold.evaluation import loading
+from deltafold.evaluation.evaluate import evaluate
 from deltafold.evaluation.table import explanations, format_figure, grid
 from deltafold.running.record import record_path, write_record
 
@@ -132,7 +133,7 @@ def test_an_archive_is_loaded_on_its_base(home: Path, monkeypatch: pytest.Monkey
     verb = ModuleType("deltafold.restoring.load")
     verb.load_archive = load  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deltafold.restoring.load", verb)
-    monkeypatch.setattr("deltafold.evaluation.read_manifest", lambda path: Manifest)
+    monkeypatch.setattr("deltafold.evaluation.evaluate.read_manifest", lambda path: Manifest)
     entry = run(home, models=[archive], base=home / "base")["models"][-1]
     assert (entry["archive_bytes"], entry["file_ratio"], entry["method"]) == (100, 25, "impart")
     assert entry["metrics"]["kl_text"]["value"] == pytest.approx(0, abs=1e-9)

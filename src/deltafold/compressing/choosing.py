@@ -204,7 +204,7 @@ class _Scorer:
 
     def __enter__(self) -> Score:
         from deltafold.calibration.divergence import Judge
-        from deltafold.calibration.gather import gather_samples
+        from deltafold.calibration.gather import Sampling, gather_samples
         from deltafold.calibration.kept import cache_folder
         from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 
@@ -217,9 +217,7 @@ class _Scorer:
         self._open.callback(model.checkpoint.close)
         samples = gather_samples(
             model,
-            request.calibration or "self",
-            samples=request.samples,
-            max_tokens=request.max_tokens,
+            Sampling(request.calibration or "self", request.samples, request.max_tokens),
             memory_bytes=allowance,
             cache=root,
         )

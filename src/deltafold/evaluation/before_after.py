@@ -19,7 +19,8 @@ from deltafold.evaluation.loading import (
     load_tokenizer,
     loaded,
 )
-from deltafold.evaluation.plan import Plan, Request
+from deltafold.evaluation.plan import Plan
+from deltafold.evaluation.request import Measuring
 from deltafold.evaluation.segments import Subject
 from deltafold.running.engine import Progress, Step
 from deltafold.running.record import Meter, Record, is_main_process, record_path, write_record
@@ -36,8 +37,8 @@ def scored(asked: Any, run: Callable[[Any], Record], label: str) -> Record:
     texts = tuple(map(str, getattr(asked, "texts", ())))
     if not asked.tasks and not texts:
         return run(asked)
-    request = Request(
-        tuple(map(str, asked.tasks)), texts, batch_size=asked.batch_size, limit=asked.limit,
+    request = Measuring(
+        tasks=asked.tasks, texts=texts, batch_size=asked.batch_size, limit=asked.limit,
         answers=asked.answers,
     )  # fmt: skip
     wanted, where = choose_dtype(asked.dtype), choose_device(asked.device)
@@ -56,7 +57,7 @@ def scored(asked: Any, run: Callable[[Any], Record], label: str) -> Record:
 
 
 def before_and_after(
-    request: Request,
+    request: Measuring,
     model: str | Path,
     output: str | Path,
     dtype: torch.dtype | None,

@@ -28,7 +28,7 @@ class ExportText:
     """
 
     def __init__(self, job: ExportJob, request: ExportRequest, scratch: Path):
-        from deltafold.calibration import StreamedModel, gather_samples
+        from deltafold.calibration import Sampling, StreamedModel, gather_samples
 
         source, memory_bytes = request.calibration or "general", request.memory_bytes
         if str(source) == "self":
@@ -42,9 +42,7 @@ class ExportText:
         self.source = str(source)
         self.samples = gather_samples(
             self.model,
-            source,
-            samples=request.samples,
-            max_tokens=request.max_tokens,
+            Sampling(source, request.samples, request.max_tokens),
             memory_bytes=memory_bytes,
         )
 

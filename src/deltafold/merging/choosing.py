@@ -11,7 +11,7 @@ from typing import Any
 from deltafold.archive import Archive, is_archive
 from deltafold.errors import NonFiniteError, UsageError, nearest
 from deltafold.evaluation.loading import choose_device, choose_dtype, load_tokenizer
-from deltafold.evaluation.plan import Request
+from deltafold.evaluation.request import Measuring
 from deltafold.evaluation.scoring import Metrics, Scoring, best_of, mean_loss, share_right
 from deltafold.merging.as_archive import merge_to_archive
 from deltafold.merging.merge import Wish, merge_models
@@ -125,10 +125,13 @@ def _scoring(
         return None
     from deltafold.evaluation.data import read_tasks, read_texts
 
-    asked = Request(
-        tuple(map(str, tasks)), tuple(map(str, texts)), batch_size=request.batch_size,
-        limit=request.limit, answers=answers,
-    )  # fmt: skip
+    asked = Measuring(
+        tasks=tasks,
+        texts=texts,
+        batch_size=request.batch_size,
+        limit=request.limit,
+        answers=answers,
+    )
     read_tasks(asked.tasks, request.limit)  # a broken file is reported before any work
     read_texts(asked.texts)
     return Scoring(asked, choose_dtype(request.dtype), choose_device(request.device))

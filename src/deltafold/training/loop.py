@@ -30,6 +30,7 @@ from deltafold.training.distilled import distilled
 from deltafold.training.processes import Processes
 from deltafold.training.rows import Rows
 from deltafold.training.tables import Tensors, group_of, joined
+from deltafold.training.watch import Watch
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 WARM_SHARE = 0.03
@@ -161,19 +162,18 @@ def train(
     held: Rows,
     settings: Settings,
     *,
-    state: State | None = None,
-    save: Callable[[State], None] = lambda state: None,
-    report: Callable[[State], None] = lambda state: None,
+    watch: Watch[State] | None = None,
     processes: Processes | None = None,
 ) -> State:
-    """Train for `settings.steps`, from `state` on; the student ends with the best values.
+    """Train for `settings.steps`, from the state of `watch` on; the student ends with the best values.
 
-    `save` is called every `check_steps` by the main process, `report` after each step. Raises
+    The watch saves every `check_steps` in the main process, and is told of each step. Raises
     UsageError, NonFiniteError.
     """
+    watch = watch or Watch()
     settings.check()
     run = _Run(student, teacher, learn, held, settings, processes or Processes())
-    state = run.begin(state)
+    state = run.begin(watch.state)
     started, tokens = time.perf_counter(), 0
     while state.step < settings.steps and not run.is_over(state):
         tokens += run.step(state)
@@ -181,8 +181,8 @@ def train(
         if state.step % settings.check_steps == 0 or state.step == settings.steps:
             run.check(state)
             if run.processes.is_main:
-                save(state)
-        report(state)
+                watch.save(state)
+        watch.report(state)
     _put(student.parameters, state.best)
     return state
 

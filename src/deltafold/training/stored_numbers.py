@@ -11,7 +11,7 @@ order of samples follows from seed and step alone, so that a run can be taken up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from deltafold.calibration.whole import backward_whole
 from deltafold.coding.counter import derive_key, shuffled
 from deltafold.coding.trainable import Values
 from deltafold.training.tables import group_of, joined
+from deltafold.training.watch import Watch
 
 SAMPLES_A_STEP = 12
 HELD_OUT = 8  # one sample in so many
@@ -101,14 +102,14 @@ def train(
     seed: int,
     *,
     memory_bytes: int,
-    state: State | None = None,
-    save: Callable[[State], None] = lambda state: None,
-    report: Callable[[int], None] = lambda step: None,
+    watch: Watch[State] | None = None,
 ) -> State:
-    """Train a student for `steps` steps, from `state` on; `save` is called every few steps.
+    """Train a student for `steps` steps, from the state of `watch` on, which saves every few steps.
 
-    `model` is the fine-tune. `report` is told of every step done. Raises DeltafoldError.
+    `model` is the fine-tune. Raises DeltafoldError.
     """
+    watch = watch or Watch()
+    state = watch.state
     learn, held = split_samples(samples, seed)
     with (
         Judge(model, None, learn, memory_bytes // 2) as teacher,
@@ -116,7 +117,8 @@ def train(
     ):
         lessons = Lessons(teacher, learn, model, seed, memory_bytes // 2)
         if state is None:
-            lessons.begin(student)
+            if student.values:
+                lessons.begin(student)
             kl = exam.kl(student.weights)
             zeros = {name: torch.zeros_like(each) for name, each in student.values.items()}
             state = State(0, student.values, zeros, zeros, student.values, kl, kl)
@@ -130,8 +132,8 @@ def train(
                 kl = exam.kl(student.weights)
                 if kl < state.best_kl:
                     state.best, state.best_kl = state.values, kl
-                save(state)
-            report(state.step)
+                watch.save(state)
+            watch.report(state)
     return state
 
 
