@@ -21,25 +21,25 @@ Lost: nothing. Any dtype, NaN payloads included.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltafold.codecs.base import ExactCodec, Parts, Settings
 from deltafold.coding.coder import RunReader, RunWriter
-from deltafold.coding.contexts import Classes, Scaling, exponents, group_order, scaling_of
+from deltafold.coding.contexts import Classes, Order, Scaling, exponents, scaling_of
 from deltafold.coding.frequencies import Frequencies, from_row, geometric_row, to_row
-from deltafold.coding.grouping import Group, Head, grouped, tokens_bits
+from deltafold.coding.grouping import Group, Head, grouped, tokens_bits, uneven_bits
 from deltafold.coding.planes import bit_pattern, from_bit_pattern, ordered
 from deltafold.coding.tokens import Tokens, first_value, open_bits, rests, to_tokens
 from deltafold.dtypes import folded
 from deltafold.lazy import torch
 
 GAP_FINE, STEP_FINE = 3, 2
-SCALED_SHARE = 0.02  # below this share of changed values, scales cost more than they say
+SCALED_SHARE = 0.02  # below this share of changed values, scales must promise to pay
+_SCALE_BITS = 2.0  # what a scale costs at least
 Values = NDArray[np.unsignedinteger]
-Places = NDArray[np.int32]
+Places = NDArray[np.int64]
 
 
 class Context(ExactCodec):
@@ -49,15 +49,17 @@ class Context(ExactCodec):
 
     def encode(self, reference: torch.Tensor, tuned: torch.Tensor) -> tuple[Settings, Parts]:
         old, new = bit_pattern(reference), bit_pattern(tuned)
-        places = np.flatnonzero(old != new)
-        moves = _moves(old[places], new[places], reference.dtype)
+        changed = old != new
+        places = np.flatnonzero(changed)
+        moves = np.zeros(len(old), dtype=old.dtype)
+        moves[places] = _moves(old[places], new[places], reference.dtype)
         exponent = exponents(old, reference.dtype)
-        head, classes = _arranged(places, moves, exponent, folded(tuple(reference.shape)))
+        head, classes = _arranged(changed, places, moves, exponent, folded(tuple(reference.shape)))
         writer = RunWriter()
-        if head.scaling is not None:
-            scales = np.concatenate([head.scaling.rows, head.scaling.columns])
-            writer.symbols(scales, from_row(head.scale_row))
-        _write(writer, head, classes, places, moves)
+        if (scaling := head.scaling) is not None:
+            for scales, row in zip((scaling.rows, scaling.columns), head.scale_rows, strict=True):
+                writer.symbols(scales, from_row(row))
+        _write(writer, head, classes, moves)
         code = head.to_bytes() + writer.words().astype("<u4").tobytes()
         return {}, {"code": torch.from_numpy(np.frombuffer(code, dtype=np.uint8).copy())}
 
@@ -69,13 +71,18 @@ class Context(ExactCodec):
         reader = RunReader(words)
         classes = exponents(old, reference.dtype)
         if head.scaling is not None:
-            scales = reader.symbols(sum(shape), from_row(head.scale_row)).astype(np.int16)
-            scaling = Scaling(scales[: shape[0]], scales[shape[0] :], head.scaling.origin)
-            classes = scaling.classes(classes)
+            rows, columns = (
+                reader.symbols(count, from_row(row)).astype(np.int16)
+                for count, row in zip(shape, head.scale_rows, strict=True)
+            )
+            classes = Scaling(rows, columns, head.scaling.origin).classes(classes)
         places, moves = _read(reader, head, classes, old.dtype)
         reader.end()
-        new = old.copy()
-        new[places] = _moved(old[places], moves, reference.dtype)
+        if places is None:
+            new = _moved(old, moves, reference.dtype)
+        else:
+            new = old.copy()
+            new[places] = _moved(old[places], moves, reference.dtype)
         return from_bit_pattern(new, reference.dtype, tuple(reference.shape))
 
 
@@ -105,57 +112,60 @@ def _signed(steps: Values, old: Values) -> Values:
 
 
 def _arranged(
-    places: NDArray[np.int64], moves: Values, exponent: Classes, shape: tuple[int, int]
+    changed: NDArray[np.bool_],
+    places: Places,
+    moves: Values,
+    exponent: Classes,
+    shape: tuple[int, int],
 ) -> tuple[Head, Classes]:
-    """The cheaper of the two arrangements, by exponent alone or with scales; classes of all values."""
-    tokens = to_tokens(moves, STEP_FINE)
-    groups, bits = grouped(*_counts(exponent, places, tokens))
-    plain = Head(groups), exponent
-    if len(places) < SCALED_SHARE * len(exponent) or min(shape) < 2:
-        return plain
-    scaling = scaling_of(places, moves, exponent, shape)
-    classes = scaling.classes(exponent)
-    groups, scaled_bits = grouped(*_counts(classes, places, tokens))
-    seen = np.bincount(np.concatenate([scaling.rows, scaling.columns]), minlength=256)
-    if scaled_bits + tokens_bits(seen) >= bits:
-        return plain
-    return Head(groups, scaling, to_row(seen)), classes
+    """The cheapest of the arrangements, by exponent alone or with scales; classes of all values."""
+    tokens = to_tokens(moves[places], STEP_FINE)
+    groups, best = grouped(*_counts(exponent, places, tokens))
+    found = Head(groups), exponent
+    if min(shape) < 2 or not len(places):
+        return found
+    matrix = changed.reshape(shape)
+    dense = len(places) >= SCALED_SHARE * len(exponent)
+    for by_column in (False, True):
+        gain = uneven_bits(matrix.T if by_column else matrix)
+        if not dense and gain < _SCALE_BITS * shape[by_column]:
+            continue
+        scaling = scaling_of(moves, exponent, shape, by_column)
+        classes = scaling.classes(exponent)
+        groups, bits = grouped(*_counts(classes, places, tokens))
+        seen = [np.bincount(scales, minlength=256) for scales in (scaling.rows, scaling.columns)]
+        if (bits := bits + sum(map(tokens_bits, seen))) < best:
+            found = Head(groups, scaling, tuple(map(to_row, seen))), classes
+            best = bits
+    return found
 
 
 def _counts(
-    classes: Classes, places: NDArray[np.int64], tokens: Tokens
+    classes: Classes, places: Places, tokens: Tokens
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Values of each class (256,), and tokens of the changed ones of each (256, 256)."""
-    both = (classes[places].astype(np.int64) << 8) | tokens
+    both = (classes[places].astype(np.uint16) << 8) | tokens
     seen = np.bincount(both, minlength=1 << 16).reshape(256, 256)
     return np.bincount(classes, minlength=256), seen
 
 
-def _write(
-    writer: RunWriter, head: Head, classes: Classes, places: NDArray[np.int64], moves: Values
-) -> None:
-    order, bounds = group_order(head.lookup()[classes], len(head.groups))
-    spread = np.zeros(len(classes), dtype=moves.dtype)
-    spread[places] = moves
-    spread = spread[order]
+def _write(writer: RunWriter, head: Head, classes: Classes, moves: Values) -> None:
+    order = Order(head.lookup()[classes], len(head.groups))
+    spread = order.gathered(moves)
     gaps: list[Values] = []
+    rows: list[Frequencies] = []
     steps: list[Values] = []
     for number, group in enumerate(head.groups):
-        of_group = spread[bounds[number] : bounds[number + 1]]
+        of_group = order.run(number, spread)
         if group.direct:
             steps.append(of_group)
-            continue
-        marks = np.flatnonzero(of_group)
-        gaps.append(np.diff(marks, prepend=-1).astype(np.uint64) - np.uint64(1))
-        steps.append(of_group[marks])
-    counts = np.diff(bounds).tolist()
-    rows = [
-        geometric_row(group.changed, count, GAP_FINE)
-        for group, count in zip(head.groups, counts, strict=True)
-        if not group.direct and group.changed
-    ]
-    _write_values(writer, [gap for gap in gaps if len(gap)], rows, GAP_FINE)
-    _write_values(writer, [s for s in steps if len(s)], _tables(head.groups), STEP_FINE)
+        elif group.changed:
+            ranks = np.flatnonzero(of_group)
+            gaps.append(np.diff(ranks, prepend=-1).astype(np.uint64) - np.uint64(1))
+            rows.append(geometric_row(group.changed, int(order.sizes[number]), GAP_FINE))
+            steps.append(of_group[ranks])
+    _write_values(writer, gaps, rows, GAP_FINE)
+    _write_values(writer, steps, _tables(head.groups), STEP_FINE)
 
 
 def _tables(groups: Sequence[Group]) -> list[Frequencies]:
@@ -185,8 +195,8 @@ def _write_values(
         writer.symbols(run, table)
     if not runs:
         return
-    values, of_all = np.concatenate(list(runs)), np.concatenate(tokens)
-    for token, at in _by_token(of_all):
+    values = np.concatenate(list(runs))
+    for token, at in _by_token(np.concatenate(tokens)):
         if width := open_bits(token, fine):
             writer.bits(rests(values[at], token, fine), width)
 
@@ -194,42 +204,51 @@ def _write_values(
 def _by_token(tokens: Tokens) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """(token, places of it in order) of the tokens that leave bits open, ascending."""
     large = np.flatnonzero(tokens >= 16)
+    if not len(large):
+        return
     order = large[np.argsort(tokens[large], kind="stable")]
     found, starts = np.unique(tokens[order], return_index=True)
-    for token, at in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
-        yield token, at
+    yield from zip(found.tolist(), np.split(order, starts[1:]), strict=True)
 
 
 def _read(
     reader: RunReader, head: Head, classes: Classes, dtype: np.dtype[np.unsignedinteger]
-) -> tuple[Places, Values]:
-    """(places, moves) of all values that may have changed. Raises ValueError for damage."""
-    order, bounds = group_order(head.lookup()[classes], len(head.groups))
-    counts = np.diff(bounds).tolist()
-    marked = [
-        (group, count) for group, count in zip(head.groups, counts, strict=True)
-        if group.direct or group.changed
-    ]  # fmt: skip
-    if any(group.changed > count for group, count in marked):
+) -> tuple[Places | None, Values]:
+    """(places, moves) of the values that changed; of all, without places, where many did.
+
+    Raises ValueError for damage.
+    """
+    order = Order(head.lookup()[classes], len(head.groups))
+    sizes = order.sizes.tolist()
+    if any(group.changed > size for group, size in zip(head.groups, sizes, strict=True)):
         raise ValueError("more values changed than there are")
-    sparse = [(g.changed, geometric_row(g.changed, n, GAP_FINE)) for g, n in marked if not g.direct]
-    gaps = _read_values(reader, sparse, GAP_FINE, np.dtype(np.uint64))
-    sizes = [count if group.direct else group.changed for group, count in marked]
-    filled = [size for size in sizes if size]
-    tables = [t for t, size in zip(_tables(head.groups), sizes, strict=True) if size]
-    moves = _read_values(reader, list(zip(filled, tables, strict=True)), STEP_FINE, dtype)
-    places, done = [np.zeros(0, dtype=np.int32)], 0
-    for number, group in enumerate(head.groups):
-        of_group = order[bounds[number] : bounds[number + 1]]
-        if group.direct:
-            places.append(of_group)
-        elif group.changed:
-            at = np.cumsum(gaps[done : done + group.changed] + np.uint64(1)) - np.uint64(1)
-            if int(at[-1]) >= len(of_group):
-                raise ValueError("changed values lie beyond the last")
-            places.append(of_group[at.astype(np.int64)])
-            done += group.changed
-    return np.concatenate(places), moves
+    sparse = [n for n, group in enumerate(head.groups) if group.changed and not group.direct]
+    runs = [
+        (head.groups[n].changed, geometric_row(head.groups[n].changed, sizes[n], GAP_FINE))
+        for n in sparse
+    ]
+    gaps = _read_values(reader, runs, GAP_FINE, np.dtype(np.uint64))
+    marks = [np.zeros(0, dtype=np.int64)] * len(sizes)
+    for n, (count, _) in zip(sparse, runs, strict=True):
+        ranks = np.cumsum(gaps[:count].astype(np.int64) + 1) - 1
+        gaps = gaps[count:]
+        if not 0 <= int(ranks[-1]) < sizes[n]:
+            raise ValueError("changed values lie beyond the last")
+        marks[n] = order.marked(n, ranks)
+    filled = [n for n, group in enumerate(head.groups) if group.direct or group.changed]
+    counts = [sizes[n] if head.groups[n].direct else head.groups[n].changed for n in filled]
+    tables = _tables(head.groups)
+    moves = _read_values(reader, list(zip(counts, tables, strict=True)), STEP_FINE, dtype)
+    if len(sparse) == len(filled):
+        return order.places(np.concatenate([*marks, marks[0][:0]])), moves
+    spread = np.zeros(len(classes), dtype=dtype)
+    for n, count in zip(filled, counts, strict=True):
+        if head.groups[n].direct:
+            order.put(n, moves[:count], spread)
+        else:
+            spread[marks[n]] = moves[:count]
+        moves = moves[count:]
+    return None, order.scattered(spread)
 
 
 def _read_values(

@@ -27,7 +27,7 @@ _MANTISSA = {
     "torch.float64": 52, "torch.float32": 23, "torch.float16": 10, "torch.bfloat16": 7,
     "torch.float8_e4m3fn": 3, "torch.float8_e5m2": 2,
 }  # fmt: skip
-_WIDE = 1 << 20  # magnitudes are counted in units 2^-20 of the largest exponent's
+_WIDE = 1 << 20  # more steps than these count as these
 
 
 def exponents(bits: Bits, dtype: torch.dtype) -> Classes:
@@ -35,9 +35,11 @@ def exponents(bits: Bits, dtype: torch.dtype) -> Classes:
     mantissa = _MANTISSA.get(str(dtype))
     if mantissa is None:
         return _bit_lengths(bits, dtype.is_signed)
-    width = 8 * bits.dtype.itemsize
-    field = (bits >> bits.dtype.type(mantissa)) & bits.dtype.type((1 << (width - 1 - mantissa)) - 1)
-    return (field >> 3 if mantissa == 52 else field).astype(np.uint8)
+    if mantissa == 52:
+        mantissa = 55
+    sign = 8 * bits.dtype.itemsize - 1
+    field = (bits >> bits.dtype.type(mantissa)).astype(np.uint8)  # a ninth bit, the sign, falls off
+    return field if sign - mantissa == 8 else field & np.uint8((1 << (sign - mantissa)) - 1)
 
 
 def _bit_lengths(bits: Bits, signed: bool) -> Classes:
@@ -63,38 +65,46 @@ class Scaling:
         """Classes of all values of the matrix, flat, given their exponents (o i,)."""
         classes = np.empty(len(exponent), dtype=np.uint8)
         size, step = len(self.columns), max(1, _PIECE // max(1, len(self.columns)))
-        for row in range(0, len(self.rows), step):
-            both = self.rows[row : row + step, None] + self.columns[None, :]
-            at = slice(row * size, row * size + both.size)
-            both = both.reshape(-1).astype(np.int32) + self.origin
-            both -= np.maximum(exponent[at], 1).astype(np.int32) << 2
-            classes[at] = np.clip(both, 0, 255)
+        tops = np.clip(self.rows.astype(np.int64) + self.origin, -20000, 20000).astype(np.int16)
+        for row in range(0, len(tops), step):
+            both = (tops[row : row + step, None] + self.columns[None, :]).reshape(-1)
+            at = slice(row * size, row * size + len(both))
+            unit = np.maximum(exponent[at], 1).astype(np.int16)
+            unit <<= np.int16(2)
+            both -= unit
+            np.clip(both, 0, 255, out=both)
+            classes[at] = both
         return classes
 
 
 def scaling_of(
-    places: NDArray[np.int64], moves: Bits, exponent: Classes, shape: tuple[int, int]
+    moves: Bits, exponent: Classes, shape: tuple[int, int], by_column: bool = True
 ) -> Scaling:
-    """Scales of a matrix o x i from the zig-zagged moves (k,) of the values at `places` (k,)."""
-    size = (moves >> moves.dtype.type(1)).astype(np.uint64) + (moves & moves.dtype.type(1))
-    size = np.minimum(size, np.uint64(1 << 20)).astype(np.int64)
-    most = int(exponent.max())
-    shift = np.maximum(exponent[places], 1).astype(np.int64) - most + 20
-    size = np.where(shift >= 0, size << np.maximum(shift, 0), 0)
-    by_row, by_column = np.divmod(places, shape[1])
-    rows = _quarters(_sums(by_row, size, shape[0]), shape[1])
-    columns = _quarters(_sums(by_column, size, shape[1]), shape[0])
-    whole = int(_quarters(np.array([size.sum()]), shape[0] * shape[1])[0])
+    """Scales of a matrix o x i from the zig-zagged moves of all its values (o i,).
+
+    Without `by_column` all columns have the same.
+    """
+    most = max(1, int(exponent.max()))
+    o, i = shape
+    rows, columns = np.zeros(o, dtype=np.int64), np.zeros(i, dtype=np.int64)
+    step = max(1, (1 << 18) // i)
+    for row in range(0, o, step):
+        at = slice(row * i, min(o, row + step) * i)
+        size = (moves[at] >> moves.dtype.type(1)) + (moves[at] & moves.dtype.type(1))
+        wide = np.minimum(size, size.dtype.type(min(_WIDE, np.iinfo(size.dtype).max))).astype(
+            np.int64
+        )
+        shift = np.maximum(exponent[at], 1).astype(np.int64) - (most - 20)
+        wide = (wide << np.maximum(shift, 0)).reshape(-1, i)
+        rows[row : row + step] = wide.sum(1)
+        columns += wide.sum(0)
+    whole = int(_quarters(rows.sum(keepdims=True), o * i)[0])
+    row_scale = _quarters(rows, i)
+    column_scale = _quarters(columns, o) if by_column else np.full(i, whole, dtype=np.int16)
     # Expected steps: row mean x column mean / whole mean, in units of the weight's own exponent.
-    origin = QUARTERS * (most - 20) + _MIDDLE - whole + int(rows.max()) + int(columns.max()) - 510
-    return Scaling(_from_top(rows), _from_top(columns), origin)
-
-
-def _sums(groups: NDArray[np.int64], size: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Sums of `size` (k,) by group, exactly: halves of them fit the doubles that numpy adds up."""
-    low = np.bincount(groups, weights=size & 0xFFFFF, minlength=count)
-    high = np.bincount(groups, weights=size >> 20, minlength=count)
-    return low.astype(np.int64) + (high.astype(np.int64) << 20)
+    origin = QUARTERS * (most - 20) + _MIDDLE - whole - 510
+    origin += int(row_scale.max()) + int(column_scale.max())
+    return Scaling(_from_top(row_scale), _from_top(column_scale), origin)
 
 
 def _from_top(scales: Scales) -> Scales:
@@ -112,27 +122,67 @@ def _quarters(total: NDArray[np.int64], count: int) -> Scales:
     return (4 * (octave - 1) + np.searchsorted(_EDGES, mean)).astype(np.int16)
 
 
-def group_order(groups: Classes, count: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """(order (n,), bounds (count + 1,)): positions by group and, within one, ascending.
+class Order:
+    """All values (n,) by group and, within one, in order; sorted in pieces that stay in the cache.
 
-    Those of group g are order[bounds[g] : bounds[g + 1]]. Sorted in pieces that stay in the cache.
+    `sizes` (groups,) says how many each group has. Ranks count within a group.
     """
-    pieces = range(0, len(groups), _PIECE)
-    sizes = np.zeros((count, len(pieces)), dtype=np.int64)
-    for number, start in enumerate(pieces):
-        sizes[:, number] = np.bincount(groups[start : start + _PIECE], minlength=count)
-    bounds = np.concatenate([[0], np.cumsum(sizes.sum(1))])
-    at = bounds[:-1, None] + np.cumsum(sizes, axis=1) - sizes
-    order = np.empty(len(groups), dtype=np.int32)
-    for number, start in enumerate(pieces):
-        places = np.argsort(groups[start : start + _PIECE], kind="stable") + start
+
+    def __init__(self, groups: Classes, count: int):
+        starts = range(0, len(groups), _PIECE)
+        self._local = np.empty(len(groups), dtype=np.uint16)  # place in its piece, in sorted order
+        firsts = np.zeros((len(starts), count), dtype=np.int64)
+        for number, start in enumerate(starts):
+            piece = groups[start : start + _PIECE]
+            places = np.argsort(piece, kind="stable")
+            self._local[start : start + _PIECE] = places
+            firsts[number] = np.searchsorted(piece[places], np.arange(count)) + start
+        ends = np.append(firsts.reshape(-1)[1:], len(groups)) if len(starts) else firsts.reshape(-1)
+        sizes = ends.reshape(firsts.shape) - firsts
+        self._firsts, self._count = firsts, count  # of each piece's groups, in the sorted whole
+        self._ranks = np.cumsum(sizes, axis=0) - sizes
+        self.sizes = sizes.sum(0)
+
+    def gathered(self, values: Bits) -> Bits:
+        """Values (n,) in sorted order, piece by piece."""
+        out = np.empty_like(values)
+        for start in range(0, len(values), _PIECE):
+            piece = slice(start, start + _PIECE)
+            np.take(values[piece], self._local[piece], out=out[piece], mode="clip")
+        return out
+
+    def scattered(self, values: Bits) -> Bits:
+        """Inverse of `gathered`."""
+        out = np.empty_like(values)
+        for start in range(0, len(values), _PIECE):
+            piece = slice(start, start + _PIECE)
+            out[piece][self._local[piece]] = values[piece]
+        return out
+
+    def marked(self, group: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the sorted order the values of these ranks (k,) of a group are."""
+        piece = np.searchsorted(self._ranks[:, group], ranks, side="right") - 1
+        return self._firsts[piece, group] + ranks - self._ranks[piece, group]
+
+    def places(self, marks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of the values at `marks` (k,) of the sorted order."""
+        return marks - marks % _PIECE + self._local[marks]
+
+    def run(self, group: int, values: Bits) -> Bits:
+        """The values of a group out of all in sorted order."""
+        return np.concatenate([values[a:b] for a, b in self._spans(group)] or [values[:0]])
+
+    def put(self, group: int, run: Bits, values: Bits) -> None:
+        """Inverse of `run`, into `values`."""
         done = 0
-        for group in np.flatnonzero(sizes[:, number]).tolist():
-            size = int(sizes[group, number])
-            to = int(at[group, number])
-            order[to : to + size] = places[done : done + size]
-            done += size
-    return order, bounds
+        for a, b in self._spans(group):
+            values[a:b] = run[done : done + b - a]
+            done += b - a
+
+    def _spans(self, group: int) -> list[tuple[int, int]]:
+        first = self._firsts[:, group]
+        ends = np.append(self._ranks[1:, group], self.sizes[group]) - self._ranks[:, group] + first
+        return list(zip(first.tolist(), ends.tolist(), strict=True))
 
 
 _PIECE = 1 << 14

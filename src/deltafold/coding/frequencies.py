@@ -9,6 +9,7 @@ comparisons alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,35 +28,22 @@ def to_row(histogram: NDArray[np.integer]) -> NDArray[np.uint8]:
     occurs = np.flatnonzero(histogram)
     if not len(occurs):
         return np.zeros(0, dtype=np.uint8)
-    counts = [int(n) for n in histogram[: occurs[-1] + 1]]
-    most = max(counts)
-    return np.array([_level(n, most) for n in counts], dtype=np.uint8)
+    counts = histogram[: occurs[-1] + 1].astype(np.int64)
+    ratio = (counts << 32) // counts.max()
+    levels = np.searchsorted(_BETWEEN, ratio, side="right") + 1
+    return np.where(counts > 0, levels, 0).astype(np.uint8)
 
 
-def _level(count: int, most: int) -> int:
-    """The b whose weight is nearest to count / most, from below by ratios; compared in integers."""
-    if not count:
-        return 0
-    level = 255
-    # weight(b) = 2^((b-255)/8); go down while count is nearer to the next one below.
-    octaves = max(0, (most // count).bit_length() - 1)
-    level -= 8 * octaves
-    while level > 1 and 2 * count * (1 << 16) < most * (_weight(level) + _weight(level - 1)):
-        level -= 1
-    return max(1, level)
-
-
-def _weight(level: int) -> float:
-    octave, eighth = divmod(level - 255, 8)
-    return _EIGHTHS[eighth] * 2.0**octave
+_WEIGHTS = [0] + [_EIGHTHS[(b - 255) % 8] << ((b - 255) // 8 + 32) for b in range(1, 256)]
+_BETWEEN = np.array([(a + b) >> 17 for a, b in itertools.pairwise(_WEIGHTS[1:])], dtype=np.int64)
+"""Where a ratio, in units of 2^-32, is nearer to the weight of the next level."""
 
 
 def from_row(row: NDArray[np.uint8]) -> Frequencies:
     """Frequencies (k,) of a stored row: 0 where it is 0, else at least 1. Raises ValueError if all are 0."""
     if not row.any():
         raise ValueError("a row of frequencies without a symbol")
-    weights = [_EIGHTHS[(b - 255) % 8] << (b - 255) // 8 + 32 if b else 0 for b in row.tolist()]
-    return _filled(weights)
+    return _filled([_WEIGHTS[b] for b in row.tolist()])
 
 
 def geometric_row(marked: int, count: int, fine: int) -> Frequencies:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from deltafold.coding.contexts import Scaling
 from deltafold.coding.frequencies import to_row
+from deltafold.coding.planes import inflate_any
+from deltafold.lazy import torch
 
 DIRECT_SHARE = 0.25  # from this share of changed values on, all values of a group are coded
 _GROUP_BITS = 28.0
@@ -42,15 +44,21 @@ class Head:
 
     groups: list[Group]
     scaling: Scaling | None = None
-    scale_row: NDArray[np.uint8] = field(default_factory=lambda: _NOTHING)
+    scale_rows: tuple[NDArray[np.uint8], ...] = ()  # frequencies of scales: of rows, of columns
 
     def to_bytes(self) -> bytes:
         """LEB128 integers and the bytes of rows, deflated where that is shorter; its length first."""
         out = bytearray()
         _put(out, len(self.groups) << 1 | (self.scaling is not None))
         if self.scaling is not None:
-            _put(out, self.scaling.origin << 1 if self.scaling.origin >= 0 else ~(self.scaling.origin << 1))
-            _put_row(out, self.scale_row)
+            _put(
+                out,
+                self.scaling.origin << 1
+                if self.scaling.origin >= 0
+                else ~(self.scaling.origin << 1),
+            )
+            for row in self.scale_rows:
+                _put_row(out, row)
         for group in self.groups:
             out.append(group.last)
             _put(out, group.changed << 2 | group.direct << 1 | bool(len(group.row)))
@@ -71,17 +79,16 @@ class Head:
         if len(body) != size >> 1 or len(rest) % 4:
             raise ValueError("a code is cut off")
         if size & 1:
-            if not 0 <= zstandard.frame_content_size(body) <= _MOST_HEAD:
-                raise ValueError("the head of a code is absurdly large")
-            try:
-                body = zstandard.ZstdDecompressor().decompress(body)
-            except zstandard.ZstdError as error:
-                raise ValueError(f"the head of a code is damaged ({error})") from None
+            body = inflate_any(
+                torch.from_numpy(np.frombuffer(body, dtype=np.uint8).copy()), _MOST_HEAD
+            )
         count, at = _take(body, 0)
         head = cls([])
         if count & 1:
             origin, at = _take(body, at)
-            head.scale_row, at = _take_row(body, at)
+            first, at = _take_row(body, at)
+            second, at = _take_row(body, at)
+            head.scale_rows = (first, second)
             head.scaling = Scaling(_NONE, _NONE, origin >> 1 if not origin & 1 else ~(origin >> 1))
         for _ in range(count >> 1):
             if at >= len(body):
@@ -99,7 +106,9 @@ class Head:
 
     def lookup(self) -> NDArray[np.uint8]:
         """The group of each class (256,)."""
-        return np.searchsorted([group.last for group in self.groups], np.arange(256)).astype(np.uint8)
+        return np.searchsorted([group.last for group in self.groups], np.arange(256)).astype(
+            np.uint8
+        )
 
 
 _NONE = np.zeros(0, dtype=np.int16)
@@ -173,7 +182,17 @@ def _flags_bits(count: int, marked: int) -> float:
     """n H(k / n)."""
     if not 0 < marked < count:
         return 0.0
-    return float(np.log2(count / marked) * marked + np.log2(count / (count - marked)) * (count - marked))
+    return float(
+        np.log2(count / marked) * marked + np.log2(count / (count - marked)) * (count - marked)
+    )
+
+
+def uneven_bits(changed: NDArray[np.bool_]) -> float:
+    """Bits that flags (o, i) cost less if the rows' shares of them are known."""
+    rows, (o, i) = changed.sum(1), changed.shape
+    inside = rows[(rows > 0) & (rows < i)].astype(np.float64)
+    apart = inside * np.log2(i / inside) + (i - inside) * np.log2(i / (i - inside))
+    return _flags_bits(o * i, int(rows.sum())) - float(apart.sum())
 
 
 def tokens_bits(histogram: NDArray[np.int64]) -> float:

@@ -24,7 +24,9 @@ def token_count(most: int, fine: int) -> int:
     if most < DIRECT:
         return most + 1
     octave = most.bit_length() - 1
-    return DIRECT + ((octave - _OCTAVE) << fine) + ((most >> (octave - fine)) & ((1 << fine) - 1)) + 1
+    return (
+        DIRECT + ((octave - _OCTAVE) << fine) + ((most >> (octave - fine)) & ((1 << fine) - 1)) + 1
+    )
 
 
 def first_value(token: int, fine: int) -> int:
