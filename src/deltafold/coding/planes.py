@@ -38,7 +38,7 @@ def from_bit_pattern(
     return torch.from_numpy(np.ascontiguousarray(bits)).view(dtype).reshape(shape)
 
 
-def _ordered(bits: NDArray[np.unsignedinteger], floating: bool) -> NDArray[np.unsignedinteger]:
+def ordered(bits: NDArray[np.unsignedinteger], floating: bool) -> NDArray[np.unsignedinteger]:
     """Map float bits to integers in the floats' order (an involution); integers stay."""
     if not floating:
         return bits
@@ -54,7 +54,7 @@ def difference(tuned: torch.Tensor, reference: torch.Tensor) -> NDArray[np.unsig
     Modulo 2^width.
     """
     floating = tuned.dtype.is_floating_point
-    a, b = _ordered(bit_pattern(tuned), floating), _ordered(bit_pattern(reference), floating)
+    a, b = ordered(bit_pattern(tuned), floating), ordered(bit_pattern(reference), floating)
     d = a - b
     width = d.dtype.itemsize * 8
     negative = d.dtype.type(0) - (d >> d.dtype.type(width - 1))
@@ -66,7 +66,7 @@ def undo_difference(zigzag: NDArray[np.unsignedinteger], reference: torch.Tensor
     one = zigzag.dtype.type(1)
     d = (zigzag >> one) ^ (zigzag.dtype.type(0) - (zigzag & one))
     floating = reference.dtype.is_floating_point
-    bits = _ordered(d + _ordered(bit_pattern(reference), floating), floating)
+    bits = ordered(d + ordered(bit_pattern(reference), floating), floating)
     return from_bit_pattern(bits, reference.dtype, tuple(reference.shape))
 
 
