@@ -1,8 +1,20 @@
 """One stream of entropy-coded symbols in order, under integer frequencies that sum to 2^24.
 
-The coder and why its integers are the same everywhere: `coding/entropy.py`. Here a message is written
-as a list of runs in the order in which they are read, each under one row of frequencies or, for bits
-that are about uniform, under none.
+Asymmetric numeral systems (rANS, Duda 2013) by the library `constriction`. A message is written as a
+list of runs in the order in which they are read, each under one row of frequencies or, for bits that
+are about uniform, under none.
+
+Why the symbols are the same on every machine: decoding rests on integers only. A coder's state is
+64 bits, its words 32, and a symbol s has a frequency f_s, the f summing to 2^24. Decoding takes
+
+    q = state mod 2^24;  s such that left_s <= q < left_s + f_s;  left_s = f_0 + ... + f_(s-1)
+    state = floor(state / 2^24) f_s + q - left_s;  if state < 2^32: state = 2^32 state + next word
+
+with words taken from the last to the first. The library wants floats and turns p_0 .. p_(k-1) into
+left_s = s + floor((p_0 + ... + p_(s-1)) (2^24 - k) / sum(p)). Given p_s = f_s - 1, an integer below
+2^24, each sum is an integer below 2^24 too, so exact in any float; sum(p) = 2^24 - k, the factor is
+exactly 1, and left_s is the integer wanted. No rounding happens anywhere. The tests decode with
+plain integers and pin words.
 """
 
 from __future__ import annotations
@@ -25,7 +37,10 @@ class RunWriter:
         self._runs: list[tuple[NDArray[np.integer], Frequencies | int]] = []
 
     def symbols(self, symbols: NDArray[np.integer], frequencies: Frequencies) -> None:
-        """Symbols (n,), none of which has frequency 0."""
+        """Symbols (n,) below 256. Raises ValueError if one has frequency 0."""
+        seen = np.flatnonzero(np.bincount(symbols, minlength=len(frequencies)))
+        if len(seen) and (seen[-1] >= len(frequencies) or not frequencies[seen].all()):
+            raise ValueError("a symbol that its row of frequencies does not hold")
         self._runs.append((symbols, frequencies))
 
     def bits(self, values: NDArray[np.unsignedinteger], width: int) -> None:
@@ -43,7 +58,7 @@ class RunWriter:
                 continue
             alphabet, model = _model(how)
             if model is not None and len(symbols):
-                rank = np.zeros(len(how), dtype=np.int32)
+                rank = np.zeros(256, dtype=np.int32)
                 rank[alphabet] = np.arange(len(alphabet))
                 coder.encode_reverse(rank[symbols], model)
         return coder.get_compressed()
