@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltafold.evaluation import evaluate
 from deltafold.evaluation.data import AnswerRow, read_tasks
+from deltafold.evaluation.evaluate import evaluate
 from deltafold.evaluation.exact_match import first_lines
 
 MAX_TOKENS = 24

@@ -22,7 +22,7 @@ import torch
 from smollm2 import default_cache
 from torch.nn.functional import silu
 
-from deltafold.calibration import gather_samples
+from deltafold.calibration import Sampling, gather_samples
 from deltafold.composed.form import Linear, Part
 from deltafold.folding.methods.healing import Sums
 from deltafold.reporting.markdown import page, rewrite_block
@@ -110,7 +110,7 @@ def run(cache: Path) -> None:
     folder = cache / "smollm2-base"
     with Meter() as meter:
         model = load_model(folder, torch.bfloat16, torch.device("cpu"))
-        samples = gather_samples(folder, "pages", samples=1_000_000, max_tokens=ROW_TOKENS)
+        samples = gather_samples(folder, Sampling("pages", 1_000_000, ROW_TOKENS))
         ids = pack(samples, ROW_TOKENS).ids
         ids = ids[:: len(ids) // (TEXT_ROWS + HELD_ROWS)][: TEXT_ROWS + HELD_ROWS]
         layers, seen = model.model.layers, {block: [] for block in BLOCKS}  # type: ignore[var-annotated]

@@ -22,7 +22,7 @@ from cells import Cell, compress, methods, restore
 from smollm2 import default_cache
 
 from deltafold.codecs import get
-from deltafold.evaluation import evaluate
+from deltafold.evaluation.evaluate import evaluate
 from deltafold.reporting.markdown import rewrite_block
 from deltafold.running.record import RECORD_VERSION, Record, machine, write_record
 

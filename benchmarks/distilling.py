@@ -1,4 +1,4 @@
-"""What `--distill` gains: each method that can be trained, with and without, on the demo family.
+"""What `--steps` gains: each method that can be trained, with and without, on the demo family.
 
     python benchmarks/distilling.py                       # measures, some minutes; writes the record
     python benchmarks/distilling.py --into docs/auto.md   # writes the table from the record

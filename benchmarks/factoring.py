@@ -26,7 +26,8 @@ from deltafold.calibration.models import quiet
 from deltafold.errors import DeltafoldError
 from deltafold.evaluation.before_after import weight_bytes
 from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded
-from deltafold.evaluation.plan import Plan, Request
+from deltafold.evaluation.plan import Plan
+from deltafold.evaluation.request import Measuring
 from deltafold.evaluation.segments import Subject
 from deltafold.factoring.factor import factor
 from deltafold.reporting.markdown import page, rewrite_block
@@ -75,7 +76,7 @@ class Bench:
 
     def __init__(self, model: Path, whole: Subject, text: Path, calibration: str):
         tokenizer = load_tokenizer(model)
-        request = Request((), (str(text),), batch_size=1, max_length=MAX_LENGTH)
+        request = Measuring(texts=(text,), batch_size=1, max_length=MAX_LENGTH, answers=0)
         self.plan = Plan(request, tokenizer, end_token_ids(model, tokenizer))
         self.plan.cut_texts(whole)
         assert self.plan.texts is not None

@@ -31,7 +31,8 @@ from deltafold.calibration.models import quiet
 from deltafold.errors import DeltafoldError
 from deltafold.evaluation.before_after import speed
 from deltafold.evaluation.loading import end_token_ids, load_tokenizer, loaded
-from deltafold.evaluation.plan import Plan, Request
+from deltafold.evaluation.plan import Plan
+from deltafold.evaluation.request import Measuring
 from deltafold.evaluation.segments import Subject
 from deltafold.folding.methods.presets import METHODS
 from deltafold.reporting.markdown import page, rewrite_block
@@ -100,8 +101,8 @@ class Bench:
     def __init__(self, model: Path, whole: Subject, folder: Path):
         tasks, text = write_data(folder)
         tokenizer = load_tokenizer(model)
-        request = Request(
-            tuple(map(str, tasks)), (str(text),), batch_size=20, max_length=MAX_LENGTH
+        request = Measuring(
+            tasks=tasks, texts=(text,), batch_size=20, max_length=MAX_LENGTH, answers=0
         )
         self.plan = Plan(request, tokenizer, end_token_ids(model, tokenizer))
         self.plan.cut_texts(whole)

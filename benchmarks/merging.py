@@ -27,7 +27,7 @@ from tasks import make_rows, write_jsonl
 
 import deltafold
 from deltafold.errors import DeltafoldError
-from deltafold.evaluation.plan import Request
+from deltafold.evaluation.request import Measuring
 from deltafold.evaluation.scoring import Scoring
 from deltafold.merging.recipe import Model, Recipe
 from deltafold.reporting.markdown import page, rewrite_block
@@ -89,7 +89,9 @@ def tail(path: Path, into: Path) -> Path:
 def measure(these: Family, name: str, rows: int, out: Path, scratch: Path) -> None:
     """Measure what the record lacks; it is written after each merge."""
     record = opened(out, these, name, rows)
-    request = Request(tuple(map(str, these.tests.values())), batch_size=BATCH_ROWS, limit=rows)
+    request = Measuring(
+        tasks=(*these.tests.values(),), batch_size=BATCH_ROWS, limit=rows, answers=0
+    )
     scoring = Scoring(request, torch.float32)
     if not record["singles"]:
         for label, folder in [("base", these.base), *these.finetunes.items()]:

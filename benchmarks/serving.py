@@ -25,6 +25,7 @@ from typing import Any
 from adapters import MAX_TOKENS, Reference, Rows, Tune, hits, same
 
 from deltafold.exporting.kept import Adapter
+from deltafold.exporting.request import ServeRequest
 from deltafold.exporting.serve import ServeError, Serving, prepare, served_names
 from deltafold.reporting.markdown import rewrite_block
 from deltafold.running.record import RECORD_VERSION, Record, machine, read_record, write_record
@@ -169,9 +170,12 @@ def main() -> None:
         rewrite_block(asked.into, "serving", table(json.loads(asked.out.read_text())))
         return
     rows = {tune.name: tune.rows(asked.limit) for tune in asked.tunes}
+    deltas = {tune.name: tune.archive for tune in asked.tunes}
     serving = prepare(
-        asked.base, {t.name: t.archive for t in asked.tunes}, vllm=asked.vllm, rank=asked.rank,
-        port=asked.port, extra=shlex.split(asked.engine_options),
+        ServeRequest(
+            asked.base, shlex.split(asked.engine_options), delta=deltas, vllm=asked.vllm,
+            rank=asked.rank, port=asked.port,
+        )
     )  # fmt: skip
     url = f"http://127.0.0.1:{asked.port}"
     process, start_seconds = engine(serving, url, asked.start_limit, asked.log)

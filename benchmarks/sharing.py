@@ -32,7 +32,7 @@ from joining import join
 from smollm2 import default_cache
 
 import deltafold
-from deltafold.calibration import gather_samples
+from deltafold.calibration import Sampling, gather_samples
 from deltafold.errors import DeltafoldError
 from deltafold.reporting.markdown import page, rewrite_block
 from deltafold.reporting.table import Cell, Strong, Table
@@ -132,8 +132,8 @@ class Bench:
     def rows(self, source: str | Path) -> Rows:
         samples = self.subject.samples if source == "self" else None
         found = gather_samples(
-            self.subject.folder, source, samples=samples or 1_000_000,
-            max_tokens=self.subject.row_tokens,
+            self.subject.folder,
+            Sampling(source, samples or 1_000_000, self.subject.row_tokens),
         )  # fmt: skip
         return pack(found, self.subject.row_tokens)
 

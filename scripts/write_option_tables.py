@@ -1,37 +1,40 @@
-"""Write the table of options into the page of each verb, from its request.
+"""Write the table of options into the page of each command, from its request.
 
 python scripts/write_option_tables.py           # after an option has changed
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import deltafold
+from deltafold.cli import app
 from deltafold.running.front import options_table
+from deltafold.running.request import Request
 
 DOCS = Path(__file__).parents[1] / "docs" / "commands"
-EVERYWHERE = (
-    "| `--settings` | | | A YAML or TOML file of options, by their names; those given win. |\n"
-    "| `--json` | | | Print JSON and nothing else. |\n"
-)
-BEGIN, END = "<!-- options:begin -->", "<!-- options:end -->"
-REQUESTS = {
-    "compress": "deltafold.compressing.request:CompressRequest",
-    "restore": "deltafold.restoring.request:RestoreRequest",
-    "verify": "deltafold.restoring.request:VerifyRequest",
-    "export": "deltafold.exporting.request:ExportRequest",
-    "merge": "deltafold.merging.request:MergeRequest",
-    "fold": "deltafold.folding.request:FoldRequest",
-    "share": "deltafold.sharing.request:ShareRequest",
-    "factor": "deltafold.factoring.request:FactorRequest",
+IN_PYTHON = {"push": "push_to_hub"}
+"""What is called otherwise there."""
+EVERYWHERE = {
+    "--settings": "A YAML or TOML file of options, by their names; those given win.",
+    "--json": "Print JSON and nothing else.",
 }
+BEGIN, END = "<!-- options:begin -->", "<!-- options:end -->"
+
+
+def requests() -> dict[str, type[Request]]:
+    """The request of every command."""
+    commands: list[Any] = [each.callback for each in app.registered_commands]
+    return {command.__name__: command.request for command in commands}
 
 
 def page_with_table(name: str) -> str:
-    """The page of a verb with its table as it must be; at the end where the page has none yet."""
-    module, _, kind = REQUESTS[name].partition(":")
-    table = options_table(getattr(import_module(module), kind)) + EVERYWHERE
+    """The page of a command with its table as it must be; at the end where the page has none yet."""
+    public = IN_PYTHON.get(name, name) in deltafold.__all__
+    table = options_table(requests()[name], public)
+    for flag, words in EVERYWHERE.items():
+        table += f"| `{flag}` |{' |' * public} | {words} |\n"
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     if BEGIN not in text:
         text = f"{text.rstrip()}\n\n## All options\n\n{BEGIN}\n{END}\n"
@@ -41,7 +44,7 @@ def page_with_table(name: str) -> str:
 
 def main() -> None:
     """Write all pages."""
-    for name in REQUESTS:
+    for name in requests():
         (DOCS / f"{name}.md").write_text(page_with_table(name), encoding="utf-8")
 
 

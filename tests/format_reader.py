@@ -439,10 +439,184 @@ def rows(parts: Parts, settings: dict, ref: np.ndarray, dtype: str) -> np.ndarra
     return out
 
 
+MANTISSA = {"F64": 55, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
+SIGNED = {"I64", "I32", "I16", "I8", "C64"}
+EIGHTHS = (65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194)
+
+
+class Code:
+    """Bytes that are read from the front."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+
+    def take(self, count: int) -> bytes:
+        found, self.data = self.data[:count], self.data[count:]
+        assert len(found) == count
+        return found
+
+    def number(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.take(1)[0]
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def row(self) -> list[int]:
+        return list(self.take(self.number()))
+
+
+def context_class(bits: int, dtype: str) -> int:
+    if dtype in MANTISSA:
+        width = 8 * np.dtype(BITS[dtype]).itemsize - 1 - MANTISSA[dtype]
+        return (bits >> MANTISSA[dtype]) & ((1 << width) - 1)
+    width = 8 * np.dtype(BITS[dtype]).itemsize
+    if dtype in SIGNED and bits >> (width - 1):
+        bits ^= (1 << width) - 1
+    return bits.bit_length()
+
+
+def filled(weights: list[int]) -> list[int]:
+    alive = sum(1 for w in weights if w)
+    total = sum(weights)
+    out = [w * ((1 << 24) - alive) // total + 1 if w else 0 for w in weights]
+    out[out.index(max(out))] += (1 << 24) - sum(out)
+    return out
+
+
+def stored_frequencies(row: list[int]) -> list[int]:
+    return filled([EIGHTHS[(b - 255) % 8] << ((b - 255) // 8 + 32) if b else 0 for b in row])
+
+
+def token_of(value: int, fine: int) -> tuple[int, int]:
+    """(token, first value of the token after it)."""
+    token = value if value < 16 else 16
+    while token >= 16 and first_of(token + 1, fine) <= value:
+        token += 1
+    return token, first_of(token + 1, fine)
+
+
+def first_of(token: int, fine: int) -> int:
+    if token < 16:
+        return token
+    octave, part = divmod(token - 16, 1 << fine)
+    return ((1 << fine) + part) << (octave + 4 - fine)
+
+
+def gap_frequencies(marked: int, count: int) -> list[int]:
+    tokens = token_of(count - marked, 3)[0] + 1
+    miss = (count - marked) / count
+    powers = [miss]
+    while 1 << len(powers) <= count:
+        powers.append(powers[-1] * powers[-1])
+    tails, value = [], 1.0
+    for _ in range(16):
+        tails.append(value)
+        value *= miss
+    for octave in range(4, len(powers)):
+        value = powers[octave]
+        for _ in range(8):
+            tails.append(value)
+            value *= powers[octave - 3]
+    tails = [*tails[:tokens], 0.0]
+    return filled([max(1, int((a - b) * 2.0**36)) for a, b in itertools.pairwise(tails)])
+
+
+class Ans:
+    """The stream of words: see `Entropy coding` of the page."""
+
+    def __init__(self, words: list[int]):
+        self.words, self.state = words, 0
+        while self.words and self.state < 1 << 32:
+            self.state = (self.state << 32) | self.words.pop()
+
+    def symbol(self, frequencies: list[int]) -> int:
+        if max(frequencies) == 1 << 24:
+            return frequencies.index(1 << 24)
+        low, left, symbol = self.state % (1 << 24), 0, 0
+        while low >= left + frequencies[symbol]:
+            left += frequencies[symbol]
+            symbol += 1
+        self.state = (self.state >> 24) * frequencies[symbol] + low - left
+        if self.state < 1 << 32 and self.words:
+            self.state = (self.state << 32) | self.words.pop()
+        return symbol
+
+    def uniform(self, width: int) -> int:
+        low = self.state % (1 << 24)
+        size = 1 << (24 - width)
+        self.state = (self.state >> 24) * size + low % size
+        if self.state < 1 << 32 and self.words:
+            self.state = (self.state << 32) | self.words.pop()
+        return low // size
+
+    def values(self, runs: list[tuple[int, list[int]]], fine: int) -> list[list[int]]:
+        tokens = [[self.symbol(row) for _ in range(count)] for count, row in runs]
+        flat = [token for run in tokens for token in run]
+        values = [first_of(token, fine) for token in flat]
+        for token in sorted({token for token in flat if token >= 16}):
+            at = [n for n, each in enumerate(flat) if each == token]
+            width = (token - 16 >> fine) + 4 - fine
+            for low in range(0, width, 16):
+                for n in at:
+                    values[n] += self.uniform(min(16, width - low)) << low
+        return [[values.pop(0) for _ in run] for run in tokens]
+
+
+def context(parts: Parts, settings: dict, ref: np.ndarray, dtype: str) -> np.ndarray:
+    code = Code(parts["code"].data)
+    length = code.number()
+    head = code.take(length >> 1)
+    head = Code(zstandard.ZstdDecompressor().decompress(head) if length & 1 else head)
+    ans = Ans([word for (word,) in struct.iter_unpack("<I", code.data)])
+    count = head.number()
+    flat = [int(bits) for bits in ref.reshape(-1)]
+    classes = [context_class(bits, dtype) for bits in flat]
+    if count & 1:
+        origin = head.number()
+        origin = ~(origin >> 1) if origin & 1 else origin >> 1
+        tables = [stored_frequencies(head.row()) for _ in range(2)]
+        sides = [[ans.symbol(t) for _ in range(n)] for n, t in zip(ref.shape, tables, strict=True)]
+        both = [r + c + origin for r in sides[0] for c in sides[1]]
+        classes = [min(255, max(0, b - 4 * max(1, c))) for b, c in zip(both, classes, strict=True)]
+    groups, table, first = [], None, 0
+    for _ in range(count >> 1):
+        last, how = head.take(1)[0], head.number()
+        members = [n for n, c in enumerate(classes) if first <= c <= last]
+        own = stored_frequencies(head.row()) if how & 1 else None
+        if not how & 2:
+            table = own or table
+        groups.append((members, how >> 2, bool(how & 2), own if how & 2 else table))
+        first = last + 1
+    sparse = [(m, k) for m, k, direct, _ in groups if k and not direct]
+    gaps = ans.values([(k, gap_frequencies(k, len(m))) for m, k in sparse], 3)
+    places = {
+        id(m): [m[at] for at in np.cumsum(np.array(g) + 1) - 1]
+        for (m, _), g in zip(sparse, gaps, strict=True)
+    }
+    filled_ = [(m, k, direct, t) for m, k, direct, t in groups if direct or k]
+    moves = ans.values([(len(m) if d else k, t) for m, k, d, t in filled_], 2)
+    out = ref.reshape(-1).copy()
+    width = 8 * out.dtype.itemsize
+    for (members, _, direct, _), run in zip(filled_, moves, strict=True):
+        for at, z in zip(members if direct else places[id(members)], run, strict=True):
+            step = -((z + 1) >> 1) if z & 1 else z >> 1
+            floating = dtype in FLOATS
+            if floating and flat[at] >> (width - 1):
+                step = -step
+            start = int(order(out[at : at + 1])[0]) if floating else flat[at]
+            moved = np.array([(start + step) % (1 << width)], dtype=out.dtype)
+            out[at] = (order(moved) if floating else moved)[0]
+    return out.reshape(ref.shape)
+
+
 DELTA = {"lowrank": lowrank, "impart": impart, "dare": dare, "magnitude": magnitude}
 DELTA |= {"svd-quant": svd_quant, "delta-come": delta_come, "impart-qt": impart_qt}
 DELTA |= {"dare-qt": dare_qt, "bitdelta": bitdelta, "auto": auto}
 EXACT = {"skip": skip, "lossless": lossless, "sparse-patch": sparse_patch, "rows": rows}
+EXACT["context"] = context
 
 
 # The archive

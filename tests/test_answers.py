@@ -10,7 +10,7 @@ import pytest
 from evaluation_models import make_llama, make_tokenizer, nudged, save, write_rows
 
 from deltafold.errors import DeltafoldError, UsageError
-from deltafold.evaluation import evaluate
+from deltafold.evaluation.evaluate import evaluate
 
 SUMS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(6)]
 

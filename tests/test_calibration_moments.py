@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, build, tune
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from deltafold.calibration import Calibration, calibrate
+from deltafold.calibration import Calibration, Sampling, calibrate
 from deltafold.calibration import measure as measure_module
 from deltafold.calibration.accumulate import full_bytes
 from deltafold.calibration.batches import Sample
@@ -207,7 +207,7 @@ def test_it_is_found_again(
     again = calibrate(folder, samples, cache=tmp_path / "cache")
     assert again.folder == first.folder and again.summary() == first.summary()
     for changed in (
-        {"samples": 128, "full": False},
+        {"full": False},
         {"restart": True},
     ):
         with pytest.raises(AssertionError, match="measured again"):
@@ -255,7 +255,9 @@ def test_from_a_file_and_from_the_model_itself(tmp_path: Path) -> None:
     folder = save(make_llama(1), tmp_path / "model", make_tokenizer(begins=True))
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "2+2=", "answer": "4"}] * 4)
     steps: list[Any] = []
-    calibration = calibrate(folder, rows, samples=3, cache=tmp_path, progress=steps.append)
+    calibration = calibrate(
+        folder, Sampling(rows, samples=3), cache=tmp_path, progress=steps.append
+    )
     assert calibration.samples == [Sample(calibration.samples[0].ids, 5)] * 3
     summary = calibration.summary()
     assert (summary["samples"], summary["tokens"], summary["counted_tokens"]) == (3, 18, 3)
@@ -264,12 +266,15 @@ def test_from_a_file_and_from_the_model_itself(tmp_path: Path) -> None:
     assert [(step.name, step.done, step.total) for step in steps] == [
         ("model.layers.0", 1, 3), ("model.layers.1", 2, 3), ("head", 3, 3)
     ]  # fmt: skip
-    own = calibrate(folder, "self", samples=3, max_tokens=9, cache=tmp_path)
+    own = calibrate(folder, Sampling("self", samples=3, max_tokens=9), cache=tmp_path)
     assert len(own.samples) == 3 and max(len(each.ids) for each in own.samples) <= 9
     (kept,) = tmp_path.glob("self-*.json")
     rows_kept = json.loads(kept.read_text())["value"]
     assert [tuple(row["ids"]) for row in rows_kept] == [each.ids for each in own.samples]
-    assert calibrate(folder, "self", samples=3, max_tokens=9, cache=tmp_path).folder == own.folder
+    assert (
+        calibrate(folder, Sampling("self", samples=3, max_tokens=9), cache=tmp_path).folder
+        == own.folder
+    )
 
 
 def test_a_file_that_is_cut_off_later(

@@ -13,10 +13,9 @@ from evaluation_models import make_gpt2, make_llama, make_tokenizer, nudged, sav
 from typer.testing import CliRunner
 
 from deltafold.cli import app
-from deltafold.comparing import Trio
 from deltafold.comparing import trio as trio_module
 from deltafold.comparing.page import escaped
-from deltafold.comparing.trio import share_equal
+from deltafold.comparing.trio import Trio, share_equal
 from deltafold.errors import DeltafoldError, MismatchError, UsageError
 
 PROMPT = "1+1="

@@ -19,7 +19,7 @@ from deltafold.running.devices import (
     UNSTEADY,
     Place,
     computing,
-    handed_on,
+    for_another_thread,
     here,
     place,
     put,
@@ -139,7 +139,7 @@ def test_a_place_is_left_again() -> None:
 def test_threads_compute_where_their_caller_does() -> None:
     with pretending(), computing("cuda"), ThreadPoolExecutor(1) as pool:
         assert str(pool.submit(here).result()) == "cpu"
-        assert str(pool.submit(handed_on(here)).result()) == NAME
+        assert str(pool.submit(for_another_thread(here)).result()) == NAME
         assert str(pool.submit(here).result()) == "cpu"
 
 
@@ -161,7 +161,11 @@ def test_tasks_share_the_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_memory_that_runs_out_is_one_sentence() -> None:
-    with pretending(), pytest.raises(DeviceError, match="memory of pretend:0"), computing("cuda"):
+    with (
+        pretending(),
+        pytest.raises(DeviceError, match="pretend:0 has too little memory free"),
+        computing("cuda"),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 

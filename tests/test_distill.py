@@ -271,3 +271,45 @@ def test_what_cannot_be_trained_is_refused(
     with pytest.raises(UsageError, match="at least 8 samples"):
         run(folders, out, calibration=few)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_where_nothing_can_be_trained_nothing_is(
+    folders: tuple[Path, Path, Path], tmp_path: Path, method: str
+) -> None:
+    """A fine-tune that differs from its base in norms alone: all that is stored is exact."""
+    base, _, text = folders
+    tuned = make_llama(0)
+    for module in tuned.modules():
+        if "RMSNorm" in type(module).__name__:
+            torch.nn.init.constant_(module.weight, 1.1)
+    save(tuned, tmp_path / "norms", make_tokenizer())
+    size = {"file_ratio": None, "nominal_ratio": 4.0} if method != "auto" else {"file_ratio": 2}
+    record = run((base, tmp_path / "norms", text), tmp_path / "a.delta", method, **size)
+    found = record["distill"]
+    assert (found["values"], found["kept"]) == (0, "start")
+    assert found["kl_before"] == found["kl_after"] == pytest.approx(0, abs=1e-6)
+    restore(tmp_path / "a.delta", base, tmp_path / "restored")
+    one, two = open_checkpoint(tmp_path / "norms"), open_checkpoint(tmp_path / "restored")
+    assert all(torch.equal(one.tensor(name), two.tensor(name)) for name in one.tensors)
+
+
+@pytest.mark.parametrize("method", ["delta-come", "lowrank", "svd-quant"])
+def test_where_no_rank_is_left_nothing_is_trained(
+    folders: tuple[Path, Path, Path], tmp_path: Path, method: str
+) -> None:
+    none: dict[str, Any] = {"file_ratio": None, "nominal_ratio": 1e6}
+    found = run(folders, tmp_path / "a.delta", method, **none)["distill"]
+    assert (found["values"], found["kept"]) == (0, "start") and found["kl_after"] > 0
+
+
+@pytest.mark.parametrize("run", [backward, backward_whole])
+def test_nothing_wanted_gives_the_loss_alone(folders: tuple[Path, Path, Path], run: Any) -> None:
+    found: dict[str, torch.Tensor] = {}
+    batches = make_batches(random_samples())
+
+    def loss(start: int, logits: torch.Tensor) -> torch.Tensor:
+        return logits.square().sum()
+
+    assert run(StreamedModel(folders[1]), batches, loss, found.__setitem__, lambda _: False) > 0
+    assert found == {}

@@ -100,13 +100,6 @@ def test_counts_of_codes() -> None:
         dither.tables_of(np.array([[255]], dtype=np.uint8))
 
 
-def test_classes_by_hand() -> None:
-    found = np.array([0, 6, 7, 99, 100, 65535], dtype=np.uint16)
-    spans = np.array([100], dtype=np.uint32)
-    assert dither.classes(found, spans).tolist() == [0, 0, 1, 15, 16, 16]
-    assert dither.classes(found[-1:], np.array([65536], dtype=np.uint32)).tolist() == [15]
-
-
 def test_cost_by_hand() -> None:
     """Eight of sixteen are 1 or -1: a bit each for whether, a bit each of those for the sign."""
     assert dither.cost_bits(np.array([[8, 8], [5, 0], [0, 0]])) == 16 + 8

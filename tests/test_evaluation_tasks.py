@@ -164,8 +164,8 @@ def test_choices_by_sum_and_by_mean_on_a_case_worked_by_hand(
 
 def test_the_prompt_begins_with_the_beginning_token_once() -> None:
     plain, begun = Encoder(make_tokenizer()), Encoder(make_tokenizer(begins=True))
-    assert plain.prompt("ab") == begun.plain("ab") == begun.prompt("ab")[1:]
-    assert begun.prompt("<begin>ab") == begun.prompt("ab")
+    assert plain.beginning("ab") == begun.ids("ab") == begun.beginning("ab")[1:]
+    assert begun.beginning("<begin>ab") == begun.beginning("ab")
     segment = begun.segment("ab", "cd", "row")
     assert segment.start == 3 and begun.decode(segment.targets) == "cd"
 

@@ -256,13 +256,13 @@ def test_training_broken_off_goes_on_to_the_same_bytes(
 
 def test_replace_me_solves_its_equation(llama: Path, text: Path, tmp_path: Path) -> None:
     """On the very samples: with the patch the block's output is nearer to the last removed one's."""
-    from deltafold.calibration import StreamedModel, gather_samples, make_batches
+    from deltafold.calibration import Sampling, StreamedModel, gather_samples, make_batches
 
     record = run(llama, tmp_path / "out", "replaceme", text, blocks=2)
     plain = run(llama, tmp_path / "plain", "replaceme", text, blocks=2, rule="drop")
     assert plain["removed"] == record["removed"]
     gone = record["removed"]["blocks"]
-    batches = make_batches(gather_samples(llama, text, max_tokens=40))
+    batches = make_batches(gather_samples(llama, Sampling(text, max_tokens=40)))
     gaps = {}
     with StreamedModel(llama).forward(batches, keep=True) as whole:
         for name in ("out", "plain"):
@@ -367,10 +367,10 @@ def test_sleb_removes_what_costs_least_perplexity(
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr("deltafold.calibration.stream.multiplies_bf16", lambda device: False)
-    from deltafold.calibration import gather_samples
+    from deltafold.calibration import Sampling, gather_samples
 
     record = run(llama, tmp_path / "out", "sleb", text)
-    samples = gather_samples(llama, text, max_tokens=40)
+    samples = gather_samples(llama, Sampling(text, max_tokens=40))
 
     def lost(gone: int | None) -> float:
         model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
@@ -392,13 +392,13 @@ def test_sleb_removes_what_costs_least_perplexity(
 
 
 def test_quality_is_that_of_the_folder_written(llama: Path, text: Path, tmp_path: Path) -> None:
-    from deltafold.calibration import Judge, StreamedModel, gather_samples
+    from deltafold.calibration import Judge, Sampling, StreamedModel, gather_samples
 
     record = run(llama, tmp_path / "out", "angular", text, blocks=2, text=text, closed_form="cut")
     stages = record["quality"]
     assert list(stages) == ["model", "unhealed", "folded"]
     assert stages["model"]["kl"] == pytest.approx(0, abs=1e-9) and stages["model"]["agreement"] == 1
-    samples = gather_samples(llama, text, max_tokens=40)
+    samples = gather_samples(llama, Sampling(text, max_tokens=40))
     with Judge(StreamedModel(tmp_path / "out"), None, samples) as judge:
         written = judge.teacher_logits(0, judge.tokens)
     with Judge(StreamedModel(llama), None, samples) as judge:

@@ -29,7 +29,7 @@ from cells import Cell  # noqa: E402
 
 from deltafold.codecs import get  # noqa: E402
 from deltafold.errors import MismatchError, UsageError  # noqa: E402
-from deltafold.evaluation import evaluate  # noqa: E402
+from deltafold.evaluation.evaluate import evaluate  # noqa: E402
 
 DEMO = ROOT / "demo"
 

@@ -1,13 +1,11 @@
-"""GPTQ and coordinate descent against slow, transparent references."""
+"""GPTQ against slow, transparent references."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import pytest
 import torch
 
-from deltafold.coding.gptq import BLOCK, descend, gptq, inverse_factor
+from deltafold.coding.gptq import BLOCK, gptq, inverse_factor
 from deltafold.coding.quantizer import Grid, entry_grid, fit_groups, quantise
 
 
@@ -101,10 +99,8 @@ def test_error_of_outputs_falls(width: int, density: float):
     *inputs, nearest = case
     before = output_error(nearest, *inputs)
     first = gptq(*inputs[:4], width, inputs[4])
-    second = descend(first, *inputs[:4], width, inputs[4])
     bound = {1.0: 0.5, 0.5: 0.8, 0.1: 1.0}[density]
     assert output_error(first, *inputs) < bound * before
-    assert output_error(second, *inputs) < 0.9 * output_error(first, *inputs)
 
 
 @pytest.mark.parametrize("diagonal", [1.0, 3.7])
@@ -112,7 +108,6 @@ def test_uncorrelated_inputs_round_to_nearest(diagonal: float):
     weight, _, scale, zero, mask, nearest = make(20, 150, 3, seed=2, density=0.7)
     hessian = diagonal * torch.eye(150)
     assert torch.equal(gptq(weight, hessian, scale, zero, 3, mask), nearest)
-    assert torch.equal(descend(nearest, weight, hessian, scale, zero, 3, mask), nearest)
 
 
 def test_a_full_mask_is_no_mask():
@@ -129,39 +124,6 @@ def test_dropped_entries_take_no_part():
     other = torch.where(mask, weight, 7.0)
     grids = torch.where(mask, scale, 1.0), torch.where(mask, zero, 2.0)
     assert torch.equal(gptq(other, hessian, *grids, 2, mask), plain)
-    assert torch.equal(
-        descend(plain, other, hessian, *grids, 2, mask),
-        descend(plain, weight, hessian, scale, zero, 2, mask),
-    )
-
-
-def test_descent_never_goes_up_and_stops_where_no_single_code_helps():
-    weight, hessian, scale, zero, mask, nearest = make(4, 150, 2, seed=5, density=0.8)
-    inputs = weight, hessian, scale, zero, mask
-    errors, codes = [output_error(nearest, *inputs, 0.01)], nearest
-    for _ in range(30):
-        codes = descend(codes, *inputs[:4], 2, mask, passes=1)
-        errors.append(output_error(codes, *inputs, 0.01))
-    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(errors))
-    assert errors[-1] < 0.5 * errors[0]
-    for j in range(150):
-        for code in range(4):
-            moved = codes.clone()
-            moved[:, j] = torch.where(mask[:, j], torch.tensor(code, dtype=torch.uint8), 0)
-            for row in range(4):
-                one = slice(row, row + 1)
-                pieces = weight[one], hessian, scale[one], zero[one], mask[one], 0.01
-                least = output_error(codes[one], *pieces)
-                assert output_error(moved[one], *pieces) >= least * (1 - 1e-9)
-
-
-def test_several_passes_are_passes_one_after_the_other():
-    weight, hessian, scale, zero, mask, nearest = make(6, 300, 3, seed=6, density=0.6)
-    inputs = weight, hessian, scale, zero, 3, mask
-    codes = nearest
-    for _ in range(3):
-        codes = descend(codes, *inputs, passes=1)
-    assert torch.equal(descend(nearest, *inputs, passes=3), codes)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01])
@@ -177,16 +139,13 @@ def test_dead_and_repeated_inputs(damping: float):
     assert output_error(codes, *inputs) < output_error(nearest, *inputs)
     dead = torch.zeros(30, 30)
     assert torch.equal(gptq(weight, dead, scale, zero, 3, mask, damping), nearest)
-    assert torch.equal(descend(nearest, weight, dead, scale, zero, 3, mask, damping), nearest)
 
 
 def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch):
     weight, hessian, scale, zero, mask, _ = make(10, 50, 2, seed=8, density=0.7)
     whole = gptq(weight, hessian, scale, zero, 2, mask)
-    better = descend(whole, weight, hessian, scale, zero, 2, mask)
     monkeypatch.setattr("deltafold.coding.gptq._ROWS_BYTES", 3 * 8 * 50)
     assert torch.equal(gptq(weight, hessian, scale, zero, 2, mask), whole)
-    assert torch.equal(descend(whole, weight, hessian, scale, zero, 2, mask), better)
 
 
 def test_inputs_are_left_as_they_were():
@@ -195,7 +154,6 @@ def test_inputs_are_left_as_they_were():
     copies = [tensor.clone() for tensor in inputs]
     gptq(weight.double(), hessian.double(), scale, zero, 2, mask)
     gptq(weight, hessian, scale, zero, 2, mask)
-    descend(nearest, weight, hessian, scale, zero, 2, mask)
     assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
 
 
@@ -204,18 +162,16 @@ def test_small_and_empty_matrices(shape: tuple[int, int]):
     weight, grids = torch.zeros(shape), torch.ones(shape)
     hessian = torch.eye(shape[1])
     assert gptq(weight, hessian, grids, grids, 2).shape == shape
-    codes = torch.ones(shape, dtype=torch.uint8)
-    assert torch.equal(descend(codes, weight, hessian, grids, grids, 2), codes)
 
 
 def test_what_does_not_fit_is_refused():
-    weight, hessian, scale, zero, mask, nearest = make(4, 20, 2, seed=9)
+    weight, hessian, scale, zero, mask, _ = make(4, 20, 2, seed=9)
     with pytest.raises(ValueError, match="the hessian is"):
         gptq(weight, hessian[:9, :9], scale, zero, 2)
     with pytest.raises(ValueError, match="mask is"):
         gptq(weight, hessian, scale, zero, 2, mask[:2])
     with pytest.raises(ValueError, match="not a finite number"):
-        descend(nearest, weight, hessian * torch.nan, scale, zero, 2)
+        gptq(weight, hessian * torch.nan, scale, zero, 2)
     with pytest.raises(ValueError, match="positive semidefinite"):
         indefinite = torch.eye(20)
         indefinite[0, 1] = indefinite[1, 0] = 1e15

@@ -53,7 +53,7 @@ def test_faults_are_named(
         made = changed(folder, tmp_path / label, **more)
         (found,) = open_bare(made).problems
         assert words in found
-        with pytest.raises(CheckpointError, match="What was made of mine does not open"):
+        with pytest.raises(CheckpointError, match="The model made from mine does not open"):
             check_opens(made, "mine", folder)
         assert check_opens(made, "mine", made)["problems"] == [found], "as it was before"
 

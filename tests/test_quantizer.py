@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,11 +16,7 @@ from deltafold.coding.quantizer import (
     dequantise,
     entry_grid,
     fit_groups,
-    from_parts,
-    part_shapes,
     quantise,
-    stored_bytes,
-    to_parts,
 )
 
 few = settings(deadline=None, max_examples=60)
@@ -66,18 +61,19 @@ def test_asymmetric_levels_by_hand():
 
 @few
 @given(grids, st.lists(numbers, max_size=300), st.integers(-60, 30))
-def test_parts_come_back_at_their_stated_size(grid: Grid, values: list[float], exponent: int):
+def test_codes_and_groups_have_their_stated_sizes(grid: Grid, values: list[float], exponent: int):
     x = torch.tensor(values) * 2.0**exponent
     codes, groups, restored = coded(x, grid)
     assert codes.dtype == torch.uint8
     assert len(codes) == 0 or int(codes.max()) <= grid.top
-    parts = to_parts(codes, grid, groups)
-    shapes = {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
-    assert shapes == part_shapes(len(x), grid)
-    assert stored_bytes(len(x), grid) == sum(p.numel() * p.element_size() for p in parts.values())
-    again, same = from_parts(parts, len(x), grid)
-    assert torch.equal(again, codes)
-    assert torch.equal(dequantise(again, grid, *same), restored)
+    assert codes.shape == restored.shape == x.shape
+    n_groups = math.ceil(len(x) / grid.group)
+    assert groups.scales.dtype == grid.dtype and groups.scales.shape == (n_groups,)
+    assert (groups.zeros is None) == grid.symmetric
+    if groups.zeros is not None:
+        assert groups.zeros.dtype == torch.uint8 and groups.zeros.shape == (n_groups,)
+        assert not n_groups or int(groups.zeros.max()) <= grid.top
+    assert math.frexp(groups.unit)[0] == 0.5  # a power of two
 
 
 @few
@@ -196,24 +192,14 @@ def test_chunks_do_not_change_the_result():
     assert torch.equal(codes[:5000], first[0])
 
 
-PINNED = {
-    "codes": [0b01001010, 0b01001001, 0b01010000],  # 2 2 4 4 4 5 2: halves go to the even code
-    "scales": [0x7000, 0x6C00],
-    "unit": [2.0**-14],
-}
-
-
-def test_stored_bytes_are_pinned():
+def test_codes_are_pinned():
+    """For ever: archives hold them. Halves go to the even code."""
     values = torch.tensor([-0.75, -0.5, 0.25, 0.5, 0.5, 0.75, -0.25])
-    grid = Grid(3, group=6)
     groups = Groups(torch.tensor([8192.0, 4096.0]).half(), None, 2.0**-14)
-    parts = to_parts(quantise(values, grid, *groups), grid, groups)
-    assert parts["codes"].tolist() == PINNED["codes"]
-    assert parts["scales"].view(torch.int16).tolist() == PINNED["scales"]
-    assert parts["unit"].tolist() == PINNED["unit"]
+    assert quantise(values, Grid(3, group=6), *groups).tolist() == [2, 2, 4, 4, 4, 5, 2]
 
 
-def test_bad_settings_and_parts_are_refused():
+def test_bad_settings_and_values_are_refused():
     with pytest.raises(ValueError, match="1 to 8 bits"):
         Grid(9)
     with pytest.raises(ValueError, match="at least one value"):
@@ -224,9 +210,3 @@ def test_bad_settings_and_parts_are_refused():
     codes, groups, _ = coded(torch.arange(10.0), grid)
     with pytest.raises(ValueError, match="do not serve"):
         dequantise(codes[:4], grid, *groups)
-    parts = to_parts(codes, grid, groups)
-    for name in parts:
-        with pytest.raises(ValueError, match=name):
-            from_parts({**parts, name: parts[name][:-1]}, 10, grid)
-    with pytest.raises(ValueError, match="the unit"):
-        from_parts({**parts, "unit": torch.tensor([np.nan])}, 10, grid)

@@ -59,7 +59,7 @@ def test_peft_predicts_what_export_says(tmp_path, rank):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from deltafold.calibration import gather_samples
+    from deltafold.calibration import Sampling, gather_samples
 
     text = CACHE / "tasks" / "arithmetic.calib.txt"
     size = {"samples": 4, "max_tokens": 64}
@@ -69,7 +69,7 @@ def test_peft_predicts_what_export_says(tmp_path, rank):
 
     def predictions(model):
         rows = []
-        for sample in gather_samples(BASE, text, **size):
+        for sample in gather_samples(BASE, Sampling(text, **size)):
             with torch.no_grad():
                 logits = model.eval()(torch.tensor([sample.ids])).logits[0].double()
             rows.append(torch.log_softmax(logits, -1)[max(sample.start, 1) - 1 : -1])

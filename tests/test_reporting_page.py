@@ -14,7 +14,7 @@ from test_reporting_merge import merge_record
 
 from deltafold.errors import StorageError
 from deltafold.reporting.page import page_html, write_page
-from deltafold.reporting.page.compress import MOST_LINES
+from deltafold.reporting.page.places import MOST_LINES
 from deltafold.reporting.units import bytes_text
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>"

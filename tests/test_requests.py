@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from checkpoints import tree_hashes
+from typer.core import TyperOption
 
 import deltafold
+from deltafold.cli import app
 from deltafold.errors import UsageError
+from deltafold.evaluation.request import EvaluateRequest
 from deltafold.factoring.request import FactorRequest
 from deltafold.running.front import front, options_table
 from deltafold.running.request import (
+    PANELS,
     SIZE,
     Request,
     argument,
@@ -25,7 +32,13 @@ from deltafold.running.request import (
     parse_numbers,
 )
 
-FRONTS = ("compress", "plan", "restore", "verify", "export", "merge", "fold", "share", "factor")
+FRONTS = [
+    name
+    for name in deltafold.__all__
+    if name not in ("DeltafoldError", "Model", "Recipe", "__version__", "codec", "load", "tensors")
+]
+
+COMMANDS: list[Any] = [each.callback for each in app.registered_commands]
 
 
 @asked
@@ -115,9 +128,61 @@ def test_every_option_of_a_verb_is_shown_and_explained(name: str) -> None:
     verb: Any = getattr(deltafold, name)
     shown, words = inspect.signature(verb).parameters, inspect.getdoc(verb) or ""
     for option_name, each in options_of(verb.request).items():
-        assert option_name in shown
+        assert (option_name in shown) == each.python
+        if not each.python:
+            continue
         assert shown[option_name].annotation
         assert f"{option_name}: {each.doc}" in words
+
+
+@pytest.mark.parametrize("name", [command.__name__ for command in COMMANDS])
+def test_a_command_is_its_request(name: str) -> None:
+    """Every option in a panel, `--json` and `--settings` on all, bounds in the request alone."""
+    found = typer.main.get_command(app).commands[name].params  # type: ignore[attr-defined]
+    shown = [each for each in found if isinstance(each, TyperOption) and not each.hidden]
+    assert {each.rich_help_panel for each in shown if each.name != "help"} <= set(PANELS)
+    assert {"json_output", "settings_file"} <= {each.name for each in shown}
+    kind = next(each.request for each in COMMANDS if each.__name__ == name)
+    assert {n for n, each in options_of(kind).items() if each.cli} <= {each.name for each in found}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "nowhere", "--text", "x", "--limit", "0"], "--limit 0 is too small"),
+        (["evaluate", "nowhere"], "There is nothing to measure"),
+        (["compare", "a", "b", "c", "--prompt", " "], "The prompt is empty"),
+        (["compare", "a", "b", "c", "--dtype", "fp61"], "did you mean 'fp16'"),
+        (["serve", "base", "--delta", "math"], "is not NAME=ARCHIVE"),
+        (["serve", "base", "-d", "a=x", "--port", "70000"], "--port 70000 is too large"),
+        (["push", "folder", "nobody"], "write it like owner/name"),
+        (["report", "record.json", "--dark"], "--dark is about figures"),
+        (["plan", "model"], "Give the fine-tune of model"),
+        (["plan", "a", "b", "--shared", "3"], "--shared is for deltallm"),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else None,
+)
+def test_what_cannot_be_is_said_before_torch_is_loaded(arguments: list[str], words: str) -> None:
+    script = (
+        f"import sys\nsys.argv = ['deltafold', *{arguments!r}]\n"
+        "from deltafold.cli import main\n"
+        "try:\n    main()\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert told.returncode == 2 and words in told.stderr
+    assert told.stderr.splitlines()[-1] == "False"
+
+
+def test_tasks_and_texts_by_place_as_before(tmp_path: Path) -> None:
+    asked, _ = EvaluateRequest.former(("a", ["b"], "c", ["t"], ["x"]), {"limit": 3})
+    assert asked == ("a", ["b"], "c")
+    with pytest.raises(deltafold.DeltafoldError, match="nowhere"):
+        deltafold.evaluate(tmp_path / "nowhere", (), None, (), ["x"])  # type: ignore[call-arg]
+
+
+def test_what_only_the_command_line_shows_is_no_keyword(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="inspect takes no 'tensors'"):
+        deltafold.inspect(tmp_path, tensors=True)
 
 
 def test_a_file_of_settings(tmp_path: Path, deltafold: Any) -> None:

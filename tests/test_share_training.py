@@ -28,7 +28,7 @@ from deltafold.sharing.methods.replacing import Schedule, SharedStudent
 from deltafold.sharing.request import STARTS, ShareRequest
 from deltafold.sharing.start import Start, composed_values
 from deltafold.sharing.train import ShareModel
-from deltafold.training import Masters, Rows, Settings, State, pack, train
+from deltafold.training import Masters, Rows, Settings, State, Watch, pack, train
 from deltafold.training.distilled import distilled
 from deltafold.training.loop import batch_rows, losses
 
@@ -331,9 +331,11 @@ def test_the_loop_learns_and_goes_on_where_it_was() -> None:
             raise KilledError
 
     with pytest.raises(KilledError):
-        train(Toy(), teacher, learn, held, settings, save=save)
+        train(Toy(), teacher, learn, held, settings, watch=Watch(save=save))
     again = Toy()
-    resumed = train(again, teacher, learn, held, settings, state=State.from_tensors(kept[-1]))
+    resumed = train(
+        again, teacher, learn, held, settings, watch=Watch(State.from_tensors(kept[-1]))
+    )
     assert torch.equal(again.table, whole.table)
     assert resumed.curve == done.curve
     assert resumed.exams == done.exams
@@ -374,8 +376,8 @@ def test_a_lowered_rate_goes_on_after_an_interruption() -> None:
     def save(state: State) -> None:
         kept.append({k: v.clone() for k, v in state.to_tensors().items()})
 
-    done = train(whole, teacher, learn, held, settings, save=save)
-    resumed = train(again, teacher, learn, held, settings, state=State.from_tensors(kept[0]))
+    done = train(whole, teacher, learn, held, settings, watch=Watch(save=save))
+    resumed = train(again, teacher, learn, held, settings, watch=Watch(State.from_tensors(kept[0])))
     assert done.scale < 1 and resumed.exams == done.exams
     assert torch.equal(again.table, whole.table)
 

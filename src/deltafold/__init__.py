@@ -17,16 +17,18 @@ from deltafold.version import __version__
 
 if TYPE_CHECKING:
     from deltafold.codecs.tensors import codec
+    from deltafold.compressing.catalogue import methods
     from deltafold.compressing.compress import compress
     from deltafold.compressing.plan import plan
-    from deltafold.evaluation import evaluate
+    from deltafold.evaluation.evaluate import evaluate
     from deltafold.exporting.export import export
     from deltafold.exporting.load import load
     from deltafold.factoring.factor import factor
     from deltafold.folding.fold import fold
     from deltafold.merging.choosing import merge
     from deltafold.merging.recipe import Model, Recipe
-    from deltafold.publishing import push_to_hub
+    from deltafold.publishing.push import push_to_hub
+    from deltafold.reporting.report import report
     from deltafold.restoring.inspect import inspect
     from deltafold.restoring.load import tensors
     from deltafold.restoring.restore import restore
@@ -40,13 +42,15 @@ _PUBLIC = {
     "verify": "deltafold.restoring.verify",
     "inspect": "deltafold.restoring.inspect",
     "plan": "deltafold.compressing.plan",
+    "methods": "deltafold.compressing.catalogue",
+    "report": "deltafold.reporting.report",
     "load": "deltafold.exporting.load",
     "merge": "deltafold.merging.choosing",
     "fold": "deltafold.folding.fold",
     "factor": "deltafold.factoring.factor",
     "share": "deltafold.sharing.share",
-    "evaluate": "deltafold.evaluation",
-    "push_to_hub": "deltafold.publishing",
+    "evaluate": "deltafold.evaluation.evaluate",
+    "push_to_hub": "deltafold.publishing.push",
     "tensors": "deltafold.restoring.load",
     "codec": "deltafold.codecs.tensors",
     "Model": "deltafold.merging.recipe",
@@ -67,8 +71,10 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "methods",
     "plan",
     "push_to_hub",
+    "report",
     "restore",
     "share",
     "tensors",

@@ -94,7 +94,7 @@ def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def native(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """A tensor as it is held, in torch's own dtype where it has one."""
+    """A tensor as it is held, of any shape, in torch's own dtype where it has one."""
     own = getattr(torch, _AS_BITS[dtype][1], None) if dtype in BITS else None
     return tensor if own is None else tensor.view(own)
 

@@ -88,7 +88,10 @@ class Archive:
             raise ArchiveError(f"{self.folder} holds part {extra[0]}, which no tensor names.")
 
     def parts(self, tensor: Tensor, piece: Piece) -> dict[str, torch.Tensor]:
-        """All parts of a piece, checked. Raises ArchiveError on a flipped bit."""
+        """All parts of a piece, by name, in their stored dtypes and shapes, checked.
+
+        Raises ArchiveError on a flipped bit.
+        """
         layout = self.part_layout(tensor, piece)
         return {part: as_tensor(data, *layout[part]) for part, data in self._checked(tensor, piece)}
 

@@ -12,7 +12,6 @@ from torch import nn
 from deltafold.errors import MismatchError
 from deltafold.names import role_of
 
-PARTS = ("mlp", "attention")
 _GATE = re.compile(r"(?:^|\.)(?:gate|router|shared_expert_gate)$")
 _WRITES = re.compile(r"(?:^|\.)(?:down_proj|o_proj|out_proj|c_proj|fc2|dense_4h_to_h|dense|wo|w2)$")
 _HALVES = re.compile(r"(?:^|\.)gate_up_proj$")

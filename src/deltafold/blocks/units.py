@@ -39,12 +39,12 @@ class Slice:
     each: int
 
     def parts(self, tensor: torch.Tensor, count: int) -> torch.Tensor:
-        """The units' entries (count, values of one unit)."""
+        """The entries (count, values) of units in a tensor of any shape: one row a unit."""
         held = tensor.narrow(self.axis, self.start, count * self.each).movedim(self.axis, 0)
         return held.reshape(count, -1)
 
     def put(self, tensor: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-        """A copy of the tensor with its units' entries taken from `parts`."""
+        """A copy of the tensor with its units' entries taken from `parts` (count, values)."""
         out = tensor.movedim(self.axis, 0).clone()
         length = parts.shape[0] * self.each
         out[self.start : self.start + length] = parts.reshape(length, *out.shape[1:])
@@ -66,10 +66,6 @@ class Units:
     @property
     def all_slices(self) -> tuple[Slice, ...]:
         return (*self.slices, *self.outputs)
-
-    def locals(self) -> frozenset[str]:
-        """Local names of the tensors that know these units."""
-        return frozenset(each.local for each in self.all_slices)
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ def _reads_by_column(layout: Layout, locals_: Sequence[str], width: int) -> bool
 def rearranged(
     units: Sequence[Units], chosen: Mapping[str, torch.Tensor], local: str, tensor: torch.Tensor
 ) -> torch.Tensor:
-    """The tensor with unit u of each kind replaced by its unit `chosen[kind][u]`."""
+    """The tensor, any shape, with unit u of each kind replaced by its unit `chosen[kind][u]`."""
     for kind in units:
         for each in kind.all_slices:
             if each.local == local:

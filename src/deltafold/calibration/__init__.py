@@ -3,7 +3,7 @@
 from deltafold.calibration.backward import backward
 from deltafold.calibration.batches import Batch, Sample, make_batches
 from deltafold.calibration.divergence import Divergence, Judge
-from deltafold.calibration.gather import gather_samples
+from deltafold.calibration.gather import Sampling, gather_samples
 from deltafold.calibration.moments import Calibration, calibrate
 from deltafold.calibration.stream import StreamedModel
 
@@ -13,6 +13,7 @@ __all__ = [
     "Divergence",
     "Judge",
     "Sample",
+    "Sampling",
     "StreamedModel",
     "backward",
     "calibrate",

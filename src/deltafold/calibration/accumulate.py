@@ -93,7 +93,7 @@ class Entries:
     of_matrix: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def new(self, inputs: torch.Tensor) -> int:
-        """A new entry for inputs of this width."""
+        """A new entry for inputs (.., i) of this width."""
         i = inputs.shape[-1]
         full = self.full and full_bytes(i) <= self.allowance_bytes
         if full:

@@ -125,7 +125,8 @@ class Judge:
     def base_weights(self, name: str) -> torch.Tensor:
         """The base's tensors, as a candidate that stores nothing but what the base cannot have.
 
-        A tensor that only the fine-tune has is the fine-tune's, and so are rows of new vocabulary.
+        A tensor that only the fine-tune has is the fine-tune's, and so are rows of new vocabulary: all
+        have their shapes in the fine-tune.
         """
         if self._base is None:
             raise ValueError("the judge was given no base")

@@ -26,7 +26,7 @@ from torch import nn
 from deltafold.calibration.accumulate import Name, Products
 from deltafold.calibration.backward import backward
 from deltafold.calibration.batches import Batch, Sample, make_batches
-from deltafold.calibration.gather import gather_samples
+from deltafold.calibration.gather import AnyText, as_sampling, gather_samples
 from deltafold.calibration.kept import cache_folder, keep, key_of
 from deltafold.calibration.precision import settled
 from deltafold.calibration.stream import StreamedModel, default_memory_bytes
@@ -48,11 +48,8 @@ Found = dict[str, Fisher]
 
 def measure_fisher(
     finetuned: str | Path,
-    source: str | Path | Sequence[Sample],
+    text: AnyText,
     *,
-    samples: int = 128,
-    max_tokens: int = 256,
-    seed: int = 0,
     memory_bytes: int | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
@@ -60,29 +57,15 @@ def measure_fisher(
 ) -> Found:
     """The Fisher information of every matrix of the fine-tune, by checkpoint tensor (o x i).
 
-    `source` as in `calibration.gather_samples`, or samples as they are. Kept on disk by what it was
-    made from. A tensor of which the text says nothing (an expert that no token reached) is left
-    out. Raises DeltafoldError.
+    Kept on disk by what it was made from. A tensor of which the text says nothing (an expert that no
+    token reached) is left out. Raises DeltafoldError.
     """
-    allowance = memory_bytes or default_memory_bytes()
+    allowance, seed = memory_bytes or default_memory_bytes(), as_sampling(text).seed
     root = cache_folder(cache)
     guard_storage(root, lambda: root.mkdir(parents=True, exist_ok=True))
     model = StreamedModel(finetuned, memory_bytes=min(allowance // 2, HIDDEN_BYTES), scratch=root)
     with contextlib.closing(model.checkpoint):
-        chosen = (
-            gather_samples(
-                model,
-                source,
-                samples=samples,
-                max_tokens=max_tokens,
-                seed=seed,
-                memory_bytes=allowance,
-                cache=root,
-                restart=restart,
-            )
-            if isinstance(source, str | Path)
-            else list(source)
-        )
+        chosen = gather_samples(model, text, memory_bytes=allowance, cache=root, restart=restart)
         identity: list[Any] = [
             VERSION,
             model.checkpoint.fingerprint(),

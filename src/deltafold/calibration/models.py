@@ -140,7 +140,10 @@ def load_weights(
     causal: bool = True,
     **from_pretrained: Any,
 ) -> Any:
-    """The model of a config and of tensors in memory. Raises CheckpointError, MismatchError."""
+    """The model of a config and of tensors in memory, in their stored shapes, by checkpoint name.
+
+    Raises CheckpointError, MismatchError.
+    """
     kind = class_of(config, label, causal)
     options = {"config": config, "state_dict": dict(state)} | from_pretrained
     return _loaded(kind, None, label, options)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.calibration.batches import Sample
-from deltafold.calibration.gather import gather_samples
+from deltafold.calibration.gather import AnyText, as_sampling, gather_samples
 from deltafold.calibration.kept import (
     INDEX,
     SAMPLES,
@@ -80,12 +80,9 @@ def _found_elsewhere(folder: Path, samples: list[Sample], index: dict[str, Any])
 
 def calibrate(
     finetuned: str | Path,
-    source: str | Path | Sequence[Sample],
+    text: AnyText,
     *,
-    samples: int = 128,
-    max_tokens: int = 256,
     full: bool = True,
-    seed: int = 0,
     memory_bytes: int | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
@@ -93,7 +90,6 @@ def calibrate(
 ) -> Calibration:
     """Run text through the fine-tune, and measure the inputs of every matrix.
 
-    `source` is a file, `datasets:NAME`, `self` (see `gather_samples`) or samples as they are.
     `full=False` keeps diagonals only, and so does a layer whose full moment does not fit
     `memory_bytes`. `restart` measures again what is found on disk. Raises DeltafoldError.
 
@@ -106,19 +102,7 @@ def calibrate(
     guard_storage(root, lambda: root.mkdir(parents=True, exist_ok=True))
     model = StreamedModel(finetuned, memory_bytes=allowance // 2, scratch=root)
     with Meter() as meter, contextlib.closing(model.checkpoint):
-        if isinstance(source, str | Path):
-            chosen = gather_samples(
-                model,
-                source,
-                samples=samples,
-                max_tokens=max_tokens,
-                seed=seed,
-                memory_bytes=allowance,
-                cache=root,
-                restart=restart,
-            )
-        else:
-            chosen = list(source)
+        chosen = gather_samples(model, text, memory_bytes=allowance, cache=root, restart=restart)
         folder = root / key_of(
             {
                 "version": VERSION,
@@ -134,8 +118,8 @@ def calibrate(
         write_samples(folder / SAMPLES, chosen)
         places = measure(model, chosen, folder, full, allowance // 2, progress, again=restart)
     index = {
-        "source": str(source) if isinstance(source, str | Path) else "samples",
-        "seed": seed,
+        "source": as_sampling(text).name,
+        "seed": as_sampling(text).seed,
         **_totals(chosen, places, folder),
         "seconds": meter.seconds,
         "peak_memory_bytes": meter.peak_memory_bytes,

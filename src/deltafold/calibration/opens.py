@@ -161,7 +161,7 @@ def check_opens(
         if new := made.beyond(known):
             more = f" ({len(new)} such faults in all)" if len(new) > 1 else ""
             raise CheckpointError(
-                f"What was made of {label} does not open: {new[0]}{more}; this kind of model "
-                "cannot be made so."
+                f"The model made from {label} does not open: {new[0]}{more}; this command cannot make "
+                "a sound one of this kind of model."
             )
     return made.to_record()

@@ -30,7 +30,9 @@ class Runnable(Protocol):
     @property
     def numbers(self) -> list[int]: ...
 
-    def tensor(self, name: str) -> torch.Tensor: ...
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the checkpoint, in its stored shape."""
+        ...
 
 
 class Probe:

@@ -114,7 +114,10 @@ class Skeleton:
         return "inputs_embeds" in inspect.signature(self.model.forward).parameters
 
     def pieces(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """A parameter, or its gradient, by checkpoint tensor. Raises MismatchError."""
+        """A parameter, or its gradient, by checkpoint tensor; these have their stored shapes.
+
+        Raises MismatchError.
+        """
         if self.is_whole:
             yield name, tensor
             return

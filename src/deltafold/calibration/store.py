@@ -90,7 +90,7 @@ class TensorStore:
         return self.near(number).cpu()
 
     def near(self, number: int) -> torch.Tensor:
-        """The tensor as it was stored, where it lies."""
+        """The tensor in its stored shape and dtype, where it lies."""
         if not self.on_disk:
             held = self._held[number]
             if held is None:

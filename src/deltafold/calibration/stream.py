@@ -96,11 +96,6 @@ class Pass:
         """What comes out of the last block, before the last norm."""
         return self.stores[-1]
 
-    @property
-    def counted_rows(self) -> int:
-        """Number of predictions that count."""
-        return sum(int(batch.counted.sum()) for batch in self.batches)
-
     def rows(self, number: int) -> torch.Tensor:
         """Last hidden states (n, width) of one batch where predictions count."""
         return self.last.near(number)[self.batches[number].counted]
@@ -188,7 +183,7 @@ class StreamedModel:
         return int(limit) if limit else None
 
     def moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor where, and as, the model computes."""
+        """The tensor, of any shape, where, and as, the model computes."""
         if tensor.device == self.skeleton.device or self.skeleton.device != here():
             return tensor.to(self.skeleton.device, self.skeleton.dtype)
         return put(tensor, self.skeleton.dtype)
@@ -368,7 +363,7 @@ class StreamedModel:
             row += len(rows)
 
     def parts(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, some rows): as many as logits may be made of at a time."""
+        """(first row, some rows of (n, width)): as many as logits may be made of at a time."""
         step = max(1, LOGITS_BYTES // (4 * self.vocabulary))
         for start in range(0, len(rows), step):
             yield start, rows[start : start + step]

@@ -12,15 +12,16 @@ from deltafold.errors import CheckpointError
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
 
-class Encoder:
-    """Turns text into samples of at most `max_tokens` tokens.
+class TextIds:
+    """Token ids of text.
 
     `prefix` is the beginning-of-text token where the tokenizer adds one, else empty.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int):
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        bare, full = self.ids("a"), list(tokenizer("a")["input_ids"])
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        bare = self.ids("a")
+        full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
         begins = tokenizer.bos_token_id is not None and full[:1] == [tokenizer.bos_token_id]
         self.prefix: list[int] = full[:1] if begins and bare[:1] != full[:1] else []
 
@@ -29,9 +30,30 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def beginning(self, text: str) -> list[int]:
-        """Token ids of a text that stands first: `prefix` once, also where the text spells it."""
+        """Token ids of a text that stands first: they begin with `prefix`, which is added once only.
+
+        A text that already begins with the beginning-of-text token, written out, gets no second one.
+        """
         ids = self.ids(text)
         return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+
+    def followed(self, text: str, continuation: str) -> tuple[list[int], int]:
+        """Token ids of a text that stands first and of what follows it; where the latter begins.
+
+        Where a tokenizer would merge characters across the seam, the two are tokenised apart.
+        """
+        before, whole = self.beginning(text), self.beginning(text + continuation)
+        if whole[: len(before)] != before or len(whole) == len(before):
+            whole = before + self.ids(continuation)
+        return whole, len(before)
+
+
+class Encoder(TextIds):
+    """Turns text into samples of at most `max_tokens` tokens."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int):
+        super().__init__(tokenizer)
+        self.max_tokens = max_tokens
 
     def text(self, text: str) -> Sample | None:
         """A text of which every token counts but the first; None if it has less than two."""
@@ -39,14 +61,8 @@ class Encoder:
         return Sample(tuple(ids)) if len(ids) > 1 else None
 
     def answer(self, prompt: str, answer: str) -> Sample | None:
-        """A prompt and its answer, whose tokens count; None if one of them has no tokens.
-
-        Where a tokenizer would merge characters across the seam, the two are tokenised apart.
-        """
-        before, whole = self.beginning(prompt), self.beginning(prompt + answer)
-        if whole[: len(before)] != before or len(whole) == len(before):
-            whole = before + self.ids(answer)
-        return self._cut(whole, len(before))
+        """A prompt and its answer, whose tokens count; None if one of them has no tokens."""
+        return self._cut(*self.followed(prompt, answer))
 
     def chat(self, messages: list[dict[str, Any]]) -> Sample | None:
         """A chat; the last turn counts if the assistant speaks it, else all tokens do."""

@@ -42,8 +42,9 @@ def backward_whole(
                     with steady_backward():
                         value.backward()
                     total += float(value.detach())
-                with steady_backward():
-                    rows.backward(leaf.grad)
+                if rows.requires_grad:  # False if nothing below the head is wanted
+                    with steady_backward():
+                        rows.backward(leaf.grad)
                 row += len(rows)
     found: Gradients = {}
     for parameters in (above, below):

@@ -42,7 +42,7 @@ class Group:
         return tuple(name for names in self.sources.values() for name in names)
 
     def make(self, model: Any, weights: Weights) -> dict[str, torch.Tensor]:
-        """The parameters by name."""
+        """The parameters by name, in their shapes in the model."""
         if self.converter is None:
             return {self.targets[0]: weights(self.names[0])}
         converter = deepcopy(self.converter)
@@ -55,7 +55,8 @@ class Group:
     def split(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """The pieces of a parameter, or of its gradient, by checkpoint tensor.
 
-        Raises ValueError where the parts of the parameter are not slices of it.
+        They have their stored shapes. Raises ValueError where the parts of the parameter are not
+        slices of it.
         """
         if self.converter is None:
             yield self.names[0], tensor

@@ -46,7 +46,7 @@ class AlignedCheckpoint(Checkpoint):
         self.origin.close()
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """See `Checkpoint.rows`."""
+        """Rows (stop - start, columns) of a tensor: see `Checkpoint.rows`."""
         segments = self.sources.get(name)
         if segments is None:
             return self.origin.rows(name, start, stop)

@@ -28,11 +28,9 @@ MAX_FILES = 20_000
 MAX_DEPTH = 8
 
 # What a file may be called: no path, not hidden, no control characters, room for a suffix.
-PLAIN_NAME = r"^[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,239}$"
+_NAME = r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,239}"
 # The same, in at most seven folders one inside the other; each of them a plain name.
-PLAIN_PATH = (
-    r"^(?:[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,239}/){0,7}[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,239}$"
-)
+PLAIN_PATH = rf"^(?:{_NAME}/){{0,7}}{_NAME}$"
 
 # Weights in other formats, the state of a training run, pickles, packed folders: never taken along.
 FOREIGN = (

@@ -108,7 +108,7 @@ def _tensor_info(name: str, entry: dict[str, Any], path: Path, origin_bytes: int
     if dtype not in ITEM_BYTES:
         raise CheckpointError(
             f"Tensor {name} of {path} has the dtype {dtype}, which this deltafold does not know; "
-            "upgrade deltafold, or save the tensor in a dtype that safetensors has had for longer."
+            "upgrade deltafold, or save the tensor in an older dtype of safetensors."
         )
     # `type`, not `isinstance`: True is no length.
     if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):

@@ -91,7 +91,7 @@ def _why_not(hub_id: str, error: Exception) -> str:
 
 
 def unreachable(error: Exception | None) -> str | None:
-    """Why the hub cannot be reached, if it is that which an error, or its cause, says."""
+    """Why the hub cannot be reached, where an error or one of its causes says that; else None."""
     seen = 0
     while error is not None and seen < 8:
         name = type(error).__name__

@@ -1,4 +1,4 @@
-"""What is given as a checkpoint and is something else, told by a sentence that is true of it."""
+"""What is given as a checkpoint and is something else: one sentence that says what it is."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Checkpoint:
             return self._files[file]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor seen as a matrix (see `TensorInfo.matrix_shape`).
+        """Rows (stop - start, columns) of a tensor seen as a matrix (see `TensorInfo.matrix_shape`).
 
         Raises ValueError if the tensor has no such rows.
         """
@@ -142,7 +142,7 @@ class Checkpoint:
         return buffer
 
     def row_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The tensor as (first row, rows) pieces of at most `chunk_bytes` (at least one row)."""
+        """The tensor as pieces (first row, rows (n, columns)) of at most `chunk_bytes`; n >= 1."""
         n_rows, columns = self.tensors[name].matrix_shape
         step = max(1, chunk_bytes // max(1, columns * self.tensors[name].itemsize))
         for start in range(0, n_rows, step):
@@ -211,7 +211,7 @@ def _sampled(n_bytes: int) -> list[tuple[int, int]]:
 
 
 def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of these bytes, without a copy; `dtype` as in the header."""
+    """A tensor of these bytes and any shape, without a copy; `dtype` as in the header."""
     if not data:
         return torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
     return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)

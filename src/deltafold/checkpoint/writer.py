@@ -29,7 +29,7 @@ TensorSpec = tuple[str, str, tuple[int, ...]]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
+    """The bytes of a contiguous CPU tensor of any shape, without a copy."""
     flat = tensor.detach().contiguous().reshape(-1)
     if not flat.numel():
         return memoryview(b"")
@@ -160,7 +160,7 @@ class CheckpointWriter:
         }
 
     def write(self, name: str, rows: torch.Tensor, offset_elements: int = 0) -> None:
-        """Write `rows` (stored dtype) at an element offset inside tensor `name`."""
+        """Write `rows` (any shape, stored dtype) at an element offset inside tensor `name`."""
         descriptor, start = self._starts[name]
         position = start + offset_elements * rows.element_size()
         data = tensor_bytes(rows)

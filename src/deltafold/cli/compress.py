@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltafold.cli.command import command, record_place
+from deltafold.cli.command import Extras, command, record_place
 from deltafold.cli.method_settings import METHOD_SETTINGS, with_method_settings
 from deltafold.compressing.request import CompressRequest
 
@@ -62,7 +62,13 @@ def _show(record: dict[str, Any], request: CompressRequest) -> None:
         say(f"  {named}: {tried['criterion']} {tried['value']:.4g}{kept}")
     if why := record.get("calibration", {}).get("why"):
         say(f"  all values count alike: {why}")
-    if trained := record.get("distill"):
+    trained = record.get("distill")
+    if trained and not trained["values"]:
+        say(
+            "  nothing was trained: no number that is stored here can move; KL on samples held out "
+            f"{trained['kl_after']:.4g}"
+        )
+    elif trained:
         say(
             f"  distilled {trained['steps']} steps: KL on samples held out "
             f"{trained['kl_before']:.4g} -> {trained['kl_after']:.4g}; kept: {trained['kept']}"
@@ -104,7 +110,6 @@ compress = command(
     CompressRequest,
     "deltafold.compressing.compress:run_compress",
     _show,
-    extra=METHOD_SETTINGS,
-    fold_in=with_method_settings,
+    extras=Extras(with_method_settings, [*METHOD_SETTINGS.values()]),
     announce=_announce,
 )

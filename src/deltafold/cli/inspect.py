@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from deltafold.cli.command import command
+from deltafold.restoring.request import InspectRequest
 
-from deltafold.cli import options as o
 
-
-def inspect(
-    archive: o.ArchiveArgument,
-    tensors: Annotated[
-        bool, typer.Option("--tensors", "-t", help="List every tensor, not only sums by role.")
-    ] = False,
-    json_output: o.JsonOption = False,
-) -> None:
-    """Show what an archive is and holds, without the base."""
-    from deltafold.restoring.inspect import inspect as inspect_verb
-
-    found = inspect_verb(archive)
-    if json_output:
-        import json
-
-        print(json.dumps(found))
-        return
+def _show(found: dict[str, Any], request: InspectRequest) -> None:
     from deltafold.cli.show import out, say, size
 
     totals, budget = found["totals"], found["budget"]
@@ -47,7 +31,7 @@ def inspect(
     for name, entry in found["codecs"].items():
         config = ", ".join(f"{key} {value}" for key, value in entry["config"].items())
         say(f"  codec {name} version {entry['version']}" + (f": {config}" if config else ""))
-    out.print(_tensor_table(found["tensors"]) if tensors else _role_table(found["tensors"]))
+    out.print(_tensor_table(found["tensors"]) if request.tensors else _role_table(found["tensors"]))
     if found["removed"]:
         say(f"  only in the base: {', '.join(found['removed'])}")
 
@@ -78,3 +62,6 @@ def _tensor_table(rows: list[dict[str, Any]]) -> Any:
         shape = "x".join(map(str, row["shape"]))
         made.add_row(row["name"], shape, row["codec"], size(row["bytes"]), error, row["why"] or "")
     return made
+
+
+inspect = command(InspectRequest, "deltafold.restoring.inspect:run_inspect", _show)

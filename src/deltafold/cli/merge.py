@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltafold.cli.command import command, record_place
+from deltafold.cli.command import Extras, command, record_place
 from deltafold.cli.method_settings import METHOD_SETTINGS, with_method_settings
 from deltafold.merging.request import MergeRequest
 
@@ -19,6 +19,5 @@ merge = command(
     MergeRequest,
     "deltafold.merging.choosing:run_merge",
     _show,
-    extra={"setting": METHOD_SETTINGS["setting"]},
-    fold_in=with_method_settings,
+    extras=Extras(with_method_settings, [METHOD_SETTINGS["setting"]]),
 )

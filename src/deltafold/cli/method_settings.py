@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltafold.cli.command import extra_option
+from deltafold.cli.parameters import extra_option
 from deltafold.compressing.request import CompressRequest
 from deltafold.errors import UsageError
 from deltafold.running.request import SIZE, options_of

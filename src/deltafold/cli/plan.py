@@ -2,73 +2,112 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any
 
-import typer
-
-from deltafold.cli import options as o
-from deltafold.cli.command import taking
+from deltafold.cli.command import Extras, command
 from deltafold.cli.method_settings import METHOD_SETTINGS, with_method_settings
-from deltafold.cli.share import plan_share
-from deltafold.compressing.request import Budgeted, PlanRequest
+from deltafold.cli.share import show_sharing
+from deltafold.compressing.request import Budgeted
 from deltafold.errors import UsageError
+from deltafold.running.request import WHAT, argument, asked, flag_of, options_of
 from deltafold.sharing.request import METHODS, PLANNED, ShareRequest
 
-SIZES = ("file_ratio", "nominal_ratio", "n_bytes")
 SETTINGS = ("beta", "c", "value_dtype", "setting")
 
 
-@taking(
-    {ShareRequest: PLANNED, PlanRequest: SIZES}, extra=[METHOD_SETTINGS[name] for name in SETTINGS]
-)
-def plan(
-    base: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Base checkpoint; for a method of share a folder or config.json."
-        ),
-    ],
-    finetuned: Annotated[
-        str | None,
-        typer.Argument(metavar="[FINETUNED]", help="Fine-tuned checkpoint: folder or hub id."),
-    ] = None,
-    method: Annotated[
-        str,
-        typer.Option("--method", "-m", help="A codec (see `methods`), or deltallm and the like."),
-    ] = "auto",
-    json_output: o.JsonOption = False,
-    *,
-    asked: dict[str, Any],
-) -> None:
+@asked
+class PlanEitherRequest(Budgeted):
     """Show what compress would do, from headers alone: roles, sizes, what does not match.
 
-    With a method of share: which blocks would refer to which, and exact counts, from the config alone.
+    Example: deltafold plan base/ math/ --file-ratio 64
     """
-    if method in METHODS:
-        if finetuned is not None:
-            raise UsageError(f"{method} is for one model, so {finetuned} is not needed.")
-        told = {name: value for name, value in asked.items() if name in PLANNED}
-        plan_share(ShareRequest(base, "plan", method, dry_run=True, **told), json_output)
-        return
-    if finetuned is None:
-        raise UsageError(
-            f"Give the fine-tune of {base}, too; or a method of share: {', '.join(METHODS)}."
-        )
-    if {"shared", "rank", "parameters"} & set(asked):
-        raise UsageError(f"--shared, --rank and --parameters are for {', '.join(METHODS)}.")
-    from deltafold.cli.show import say_sides
+
+    more_help = (
+        "With a method of share: which blocks would refer to which, and exact counts, from the config "
+        "alone."
+    )
+
+    base: str | Path = argument(
+        "Base checkpoint; for a method of share a folder or config.json.",
+        kw_only=False, metavar="MODEL",
+    )  # fmt: skip
+    finetuned: str | Path | None = argument(
+        "Fine-tuned checkpoint: folder or hub id.", default=None, kw_only=False
+    )
+    method: str = argument(
+        "A codec (see `methods`), or deltallm and the like.",
+        default="auto", kw_only=False, flag="--method", flags=("-m",), panel=WHAT,
+    )  # fmt: skip
+    sharing: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """Options of `share`."""
+
+    @property
+    def shares(self) -> bool:
+        """True for a method of `share`."""
+        return self.method in METHODS
+
+    def as_share(self) -> ShareRequest:
+        """What `share` would be asked. Raises UsageError."""
+        return ShareRequest(self.base, "plan", self.method, dry_run=True, **self.sharing)
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        if self.shares:
+            if self.finetuned is not None:
+                raise UsageError(
+                    f"{self.method} is for one model, so {self.finetuned} is not needed."
+                )
+            self.as_share()
+            return
+        if self.finetuned is None:
+            raise UsageError(
+                f"Give the fine-tune of {self.base}, too; or a method of share: {', '.join(METHODS)}."
+            )
+        if self.sharing:
+            options = options_of(ShareRequest)
+            flags = " and ".join(options[name].flag or flag_of(name) for name in self.sharing)
+            are = "are" if len(self.sharing) > 1 else "is"
+            raise UsageError(f"{flags} {are} for {', '.join(METHODS)}.")
+
+
+def run_plan(request: PlanEitherRequest) -> dict[str, Any]:
+    """The plan of `compress`, or of `share`."""
+    if request.shares:
+        from deltafold.sharing.job import plan_sharing
+
+        return plan_sharing(request.as_share())
     from deltafold.compressing.plan import planned
 
-    told = {name: value for name, value in asked.items() if name not in PLANNED}
-    request = PlanRequest(base, finetuned, method, **with_method_settings(told))
-    found = planned(request)
-    if json_output:
-        import json
+    return planned(request)
 
-        print(json.dumps(found))
+
+def _fields(asked: dict[str, Any]) -> dict[str, Any]:
+    """What is given, with options of `share` and of a codec in the fields for them."""
+    sharing = {name: asked.pop(name) for name in PLANNED if name in asked}
+    return with_method_settings(asked) | {"sharing": sharing}
+
+
+def _show(found: dict[str, Any], request: PlanEitherRequest) -> None:
+    if request.shares:
+        show_sharing(found)
         return
+    from deltafold.cli.show import say_sides
+
+    assert request.finetuned is not None
     say_sides(request.base, request.finetuned)
     show_plan(found, request)
+
+
+plan = command(
+    PlanEitherRequest,
+    "deltafold.cli.plan:run_plan",
+    _show,
+    extras=Extras(_fields, [METHOD_SETTINGS[name] for name in SETTINGS], {ShareRequest: PLANNED}),
+)
+plan.__name__ = "plan"
 
 
 def show_plan(found: dict[str, Any], request: Budgeted) -> None:

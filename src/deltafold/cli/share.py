@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from deltafold.cli.command import command, record_place
 from deltafold.sharing.request import ShareRequest
-
-
-def plan_share(request: ShareRequest, json_output: bool) -> None:
-    """`deltafold plan CONFIG_OR_MODEL --method deltallm`: exact counts from a config alone."""
-    from deltafold.sharing.job import plan_sharing
-
-    found = plan_sharing(request)
-    if json_output:
-        print(json.dumps(found))
-        return
-    show_sharing(found)
 
 
 def show_sharing(found: dict[str, Any]) -> None:

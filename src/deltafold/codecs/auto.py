@@ -36,7 +36,7 @@ Layout, all little endian:
                   blocks of 2^20 values or one row, whichever is more: n u32 | n words u32
     fix   uint8   only with the setting `rank`: a low-rank correction (`coding/correction.py`)
 
-`--distill` trains the unit and the correction; the levels stay.
+`--steps` trains the unit and the correction; the levels stay.
 Place p of the matrix (row major) has threshold p of the stream. Lost: everything but the levels.
 """
 

@@ -38,7 +38,7 @@ VALUE_DTYPES = {"fp16": "F16", "bf16": "BF16"}
 
 
 def parts_bytes(parts: Parts) -> int:
-    """Bytes of all parts together."""
+    """Bytes of all parts together, whatever their shapes."""
     return sum(part.numel() * part.element_size() for part in parts.values())
 
 
@@ -155,7 +155,10 @@ class ExactCodec(Codec):
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, reference: torch.Tensor
     ) -> torch.Tensor:
-        """`tuned`, every bit. Raises ValueError if the parts do not fit together."""
+        """`tuned`, every bit, in the shape (o, i) of `reference`.
+
+        Raises ValueError if the parts do not fit together.
+        """
 
 
 class DeltaCodec(Codec):
@@ -199,7 +202,7 @@ class DeltaCodec(Codec):
         factors: Factors | None = None,
         moments: Moments | None = None,
     ) -> tuple[Settings, Parts]:
-        """Parts of the delta, and the settings with what only encoding can know filled in.
+        """Parts of the delta (o x i), and the settings with what only encoding can know filled in.
 
         `moments` are those of the layer's inputs, where calibration has seen them; a codec must
         also do without.
@@ -209,7 +212,7 @@ class DeltaCodec(Codec):
     def decode(
         self, parts: Mapping[str, torch.Tensor], settings: Settings, shape: Shape, key: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """The approximated delta as (first row, fp32 rows), in order, covering all rows.
+        """The approximated delta as (first row, fp32 rows (n, i)), in order, covering all o rows.
 
         Raises ValueError if the parts do not fit together.
         """
@@ -226,7 +229,7 @@ class DeltaCodec(Codec):
     def trainable(
         self, parts: Parts, settings: Settings, shape: Shape, key: int
     ) -> Trainable | None:
-        """What training may change of these parts; None if nothing."""
+        """What training may change of the parts of a delta (o x i); None if nothing."""
         return None
 
     def part_bytes(self, shape: Shape, settings: Settings) -> int:
@@ -284,7 +287,10 @@ class VariableCodec(DeltaCodec):
 
 
 def check_parts(parts: Mapping[str, torch.Tensor], layout: Mapping[str, PartSpec]) -> None:
-    """Stored parts must be what their settings promise. Raises ValueError."""
+    """Raises ValueError for parts whose names, dtypes or shapes are not those of their layout.
+
+    A part may have any shape.
+    """
     for name, spec in layout.items():
         if name not in parts:
             raise ValueError(f"part {name!r} is missing")

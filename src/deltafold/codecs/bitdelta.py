@@ -7,7 +7,7 @@ Source: Liu et al. 2024, "BitDelta: Your Fine-Tune May Only Be Worth One Bit" (a
 One bit a weight is a share of 1/16. More bytes change nothing. With fewer, only K signs are stored,
 chosen as in `dare` by the tensor's seeded stream, and the scale is multiplied by o i / K, so that
 the sum stays right on average. The paper trains the scales afterwards on the fine-tune's outputs
-(Adam on the squared difference of logits): hence the scale is a part of its own. `--distill` does
+(Adam on the squared difference of logits): hence the scale is a part of its own. `--steps` does
 so with the KL divergence, as for every method.
 
 Layout:

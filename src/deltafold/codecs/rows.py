@@ -28,7 +28,7 @@ from deltafold.lazy import torch
 
 
 def changed_rows(reference: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
-    """Boolean vector (o): rows that differ in any bit."""
+    """Boolean vector (o,) of two matrices (o, i): rows that differ in any bit."""
     shape = tuple(reference.shape)
     differs = bit_pattern(reference).reshape(shape) != bit_pattern(tuned).reshape(shape)
     return torch.from_numpy(differs.any(axis=1))

@@ -18,7 +18,7 @@ _DECODE_VALUES = 2 << 20  # values decoded at once
 def inside(
     positions: NDArray[np.int64], start: int, n_rows: int, i: int
 ) -> tuple[int, int, torch.Tensor]:
-    """(first, last, places) of the positions in these rows; places count from the first row."""
+    """(first, last, places (n,)) of the positions in these rows; places count from the first row."""
     first, last = np.searchsorted(positions, [start * i, (start + n_rows) * i])
     return int(first), int(last), torch.from_numpy(positions[first:last] - start * i)
 
@@ -26,7 +26,9 @@ def inside(
 def gathered(
     delta: RowMatrix, positions: NDArray[np.int64]
 ) -> Iterator[tuple[torch.Tensor, int, int, torch.Tensor]]:
-    """(rows, first, last, entries): some rows, and the entries at positions [first, last) in them.
+    """(rows, first, last, entries): some rows (n, i), and the entries (last - first,) in them.
+
+    `first` and `last` number these among all positions.
 
     All rows are given, in order; positions ascend.
     """
@@ -37,7 +39,7 @@ def gathered(
 
 
 def entries_at(delta: RowMatrix, positions: NDArray[np.int64]) -> torch.Tensor:
-    """The entries at ascending positions, fp32."""
+    """The entries (n,) at n ascending positions, fp32."""
     entries = torch.zeros(len(positions), dtype=torch.float32, device="cpu")
     for _, first, last, found in gathered(delta, positions):
         entries[first:last] = found
@@ -52,7 +54,7 @@ def scattered(
     threshold: int,
     what: str = "values",
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows) with `values(first, last)` at the positions that the seed gives, zero else.
+    """(first row, rows (n, i)): `values(first, last)` at the positions that the seed gives, else zero.
 
     Raises ValueError if the seed gives more or fewer than `kept`; `what` names them.
     """

@@ -15,7 +15,7 @@ class Skip(ExactCodec):
     method = False
 
     def encode(self, reference: torch.Tensor, tuned: torch.Tensor) -> tuple[Settings, Parts]:
-        """No parts. The caller has compared the bits."""
+        """No parts. The caller has compared the bits, (o, i) on both sides."""
         return {}, {}
 
     def decode(

@@ -87,7 +87,8 @@ class TensorCodec:
     def decode(self, parts: Encoded, base: torch.Tensor | None = None) -> torch.Tensor:
         """The delta in fp32, or, for an exact codec and with the same `base`, every bit of the tensor.
 
-        In the shape that was encoded. Raises UsageError; ValueError if parts do not fit together.
+        In the shape that was encoded: any shape. Raises UsageError; ValueError if parts do not fit
+        together.
         """
         if parts.codec != self.name:
             raise UsageError(f"These parts are of {parts.codec}, not of {self.name}.")
@@ -113,8 +114,8 @@ class TensorCodec:
             raise UsageError(f"{self.name} is exact: it needs the base's tensor; give base.")
         if tuple(base.shape) != shape or dtype not in (None, base.dtype):
             raise UsageError(
-                f"The base's tensor is {base.dtype} {list(base.shape)}, the other "
-                f"{dtype or 'of shape'} {list(shape)}; {self.name} needs two that are alike."
+                f"The base's tensor is {base.dtype} {list(base.shape)}, the fine-tune's "
+                f"{dtype or 'of shape'} {list(shape)}; {self.name} needs the same dtype and shape."
             )
         return base
 

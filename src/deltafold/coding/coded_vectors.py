@@ -143,7 +143,7 @@ def code_across(
 
 
 def full_hessian(second: torch.Tensor) -> torch.Tensor | None:
-    """What GPTQ can use of the second moments: nothing if only their diagonal is known.
+    """What GPTQ can use of the second moments (i, i): nothing if only their diagonal (i,) is known.
 
     A diagonal couples no two entries, so under it GPTQ is rounding to nearest.
     """
@@ -168,7 +168,7 @@ def inner_hessian(
 
 
 def join(runs: Sequence[Run], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The parts `codes` and `scales` of runs in order."""
+    """The parts `codes` (bytes,) and `scales` (groups,) of runs in order."""
     none = torch.zeros(0, dtype=torch.uint8, device="cpu")
     return {
         "codes": torch.cat([none, *(run.codes for run in runs)]),
@@ -183,7 +183,7 @@ class RunReader:
         self.codes, self.scales = codes, scales
 
     def take(self, count: int, width: int) -> torch.Tensor:
-        """The `count` entries of the next run, fp32. Raises ValueError if there are too few."""
+        """The entries (count,) of the next run, fp32. Raises ValueError if there are too few."""
         n_bytes, n_scales = run_size(count, width)
         if count < 0 or n_bytes > len(self.codes) or n_scales > len(self.scales):
             raise ValueError("the codes end too early")

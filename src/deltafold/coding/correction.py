@@ -34,13 +34,13 @@ class Correction:
     right: torch.Tensor
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of C, fp32; summed as `sums.product_rows` does."""
+        """Rows [start, stop) of C, (stop - start, i), fp32; summed as `sums.product_rows` does."""
         left = self.left[:, start:stop].double() * self.left_scales.double()
         right = self.right.double() * self.right_scales.double()
         return torch.cat([rows for _, rows in product_rows(left, right)])
 
     def to_part(self) -> torch.Tensor:
-        """The bytes, uint8."""
+        """The bytes (n,), uint8."""
         scales = torch.cat([self.left_scales, self.right_scales]).numpy().astype("<f4").tobytes()
         data = scales + self.left.numpy().tobytes() + self.right.numpy().tobytes()
         return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
@@ -65,7 +65,7 @@ def blank(shape: tuple[int, int], rank: int, size: float, key: int) -> Correctio
 
 
 def read(part: torch.Tensor, shape: tuple[int, int], rank: int) -> Correction:
-    """From the part `fix`. Raises ValueError if its scales are no numbers."""
+    """From the part `fix`, bytes (n,). Raises ValueError if its scales are no numbers."""
     o, i = shape
     data = part.numpy().tobytes()
     scales = torch.from_numpy(np.frombuffer(data, "<f4", 2 * rank).astype(np.float32))

@@ -48,6 +48,11 @@ def _finalise(z: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     return z
 
 
+def shuffled(key: int, count: int) -> NDArray[np.intp]:
+    """The numbers 0 to `count` - 1 in an order drawn by the stream `key`."""
+    return np.argsort(random_u64(key, 0, count), kind="stable")
+
+
 def random_u32(key: int, start: int, stop: int) -> NDArray[np.uint32]:
     """The upper halves of `random_u64`."""
     return (random_u64(key, start, stop) >> np.uint64(32)).astype(np.uint32)

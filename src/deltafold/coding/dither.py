@@ -39,12 +39,6 @@ def thresholds(key: int, start: int, stop: int) -> Thresholds:
     return words.astype("<u8", copy=False).view("<u2")[start - 4 * first : stop - 4 * first]
 
 
-def classes(found: Thresholds, spans: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """Class 0 to 16 of each place; `spans` (1 to 65536) are those of its row, or one for all."""
-    wide = found.astype(np.uint32)
-    return np.where(wide < spans, wide * np.uint32(CLASSES) // spans, CLASSES).astype(np.uint8)
-
-
 @cache
 def _count_of(code: int) -> int:
     """floor(2^(13 (code - 1) / 254)) for code 1 to 255, by integers; 0 for code 0.

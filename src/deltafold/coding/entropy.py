@@ -1,40 +1,22 @@
-"""Entropy coding of symbols from small alphabets (codes of a quantiser): zstd or rANS.
+"""Entropy coding of symbols from small alphabets (codes of a quantiser), near the entropy.
 
-`deflate_codes`: codes packed at their fixed width, then zstd. Quick to undo; gains where codes repeat.
-
-`encode`: asymmetric numeral systems (rANS, Duda 2013) by the library `constriction`, with the
-probabilities in tables of integers that are stored. Near the entropy, also below one bit a symbol.
-
-Why the symbols are the same on every machine: decoding rests on integers only. A coder's state is
-64 bits, its words 32, and a symbol s has a frequency f_s, the f summing to 2^24. Decoding takes
-
-    q = state mod 2^24;  s such that left_s <= q < left_s + f_s;  left_s = f_0 + ... + f_(s-1)
-    state = floor(state / 2^24) f_s + q - left_s;  if state < 2^32: state = 2^32 state + next word
-
-with words taken from the last to the first. The library wants floats and turns p_0 .. p_(k-1) into
-left_s = s + floor((p_0 + ... + p_(s-1)) (2^24 - k) / sum(p)). Given p_s = f_s - 1, an integer below
-2^24, each sum is an integer below 2^24 too, so exact in any float; sum(p) = 2^24 - k, the factor is
-exactly 1, and left_s is the integer wanted. No rounding happens anywhere. The tests decode with
-plain integers and pin words.
+Symbols are coded by rANS (`coding/coder.py`) with the probabilities in tables of integers that are
+stored; also below one bit a symbol.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from deltafold.coding.packing import pack, packed_bytes, unpack_u8
-from deltafold.coding.planes import deflate, inflate
-from deltafold.lazy import torch
+from deltafold.coding.coder import RunReader, RunWriter
+from deltafold.coding.frequencies import PRECISION, Frequencies
 
 Symbols = NDArray[np.uint8]
 Words = NDArray[np.uint32]
-_PRECISION = 24  # bits of the library's probabilities
 TABLE_BITS = 14
 _SUMS = tuple(1 << bits for bits in range(12, 17))
 
@@ -60,54 +42,10 @@ class Table:
         """log2 of the sum of the counts."""
         return int(self.counts.sum()).bit_length() - 1
 
-    @classmethod
-    def from_histogram(cls, histogram: NDArray[np.integer], bits: int = TABLE_BITS) -> Table:
-        """Counts in proportion to `histogram` (k,), at least 1 for each symbol that occurs.
-
-        Largest remainders, in integers, ties to the lower symbol: the same table everywhere. An
-        empty histogram gives all to symbol 0.
-        """
-        seen = [int(number) for number in histogram]
-        all_seen, target = sum(seen), 1 << bits
-        if not all_seen:
-            seen, all_seen = [1] + [0] * (len(seen) - 1), 1
-        shares = [divmod(n * target, all_seen) for n in seen]
-        counts = [max(1, whole) if n else 0 for n, (whole, _) in zip(seen, shares, strict=True)]
-        left = [rest if whole else 0 for whole, rest in shares]  # those lifted to 1 get no more
-        order = sorted(range(len(seen)), key=lambda s: (-left[s], s))
-        for symbol in order[: max(0, target - sum(counts))]:
-            counts[symbol] += 1
-        while sum(counts) > target:  # the commonest pay for those that were lifted
-            counts[counts.index(max(counts))] -= 1
-        return cls(np.array(counts, dtype=np.uint32))
-
-
-def cost_bits(histogram: NDArray[np.integer], table: Table) -> float:
-    """Bits that symbols with this histogram cost under `table`; infinite if one cannot be coded."""
-    occurs = np.flatnonzero(histogram)
-    if len(occurs) and (occurs[-1] >= len(table.counts) or not table.counts[occurs].all()):
-        return math.inf
-    bits = table.bits - np.log2(table.counts[occurs].astype(np.float64))
-    return float(np.dot(histogram[occurs].astype(np.float64), bits))
-
-
-def words_bytes(cost: float) -> int:
-    """Bytes to plan for symbols that cost this many bits in all: enough, or a word too many.
-
-    The first symbol takes up to 24 bits whatever it costs, the last word is a whole one, and the
-    coder's divisions lose less than 1e-5 of the cost.
-    """
-    return 4 * math.ceil((cost * (1 + 1e-5) + _PRECISION) / 32) if cost else 0
-
-
-def histograms(
-    symbols: Symbols, contexts: NDArray[np.uint8] | None, n_contexts: int, n_symbols: int
-) -> NDArray[np.int64]:
-    """How often each symbol occurs in each context: (n_contexts, n_symbols)."""
-    out = np.zeros((n_contexts, n_symbols), dtype=np.int64)
-    for context in range(n_contexts):
-        out[context] = np.bincount(_run(symbols, contexts, context), minlength=n_symbols)
-    return out
+    @property
+    def frequencies(self) -> Frequencies:
+        """Counts * 2^24 / their sum (k,): exactly."""
+        return self.counts.astype(np.int64) << (PRECISION - self.bits)
 
 
 def encode(symbols: Symbols, contexts: NDArray[np.uint8] | None, tables: Sequence[Table]) -> Words:
@@ -117,19 +55,10 @@ def encode(symbols: Symbols, contexts: NDArray[np.uint8] | None, tables: Sequenc
     Raises ValueError if a symbol has count 0 in its table.
     """
     _check_contexts(len(symbols), contexts, tables)
-    coder = constriction.stream.stack.AnsCoder()
-    runs = _runs(len(symbols), contexts, len(tables))
-    for context, at in reversed(runs):  # a stack: what is decoded first goes on last
-        run = symbols[at]
-        alphabet = np.flatnonzero(tables[context].counts)  # the library's models know no zeros
-        rank = np.full(256, -1, dtype=np.int32)
-        rank[alphabet] = np.arange(len(alphabet))
-        ranks = rank[run]
-        if (ranks < 0).any():
-            raise ValueError(f"a symbol that the table of context {context} does not hold")
-        if len(alphabet) > 1 and len(run):
-            coder.encode_reverse(ranks, _model(tables[context]))
-    return coder.get_compressed()
+    writer = RunWriter()
+    for context, at in _runs(len(symbols), contexts, len(tables)):
+        writer.symbols(symbols[at], tables[context].frequencies)
+    return writer.words()
 
 
 def decode(
@@ -137,61 +66,13 @@ def decode(
 ) -> Symbols:
     """Inverse of `encode` for n symbols. Raises ValueError if the words are not used up exactly."""
     _check_contexts(n, contexts, tables)
-    if len(words) and words[-1] == 0:
-        raise ValueError("entropy-coded words are damaged: the last word is zero")
-    coder = constriction.stream.stack.AnsCoder(np.ascontiguousarray(words, dtype=np.uint32))
+    reader = RunReader(words)
     out = np.zeros(n, dtype=np.uint8)
     for context, at in _runs(n, contexts, len(tables)):
         count = n if isinstance(at, slice) else len(at)
-        out[at] = _decode_run(coder, tables[context], count)
-    if not coder.is_empty():
-        raise ValueError("entropy-coded words are damaged: some are left over")
+        out[at] = reader.symbols(count, tables[context].frequencies)
+    reader.end()
     return out
-
-
-def tables_to_part(tables: Sequence[Table]) -> torch.Tensor:
-    """Tables over one alphabet as they are stored: int16 (contexts, k); 14 bits at most."""
-    if any(table.bits > TABLE_BITS for table in tables):
-        raise ValueError(f"a stored table has counts that sum to 2^{TABLE_BITS} at most")
-    return torch.from_numpy(np.stack([table.counts for table in tables]).astype(np.int16))
-
-
-def tables_from_part(part: torch.Tensor) -> list[Table]:
-    """Inverse of `tables_to_part`. Raises ValueError if a row is not a table."""
-    return [Table(row.astype(np.uint32)) for row in part.numpy()]
-
-
-def deflate_codes(codes: Symbols, width: int) -> torch.Tensor:
-    """Codes of `width` bits, packed, as one zstd frame (uint8 bytes)."""
-    return deflate(pack(codes, width).tobytes())
-
-
-def inflate_codes(part: torch.Tensor, width: int, count: int) -> Symbols:
-    """Inverse of `deflate_codes`. Raises ValueError if the frame is damaged or another's."""
-    packed = inflate(part, packed_bytes(count, width))
-    return unpack_u8(np.frombuffer(packed, dtype=np.uint8), width, count)
-
-
-def _decode_run(coder: constriction.stream.stack.AnsCoder, table: Table, count: int) -> Symbols:
-    """The next `count` symbols, all of one context. A table of one symbol takes no words."""
-    alphabet = np.flatnonzero(table.counts).astype(np.uint8)
-    if len(alphabet) == 1:
-        return np.full(count, alphabet[0], dtype=np.uint8)
-    return alphabet[coder.decode(_model(table), count)]
-
-
-def _model(table: Table) -> constriction.stream.model.Categorical:
-    """The library's model with frequencies counts * 2^24 / sum, exactly (see above)."""
-    counts = table.counts[table.counts > 0].astype(np.int64)
-    frequencies = counts << (_PRECISION - table.bits)
-    return constriction.stream.model.Categorical(
-        (frequencies - 1).astype(np.float32), perfect=False
-    )
-
-
-def _run(symbols: Symbols, contexts: NDArray[np.uint8] | None, context: int) -> Symbols:
-    """The symbols of one context, in order."""
-    return symbols if contexts is None else symbols[np.flatnonzero(contexts == context)]
 
 
 def _runs(

@@ -1,28 +1,23 @@
-"""Rounding that knows the inputs: GPTQ, and coordinate descent on what it leaves.
+"""Rounding that knows the inputs: GPTQ.
 
 A matrix W (m x n) is rounded to Q on given grids. It meets inputs x with H = E[x x^T], so the error
 to make small is not that of the entries but that of the outputs,
 
     E |(W - Q) x|^2 = sum over rows (w - q) H (w - q)^T
 
-`gptq`: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv
+"GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv
 2210.17323), equations 2 and 3 in the Cholesky form of its Algorithm 1. Columns are rounded in the
 order given, and later ones make up for the error so far. With H^-1 = U^T U (U upper triangular):
 
     e = (w_j - q_j) / U_jj        for every row
     w_k -= e U_jk                 for the columns k > j that are not rounded yet
 
-`descend`: coordinate descent (as in QuantEase, arXiv 2309.01885), from any codes. Each code in turn
-is set to the best one given all others, so the error never grows:
-
-    q_j = the level nearest to  w_j - sum over k != j of (q_k - w_k) H_kj / H_jj
-
 Grids are static, one per entry: level = (code - zero) * scale. They are fixed before, so that
 entries can be stored in any order.
 
 With a mask (ImPart-Qt, arXiv 2504.13237, Algorithms 2 and 3) only kept entries are rounded: a
 dropped entry has no code, makes no error and takes none over. The matrix that H is inverted for is
-then not that of the kept entries of a row, so `gptq` helps less; `descend` needs no inverse.
+then not that of the kept entries of a row, so the gain is smaller.
 """
 
 from __future__ import annotations
@@ -58,29 +53,6 @@ def gptq(
     for rows, part in _row_chunks(weight, hessian, scale, zero, width, mask):
         codes[rows] = _round_columns(part, factor).T
     return codes
-
-
-def descend(
-    codes: torch.Tensor,
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    width: int,
-    mask: torch.Tensor | None = None,
-    damping: float = 0.01,
-    passes: int = 4,
-) -> torch.Tensor:
-    """Better codes (m, n) uint8 than `codes`, by `passes` rounds of coordinate descent.
-
-    The other arguments are those of `gptq`; the (damped) error is never larger than before. A pass
-    takes about twice the time of `gptq`. Raises ValueError if shapes do not fit.
-    """
-    damped = _damped(hessian, damping)
-    better = torch.zeros(weight.shape, dtype=torch.uint8, device="cpu")
-    for rows, part in _row_chunks(weight, hessian, scale, zero, width, mask):
-        better[rows] = _descend_columns(codes[rows].T.float(), part, damped, passes).T
-    return better
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -179,33 +151,3 @@ def _round_columns(part: _Columns, factor: torch.Tensor) -> torch.Tensor:
             codes[j] = code.to(torch.uint8)
         part.weight[stop:] += factor[start:stop, stop:].T @ errors
     return codes
-
-
-def _descend_columns(
-    codes: torch.Tensor, part: _Columns, damped: torch.Tensor, passes: int
-) -> torch.Tensor:
-    """Coordinate descent from `codes` (n, rows), floats; the codes found, uint8.
-
-    `slope` is H times the present errors: half the gradient. As in `_round_columns`, columns outside
-    a block learn of its changes in one product.
-    """
-    n, rows = codes.shape
-    errors = torch.stack([part.error(j, codes[j]) for j in range(n)])
-    slope = damped @ errors
-    for _ in range(passes):
-        moved = False
-        for start in range(0, n, BLOCK):
-            stop = min(n, start + BLOCK)
-            changes = torch.zeros(stop - start, rows, dtype=torch.float64, device="cpu")
-            for j in range(start, stop):
-                here = slope[j] + damped[start:j, j] @ changes[: j - start]
-                target = part.weight[j] + errors[j] - here / damped[j, j]
-                codes[j] = part.code(j, target)
-                error = part.error(j, codes[j])
-                changes[j - start] = error - errors[j]
-                errors[j] = error
-            slope += damped[:, start:stop] @ changes
-            moved = moved or bool(changes.any())
-        if not moved:
-            break
-    return codes.to(torch.uint8)

@@ -1,6 +1,6 @@
 """Levels of a matrix as bytes: the grid of their steps, tables of odds, entropy-coded blocks.
 
-The layout is told in `codecs/auto.py`.
+The layout is described in `codecs/auto.py`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ HIGH_LEVEL = 9  # the highest plane is nearly empty
 
 
 def bit_pattern(tensor: torch.Tensor) -> NDArray[np.unsignedinteger]:
-    """The tensor's bits as unsigned integers of the same width, flat; no copy."""
+    """The bits of a tensor of any shape as unsigned integers (n,) of the same width; no copy."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(DTYPES[f"U{8 * flat.element_size()}"]).numpy()
 
@@ -32,13 +32,13 @@ def bit_pattern(tensor: torch.Tensor) -> NDArray[np.unsignedinteger]:
 def from_bit_pattern(
     bits: NDArray[np.unsignedinteger], dtype: torch.dtype, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """Inverse of `bit_pattern`."""
+    """Inverse of `bit_pattern`, for any shape."""
     if not bits.size:
         return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(np.ascontiguousarray(bits)).view(dtype).reshape(shape)
 
 
-def _ordered(bits: NDArray[np.unsignedinteger], floating: bool) -> NDArray[np.unsignedinteger]:
+def ordered(bits: NDArray[np.unsignedinteger], floating: bool) -> NDArray[np.unsignedinteger]:
     """Map float bits to integers in the floats' order (an involution); integers stay."""
     if not floating:
         return bits
@@ -49,9 +49,12 @@ def _ordered(bits: NDArray[np.unsignedinteger], floating: bool) -> NDArray[np.un
 
 
 def difference(tuned: torch.Tensor, reference: torch.Tensor) -> NDArray[np.unsignedinteger]:
-    """Zig-zagged difference of ordered bit patterns, modulo 2^width, flat."""
+    """Zig-zagged difference (n,) of the ordered bit patterns of two tensors of one shape.
+
+    Modulo 2^width.
+    """
     floating = tuned.dtype.is_floating_point
-    a, b = _ordered(bit_pattern(tuned), floating), _ordered(bit_pattern(reference), floating)
+    a, b = ordered(bit_pattern(tuned), floating), ordered(bit_pattern(reference), floating)
     d = a - b
     width = d.dtype.itemsize * 8
     negative = d.dtype.type(0) - (d >> d.dtype.type(width - 1))
@@ -59,16 +62,16 @@ def difference(tuned: torch.Tensor, reference: torch.Tensor) -> NDArray[np.unsig
 
 
 def undo_difference(zigzag: NDArray[np.unsignedinteger], reference: torch.Tensor) -> torch.Tensor:
-    """The fine-tune's tensor from its difference to `reference`; every bit."""
+    """The fine-tune's tensor from its difference (n,) to `reference`, of the same shape; every bit."""
     one = zigzag.dtype.type(1)
     d = (zigzag >> one) ^ (zigzag.dtype.type(0) - (zigzag & one))
     floating = reference.dtype.is_floating_point
-    bits = _ordered(d + _ordered(bit_pattern(reference), floating), floating)
+    bits = ordered(d + ordered(bit_pattern(reference), floating), floating)
     return from_bit_pattern(bits, reference.dtype, tuple(reference.shape))
 
 
 def compress_planes(values: NDArray[np.unsignedinteger]) -> dict[str, torch.Tensor]:
-    """Byte planes of `values`, low to high, one zstd frame each: {"plane0": uint8 bytes, ...}."""
+    """Byte planes of `values` (n,), low to high, one zstd frame each: {"plane0": bytes (m,), ...}."""
     raw = np.ascontiguousarray(values).view(np.uint8)
     raw = raw.reshape(len(values), values.dtype.itemsize)
     parts = {}
@@ -83,7 +86,10 @@ def compress_planes(values: NDArray[np.unsignedinteger]) -> dict[str, torch.Tens
 def decompress_planes(
     parts: dict[str, torch.Tensor], itemsize: int, count: int
 ) -> NDArray[np.unsignedinteger]:
-    """Inverse of `compress_planes`. Raises ValueError if a frame does not hold `count` bytes."""
+    """Inverse of `compress_planes`, (count,).
+
+    Raises ValueError if a frame does not hold `count` bytes.
+    """
     out = np.empty((count, itemsize), dtype=np.uint8)
     for plane in range(itemsize):
         out[:, plane] = np.frombuffer(inflate(parts[f"plane{plane}"], count), dtype=np.uint8)
@@ -91,7 +97,10 @@ def decompress_planes(
 
 
 def inflate(part: torch.Tensor, expected_bytes: int) -> bytes:
-    """One zstd frame of exactly `expected_bytes`; anything else is refused before it is unpacked."""
+    """What one zstd frame (n,) holds, exactly `expected_bytes`.
+
+    Raises ValueError for anything else, before it is unpacked.
+    """
     frame = part.numpy().tobytes()
     if not frame and not expected_bytes:
         return b""
@@ -104,7 +113,7 @@ def inflate(part: torch.Tensor, expected_bytes: int) -> bytes:
 
 
 def inflate_any(part: torch.Tensor, most_bytes: int) -> bytes:
-    """One zstd frame of at most `most_bytes`. Raises ValueError for anything else."""
+    """What one zstd frame (n,) holds, at most `most_bytes`. Raises ValueError for anything else."""
     try:
         size = zstandard.frame_content_size(part.numpy().tobytes())
     except zstandard.ZstdError as error:
@@ -115,7 +124,7 @@ def inflate_any(part: torch.Tensor, most_bytes: int) -> bytes:
 
 
 def deflate(data: bytes) -> torch.Tensor:
-    """One zstd frame as a uint8 tensor."""
+    """One zstd frame as a uint8 tensor (n,)."""
     frame = zstandard.ZstdCompressor(level=19, write_content_size=True).compress(data)
     return _byte_tensor(frame)
 

@@ -17,11 +17,10 @@ ranges, a fine one about the best, then least squares for the codes found.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from deltafold.coding.packing import pack, packed_bytes, unpack_u8
 from deltafold.dtypes import DTYPES
 from deltafold.lazy import torch
 
@@ -134,58 +133,6 @@ def entry_grid(count: int, grid: Grid, groups: Groups) -> tuple[torch.Tensor, to
     return (
         scale.repeat_interleave(grid.group)[:count],
         zero.repeat_interleave(grid.group)[:count],
-    )
-
-
-def part_shapes(count: int, grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of what is stored of `count` values: what `to_parts` gives."""
-    groups = grid.groups(count)
-    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "codes": (torch.uint8, (packed_bytes(count, grid.width),)),
-        "scales": (grid.dtype, (groups,)),
-        "unit": (torch.float32, (1,)),
-    }
-    if not grid.symmetric:
-        shapes["zeros"] = (torch.uint8, (packed_bytes(groups, grid.width),))
-    return shapes
-
-
-def stored_bytes(count: int, grid: Grid) -> int:
-    """Bytes of packed codes, scales, zeros and unit of `count` values."""
-    return sum(
-        dtype.itemsize * math.prod(shape) for dtype, shape in part_shapes(count, grid).values()
-    )
-
-
-def to_parts(codes: torch.Tensor, grid: Grid, groups: Groups) -> dict[str, torch.Tensor]:
-    """Codes (n,) and groups as they are stored: codes and zeros packed, most significant bit first."""
-    parts = {
-        "codes": torch.from_numpy(pack(codes.numpy(), grid.width)),
-        "scales": groups.scales,
-        "unit": torch.tensor([groups.unit], dtype=torch.float32, device="cpu"),
-    }
-    if groups.zeros is not None:
-        parts["zeros"] = torch.from_numpy(pack(groups.zeros.numpy(), grid.width))
-    return parts
-
-
-def from_parts(
-    parts: Mapping[str, torch.Tensor], count: int, grid: Grid
-) -> tuple[torch.Tensor, Groups]:
-    """Inverse of `to_parts`: codes (n,) and groups. Raises ValueError if the parts do not fit."""
-    for name, (dtype, shape) in part_shapes(count, grid).items():
-        if name not in parts or parts[name].dtype != dtype or tuple(parts[name].shape) != shape:
-            raise ValueError(f"part {name!r} is not the {dtype} {shape} of {count} values")
-    if not 0 < (unit := float(parts["unit"])) < math.inf:
-        raise ValueError(f"the unit of quantised values is {unit}")
-    codes = unpack_u8(parts["codes"].numpy(), grid.width, count)
-    zeros = None
-    if not grid.symmetric:
-        zeros = unpack_u8(parts["zeros"].numpy(), grid.width, grid.groups(count))
-    return torch.from_numpy(codes), Groups(
-        parts["scales"],
-        None if zeros is None else torch.from_numpy(zeros),
-        unit,
     )
 
 

@@ -24,7 +24,7 @@ _SMALLEST = 2.0**-149  # of fp32: what a product of magnitudes may lose
 
 
 def rounded_sum(base: torch.Tensor, change: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """base + change in `dtype`: added in fp32, rounded once. `change` (fp32) is used up.
+    """base + change in `dtype`: added in fp32, rounded once. `change` (fp32, same shape) is used up.
 
     Beyond the largest number of `dtype` it is that number: an approximated change must not turn a
     large weight into infinity. What is infinite in the base stays so.
@@ -37,7 +37,7 @@ def rounded_sum(base: torch.Tensor, change: torch.Tensor, dtype: torch.dtype) ->
 
 
 def squared(x: torch.Tensor) -> float:
-    """Sum of squares of what is finite, in fp64, where even that would overflow 1e300."""
+    """Sum of squares of what is finite, any shape, in fp64, where even that would overflow 1e300."""
     found = float(x.float().square().sum(dtype=torch.float64))
     if math.isfinite(found):
         return found
@@ -46,7 +46,7 @@ def squared(x: torch.Tensor) -> float:
 
 
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Sum of squared differences, fp32; what is not finite counts nothing. See `squared`."""
+    """Sum of squared differences, one shape, fp32; what is not finite counts nothing. See `squared`."""
     found = float((a.float() - b.float()).square().sum(dtype=torch.float64))
     return found if math.isfinite(found) else squared(a.double() - b.double())
 

@@ -32,7 +32,7 @@ class Trainable(ABC):
 
     @abstractmethod
     def store(self, values: Values) -> Values:
-        """All parts, in the layout that the settings promise."""
+        """All parts, in the layout that the settings promise, of values in their shapes."""
 
     def start(self, gradient: torch.Tensor) -> Values:
         """Values to begin with, which stand for the same delta, given the loss's gradient (o, i)."""
@@ -40,7 +40,7 @@ class Trainable(ABC):
 
 
 def straight_through(exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """`rounded`, with the gradient of `exact`."""
+    """`rounded`, with the gradient of `exact`, which has the same shape."""
     return exact + (rounded.float() - exact).detach()
 
 

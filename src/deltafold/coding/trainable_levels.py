@@ -39,7 +39,10 @@ class TrainableLevels(Trainable):
             self.rates |= {"left": 0.005, "right": 0.005}
 
     def start(self, gradient: torch.Tensor) -> Values:
-        """R along the leading right singular vectors of the gradient: there L moves the loss most."""
+        """R (r, i) along the leading right singular vectors of the gradient (o, i).
+
+        There L moves the loss most.
+        """
         if self.fix is None:
             return self.values
         rank, i = self.values["right"].shape

@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from deltafold.archive import Archive, is_archive
 from deltafold.calibration.models import quiet
 from deltafold.checkpoint import open_checkpoint
+from deltafold.comparing.request import check_prompt
 from deltafold.errors import CheckpointError, UsageError
 from deltafold.evaluation.loading import (
     choose_device,
@@ -122,8 +123,7 @@ class Trio:
 
         `chat` puts the prompt into the fine-tune's chat template. Raises UsageError.
         """
-        if not prompt.strip():
-            raise UsageError("The prompt is empty; type something for the models to go on from.")
+        check_prompt(prompt)
         if max_new_tokens < 1:
             raise UsageError(f"{max_new_tokens} tokens are too few; ask for at least 1.")
         if chat and not self.has_chat_template:

@@ -23,7 +23,6 @@ Of it stay NAME_delta.mean (out, in) if it has one, NAME_delta.a (count, rank, i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -82,11 +81,6 @@ class Linear(_Frozen):
                 yield f"{name}.delta.{number}.a", (part.rank, self.shape[1])
             if part.b is None:
                 yield f"{name}.delta.{number}.b", (part.rows, part.rank)
-
-    @property
-    def parameters(self) -> int:
-        """Numbers that the layer owns."""
-        return sum(math.prod(shape) for _, shape in self.tensors(""))
 
 
 class Experts(_Frozen):

@@ -108,8 +108,9 @@ def write_shared(
 
     `tensors` gives what composed layers own: factors, and own weights and biases that are not the
     checkpoint's (see `Form.owned`). `changed` are other parameters that are not the checkpoint's
-    either. Values are rounded once, to the stored dtype. Returns the record's row of how it opens.
-    Raises NonFiniteError, StorageError, CheckpointError where it does not open.
+    either. Values have their shapes in the file, and are rounded once, to the stored dtype. Returns
+    the record's row of how it opens. Raises NonFiniteError, StorageError, CheckpointError where it does
+    not open.
     """
     guard_storage(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     replaced = {source.tensor_of(name): value for name, value in (changed or {}).items()}
@@ -256,7 +257,7 @@ def dense_weight(
     linear: Linear,
     replaced: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
-    """W of a composed layer in fp32, in the layout that the checkpoint has."""
+    """W (out, in) of a composed layer in fp32, in the layout that the checkpoint has."""
     total = torch.zeros(linear.shape)
     if linear.weight is not None:
         owner = path if linear.weight == OWN else linear.weight

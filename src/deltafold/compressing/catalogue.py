@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 
 from deltafold.codecs import delta_codec, get, names
+from deltafold.compressing.request import MethodsRequest
+from deltafold.running.front import front
 
 RATIO = 32
 
 
-def methods(shape: tuple[int, int] = (2048, 2048)) -> list[dict[str, Any]]:
-    """One row a codec; true bits per weight on a matrix of `shape` at nominal ratio 32.
-
-    For codecs that look at singular values, those of the example fall off as 1 / sqrt(index).
-    """
-    rows = []
+def run_methods(request: MethodsRequest) -> list[dict[str, Any]]:
+    """One row a codec; see `MethodsRequest`."""
+    rows, shape = [], request.shape
     for name in names():
         codec = get(name)
         bits = None
@@ -37,3 +36,6 @@ def methods(shape: tuple[int, int] = (2048, 2048)) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+methods = front("methods", MethodsRequest, run_methods)

@@ -73,8 +73,8 @@ def _check(request: CompressRequest) -> None:
     known = CANDIDATES.get(method, {})
     if wrong := [name for name in request.open_settings if name not in known]:
         raise UsageError(
-            f"{', '.join(wrong)} of {method} cannot be auto; that is for beta and C of impart and "
-            "impart-qt, and for bits of dare-qt."
+            f"{', '.join(wrong)} of {method} cannot be auto; only beta and C of impart and "
+            "impart-qt, and bits of dare-qt, can."
         )
     if limit is None:
         return
@@ -196,7 +196,7 @@ class _Scorer:
 
     def __enter__(self) -> Score:
         from deltafold.calibration.divergence import Judge
-        from deltafold.calibration.gather import gather_samples
+        from deltafold.calibration.gather import Sampling, gather_samples
         from deltafold.calibration.kept import cache_folder
         from deltafold.calibration.stream import StreamedModel, default_memory_bytes
 
@@ -209,9 +209,7 @@ class _Scorer:
         self._open.callback(model.checkpoint.close)
         samples = gather_samples(
             model,
-            request.calibration or "self",
-            samples=request.samples,
-            max_tokens=request.max_tokens,
+            Sampling(request.calibration or "self", request.samples, request.max_tokens),
             memory_bytes=allowance,
             cache=root,
         )

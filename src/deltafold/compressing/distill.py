@@ -31,8 +31,8 @@ def check_distill(steps: int, method: str) -> None:
     if steps and not can_train(method):
         able = ", ".join(name for name in names() if can_train(name))
         raise UsageError(
-            f"The method {method} stores nothing that --steps could train; drop it, or choose "
-            f"one of {able}."
+            f"The method {method} stores nothing that --steps could train; leave out --steps, "
+            f"or choose one of {able}."
         )
 
 
@@ -48,6 +48,7 @@ def distill(
     """Train the plan's pieces; what a record says of it. Raises DeltafoldError."""
     from deltafold.calibration.stream import StreamedModel, default_memory_bytes
     from deltafold.training.stored_numbers import State, split_samples, train
+    from deltafold.training.watch import Watch
 
     asked = job.evidence.distillation
     assert asked is not None
@@ -61,12 +62,17 @@ def distill(
     student = PlanStudent(job, plan, workspace, allowance // 4)
     model = StreamedModel(job.pair.finetuned, memory_bytes=allowance // 4, scratch=workspace.folder)
 
-    def report(step: int) -> None:
+    def report(state: State) -> None:
         if resources.progress:
-            resources.progress(
-                Step("distill", f"step {step} of {asked.steps}", step, asked.steps, 0)
-            )
+            words = f"step {state.step} of {asked.steps}"
+            resources.progress(Step("distill", words, state.step, asked.steps, 0))
 
+    saved = workspace.load_tensors(STATE) if workspace.has(STATE) else None
+    watch = Watch(
+        State.from_tensors(saved) if saved else None,
+        save=lambda state: workspace.save_tensors(STATE, state.to_tensors()),
+        report=report,
+    )
     found = train(
         student,
         model,
@@ -74,9 +80,7 @@ def distill(
         asked.steps,
         job.seed,
         memory_bytes=allowance,
-        state=State.from_tensors(workspace.load_tensors(STATE)) if workspace.has(STATE) else None,
-        save=lambda state: workspace.save_tensors(STATE, state.to_tensors()),
-        report=report,
+        watch=watch,
     )
     better = found.best_kl < found.start_kl
     if better:

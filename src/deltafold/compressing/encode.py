@@ -70,7 +70,7 @@ def task_memory_bytes(tensor: PlannedTensor, piece: PlannedPiece) -> int:
 def relative_error(
     codec: DeltaCodec, parts: Parts, settings: Settings, delta: RowMatrix, key: int
 ) -> float:
-    """||D - D^|| / ||D||, four digits, from the parts as they will be read back."""
+    """||D - D^|| / ||D||, D (o, i), four digits, from the parts as they will be read back."""
     wrong = total = 0.0
     for start, approximate in codec.decode(parts, settings, delta.shape, key):
         true = delta.rows(start, start + len(approximate))

@@ -17,6 +17,7 @@ from deltafold.linalg.matrices import Fisher
 
 if TYPE_CHECKING:
     from deltafold.calibration.batches import Sample
+    from deltafold.calibration.gather import Sampling
     from deltafold.calibration.moments import Calibration
 
 NONE, GENERAL, SELF = "none", "general", "self"
@@ -81,23 +82,23 @@ def gather_evidence(
         return Evidence(why="a wrapper's names keep the fine-tune from being run")
     if source is None:
         return _usual(request, finetuned) if codec.uses_fisher else Evidence()
+    from deltafold.calibration.gather import Sampling  # torch, and seconds to import
+
     found = Evidence(str(source))
-    options: dict[str, Any] = {
-        "samples": request.samples,
-        "max_tokens": request.max_tokens,
-        "memory_bytes": request.memory_bytes,
-        "restart": request.restart,
-    }
+    text = Sampling(source, request.samples, request.max_tokens)
     if codec.uses_fisher:
-        found.information = _weigh(request, finetuned, source, options)
+        found.information = _weigh(request, finetuned, text)
     if codec.uses_moments:
         from deltafold.calibration.moments import calibrate  # transformers: seconds to import
 
-        found.calibration = calibrate(finetuned.path, source, progress=request.progress, **options)
+        found.calibration = calibrate(
+            finetuned.path, text, memory_bytes=request.memory_bytes, progress=request.progress,
+            restart=request.restart,
+        )  # fmt: skip
     if request.steps and found.calibration is not None:
         found.distillation = Distillation(request.steps, found.calibration.samples)
     elif request.steps:
-        found.distillation = find_distillation(finetuned.path, source, request.steps, **options)
+        found.distillation = find_distillation(request, finetuned.path, text)
     return found
 
 
@@ -109,43 +110,33 @@ def _usual(request: CompressRequest, finetuned: Checkpoint) -> Evidence:
     ):
         return Evidence(why="the fine-tune has no config or no tokenizer")
     try:
-        options = {"memory_bytes": request.memory_bytes, "restart": request.restart}
-        return Evidence(GENERAL, information=_weigh(request, finetuned, GENERAL, options))
+        from deltafold.calibration.gather import Sampling
+
+        return Evidence(GENERAL, information=_weigh(request, finetuned, Sampling(GENERAL)))
     except StorageError:
         raise
     except (DeltafoldError, ImportError) as error:
         return Evidence(why=f"the fine-tune cannot be run: {error}")
 
 
-def _weigh(
-    request: CompressRequest, finetuned: Checkpoint, source: str | Path, options: dict[str, Any]
-) -> Mapping[str, Fisher]:
+def _weigh(request: CompressRequest, finetuned: Checkpoint, text: Sampling) -> Mapping[str, Fisher]:
     from deltafold.calibration.fisher import measure_fisher
 
-    return measure_fisher(finetuned.path, source, progress=request.progress, **options)
+    return measure_fisher(
+        finetuned.path, text, memory_bytes=request.memory_bytes, progress=request.progress,
+        restart=request.restart,
+    )  # fmt: skip
 
 
 def find_distillation(
-    finetuned: str | Path,
-    calibration: str | Path,
-    steps: int,
-    samples: int,
-    max_tokens: int,
-    memory_bytes: int | None,
-    restart: bool,
+    request: CompressRequest, finetuned: str | Path, text: Sampling
 ) -> Distillation:
     """Samples for a method that takes no moments: those that `calibrate` would take."""
     from deltafold.calibration.gather import gather_samples
     from deltafold.calibration.stream import StreamedModel
 
+    memory_bytes = request.memory_bytes
     model = StreamedModel(finetuned, memory_bytes=memory_bytes)
     with contextlib.closing(model.checkpoint):
-        found = gather_samples(
-            model,
-            calibration,
-            samples=samples,
-            max_tokens=max_tokens,
-            memory_bytes=memory_bytes,
-            restart=restart,
-        )
-    return Distillation(steps, found)
+        found = gather_samples(model, text, memory_bytes=memory_bytes, restart=request.restart)
+    return Distillation(request.steps, found)

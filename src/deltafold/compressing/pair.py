@@ -254,6 +254,7 @@ class DeltaRows:
         self.shape = (span.rows, pairing.tuned.matrix_shape[1])
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows (stop - start, columns) of the delta, fp32."""
         if self.shape[0] * self.shape[1] * 4 > self.KEEP_BYTES:
             return self._read(start, stop)
         if self._held is None:
@@ -261,7 +262,7 @@ class DeltaRows:
         return self._held[start:stop]
 
     def settle(self, start: int, change: torch.Tensor) -> torch.Tensor:
-        """See `RowMatrix`."""
+        """See `RowMatrix`: of a change (n, columns)."""
         first = self._span.start + start
         rows = self._pair.base.rows(self._name, first, first + len(change))
         base = rows.to(change.device).float()

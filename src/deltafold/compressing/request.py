@@ -7,7 +7,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from deltafold.running.common import Clustered, Scored, Seeded, Writing
+from deltafold.running.common import Clustered, Pair, Scored, Seeded, Writing
 from deltafold.running.request import (
     OUTPUT,
     SIZE,
@@ -57,15 +57,7 @@ class Budgeted(Request):
 
 
 @asked
-class Paired(Budgeted):
-    """A fine-tune beside its base."""
-
-    base: str | Path = argument("Base checkpoint: folder or hub id (org/name@rev).", kw_only=False)
-    finetuned: str | Path = argument("Fine-tuned checkpoint: folder or hub id.", kw_only=False)
-
-
-@asked
-class PlanRequest(Paired):
+class PlanRequest(Budgeted, Pair):
     """Show what compress would do, from headers alone: roles, sizes, what does not match.
 
     Returns tensors by role, what does not match, bytes expected (an upper bound where the weights
@@ -84,7 +76,20 @@ class PlanRequest(Paired):
 
 
 @asked
-class CompressRequest(Paired, Clustered, Scored, Seeded, Writing):
+class MethodsRequest(Request):
+    """List the codecs: what each is, where it comes from, its bits per weight at a ratio of 32.
+
+    Returns one row a codec; bits are the true ones stored of a matrix of `shape` at nominal ratio 32. For
+    codecs that look at singular values, those of the example fall off as 1 / sqrt(index).
+    """
+
+    shape: tuple[int, int] = option(
+        "Rows and columns of the matrix that bits are counted for.", default=(2048, 2048), cli=False
+    )
+
+
+@asked
+class CompressRequest(Budgeted, Clustered, Scored, Seeded, Writing, Pair):
     """Compress a fine-tuned checkpoint against its base into an archive.
 
     Keywords that are not listed are the method's own settings, e.g. `beta=0.6, c="auto"`. Returns the

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
+from deltafold.codecs.base import Settings
 from deltafold.compressing.job import CompressJob
 from deltafold.compressing.methods.budget import Budget, allot, share_within
 from deltafold.compressing.pair import Pairing
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor, decide, exact_pieces
 from deltafold.compressing.shortfall import refused
-from deltafold.compressing.sizing import archive_bytes, fixed_bytes, smallest_bytes, units
+from deltafold.compressing.sizing import (
+    archive_bytes,
+    fixed_bytes,
+    smallest_bytes,
+    smallest_settings,
+    units,
+)
 from deltafold.compressing.survey import CHUNK_BYTES, SPARSE_SHARE, TensorSurvey, survey_tensor
 from deltafold.compressing.triplets import factor_all
 from deltafold.running.engine import Resources, Task
@@ -100,8 +108,9 @@ def _prefer_exact(job: CompressJob, plan: Plan, budget: Budget) -> float:
             ):
                 piece.codec, piece.why = "magnitude", "90 % of values equal: not low-rank"
     if plan.lossy and share <= 0:
-        smallest = smallest_bytes(job, plan, units(job, plan))
-        raise refused(job, plan, smallest)
+        assert target is not None
+        if (smallest := smallest_bytes(job, plan, units(job, plan))) > 1.01 * target:
+            raise refused(job, plan, smallest)
     return share
 
 
@@ -120,26 +129,39 @@ def _raw_bytes(tensor: PlannedTensor, piece: PlannedPiece) -> int:
 def _allot(job: CompressJob, plan: Plan, share: float) -> None:
     """Settings for every lossy piece, so that the archive meets the budget.
 
-    The manifest's length depends on the settings and the settings on what the manifest leaves: a
-    few rounds settle it. What is left over after a round is spread over all in the next.
+    The manifest's length depends on the settings and the settings on what the manifest leaves, and
+    ranks are whole numbers: the share is narrowed down, and the fullest allotment that fits is taken.
     """
     assert job.budget is not None
     matrices = units(job, plan)
     nominal = job.budget.kind == "nominal_ratio"
-    checkpoint_bytes = job.pair.finetuned.total_bytes
-    target = job.budget.target_bytes(checkpoint_bytes)
-    for _ in range(6):
+    target = job.budget.target_bytes(job.pair.finetuned.total_bytes)
+    if target is None:
+        _settle(plan, allot(matrices, share, nominal)[0])
+        return
+    raw_bytes = sum(unit.raw_bytes for unit in matrices)
+    fits: tuple[int, list[Settings]] | None = None
+    low, high, share = 0.0, math.inf, max(share, 1e-4)
+    while share > 1e-7 and high - low > 1e-3 * low:
         settings, _ = allot(matrices, share, nominal)
-        for (_, piece), chosen in zip(plan.lossy, settings, strict=True):
-            piece.settings = chosen
-        if target is None:
-            return
-        missing = target - archive_bytes(job, plan)
-        if 0 <= missing < 0.001 * target or (share >= 1.0 and missing > 0):
-            return
-        share += missing / sum(unit.raw_bytes for unit in matrices)
-        if share <= 0:
-            break
-    if target is not None and (share <= 0 or archive_bytes(job, plan) > 1.01 * target):
-        smallest = smallest_bytes(job, plan, matrices)
+        _settle(plan, settings)
+        missing = target - (needed := archive_bytes(job, plan))
+        if missing < 0:
+            high = share
+        else:
+            low = share
+            if fits is None or needed > fits[0]:
+                fits = needed, settings
+            if missing < 0.001 * target or share >= 1.0:
+                break
+        share += missing / raw_bytes
+        if not low < share < high:
+            share = (low + high) / 2
+    _settle(plan, fits[1] if fits else smallest_settings(matrices))
+    if not fits and (smallest := archive_bytes(job, plan)) > 1.01 * target:
         raise refused(job, plan, smallest)
+
+
+def _settle(plan: Plan, settings: list[Settings]) -> None:
+    for (_, piece), chosen in zip(plan.lossy, settings, strict=True):
+        piece.settings = chosen

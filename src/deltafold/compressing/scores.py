@@ -11,13 +11,11 @@ from deltafold.running.record import Record, record_path, write_afterwards
 
 
 def check_tasks(request: CompressRequest) -> None:
-    """A broken file, and a missing tokenizer, are told of before any work. Raises DeltafoldError."""
+    """A broken file or a missing tokenizer is reported before any work. Raises DeltafoldError."""
     from deltafold.calibration.models import quiet
     from deltafold.evaluation.data import read_tasks
     from deltafold.evaluation.loading import load_tokenizer, model_folder
-    from deltafold.evaluation.plan import Request
 
-    Request(tuple(map(str, request.tasks)), limit=request.limit)
     read_tasks(request.tasks, request.limit)
     model_folder(request.finetuned)
     with quiet():
@@ -26,7 +24,7 @@ def check_tasks(request: CompressRequest) -> None:
 
 def with_scores(record: Record, request: CompressRequest) -> Record:
     """The record with rows of base, fine-tune and archive, as `evaluate` makes them; written again."""
-    from deltafold.evaluation import evaluate
+    from deltafold.evaluation.evaluate import evaluate
 
     told, output, progress = 0, Path(request.output), request.progress
 
@@ -38,7 +36,7 @@ def with_scores(record: Record, request: CompressRequest) -> Record:
 
     with Meter() as meter:
         found = evaluate(
-            request.finetuned, [output], request.base, request.tasks, report=report,
+            request.finetuned, [output], request.base, tasks=request.tasks, report=report,
             limit=request.limit, answers=request.answers, batch_size=request.batch_size,
             dtype=request.dtype,
         )  # fmt: skip

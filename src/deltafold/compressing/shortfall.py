@@ -1,4 +1,4 @@
-"""What of a fine-tune cannot be a small difference, and how that is told."""
+"""What of a fine-tune cannot be a small difference, and the words for it."""
 
 from __future__ import annotations
 

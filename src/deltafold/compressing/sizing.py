@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from deltafold.archive.writer import payload_bytes
 from deltafold.checkpoint import Checkpoint, tensor_bytes
 from deltafold.checkpoint.writer import TensorSpec
 from deltafold.codecs import get
+from deltafold.codecs.base import Settings
 from deltafold.compressing.job import CompressJob
 from deltafold.compressing.methods.budget import Unit
 from deltafold.compressing.planned import Plan, PlannedPiece, PlannedTensor
@@ -160,12 +162,19 @@ def _removed_digest(job: CompressJob, name: str) -> str:
     return cache[name]
 
 
+def smallest_settings(matrices: list[Unit]) -> list[Settings]:
+    """Nothing kept but one value or component of each matrix."""
+    return [
+        unit.codec.settings_for(unit.shape, sum(unit.shape) / math.prod(unit.shape), unit.spectrum)
+        for unit in matrices
+    ]
+
+
 def smallest_bytes(job: CompressJob, plan: Plan, matrices: list[Unit]) -> int:
-    """Bytes of the archive with nothing kept but one value or component of each matrix."""
+    """Bytes of the archive with `smallest_settings`."""
     held = [piece.settings for _, piece in plan.lossy]
-    for (_, piece), unit in zip(plan.lossy, matrices, strict=True):
-        o, i = unit.shape
-        piece.settings = unit.codec.settings_for(unit.shape, (o + i) / (o * i), unit.spectrum)
+    for (_, piece), settings in zip(plan.lossy, smallest_settings(matrices), strict=True):
+        piece.settings = settings
     smallest = archive_bytes(job, plan)
     for (_, piece), settings in zip(plan.lossy, held, strict=True):
         piece.settings = settings

@@ -57,7 +57,7 @@ class PlanStudent:
         return found
 
     def values_of(self, piece: PlannedPiece, values: Values | None = None) -> Values:
-        """A piece's own values, of those given or of the present ones."""
+        """A piece's own values, of any shapes, of those given or of the present ones."""
         start = f"{piece.stem}/"
         held = self.values if values is None else values
         return {k.removeprefix(start): v for k, v in held.items() if k.startswith(start)}
@@ -69,7 +69,7 @@ class PlanStudent:
 
     @torch.no_grad()
     def weights(self, name: str) -> torch.Tensor:
-        """A checkpoint tensor as it would be restored."""
+        """A checkpoint tensor as it would be restored, in its shape."""
         tensor = self.tensors[name]
         tensor = self.tensors[tensor.same_as] if tensor.same_as else tensor
         info = tensor.pairing.tuned
@@ -95,7 +95,7 @@ class PlanStudent:
         return torch.cat([each for _, each in rows])
 
     def pull(self, name: str, gradient: torch.Tensor) -> None:
-        """Add what the gradient of a checkpoint tensor means for the values to `gradients`."""
+        """Add to `gradients` what the gradient of a checkpoint tensor (its shape) means for the values."""
         for tensor, piece, rows in self._pieces(name, gradient):
             leaves = {
                 key: value.detach().requires_grad_() for key, value in self.values_of(piece).items()
@@ -109,7 +109,7 @@ class PlanStudent:
                     self.gradients[at] = leaf.grad if held is None else held + leaf.grad
 
     def begin(self, name: str, gradient: torch.Tensor) -> None:
-        """Choose values to start from, given the gradient of a checkpoint tensor."""
+        """Choose values to start from, given the gradient of a checkpoint tensor, of its shape."""
         for tensor, piece, rows in self._pieces(name, gradient):
             for key, value in self.trainable(tensor, piece).start(rows).items():
                 self.values[f"{piece.stem}/{key}"] = value

@@ -30,6 +30,7 @@ CHUNK_BYTES = 4 << 20
 EXACT_ELEMENTS = 1 << 23  # an exact piece holds at most this many values
 MOST = 1e12  # no weight is larger; squares and their sums then fit fp32
 SPARSE_SHARE = 0.10  # below this share of changed values an exact patch is tried
+_SAMPLED, _STRETCH = 1 << 15, 1 << 11  # values of a sample, and of each stretch of it
 ROWS_SHARE = 0.50  # below this share of changed rows an embedding's rows are tried
 
 
@@ -208,9 +209,9 @@ def _exact_candidates(pairing: Pairing, span: SpanSurvey, exact_method: str | No
     )
     if exact_method is None and span.lossy_allowed and not sparse and not few_rows:
         return []
-    if exact_method == "sparse-patch" and span.in_base:
-        return ["sparse-patch"]
-    return ["lossless", *["sparse-patch"] * sparse, *["rows"] * few_rows]
+    if exact_method not in (None, "lossless") and span.in_base:
+        return [exact_method]
+    return ["context", "lossless", *["sparse-patch"] * sparse, *["rows"] * few_rows]
 
 
 def _encode_exact(
@@ -253,5 +254,29 @@ def _encode_exact(
 def _smallest(
     candidates: list[str], reference: torch.Tensor, tuned: torch.Tensor
 ) -> tuple[str, Settings, Parts]:
-    encoded = [(name, *exact_codec(name).encode(reference, tuned)) for name in candidates]
-    return min(encoded, key=lambda item: parts_bytes(item[2]))
+    """The candidate that takes the fewest bytes, the earlier one of two alike.
+
+    Of a large piece, one that is clearly larger on a sample is not tried on the whole.
+    """
+    first, *others = candidates
+    best = (first, *exact_codec(first).encode(reference, tuned))
+    for name in others:
+        if _hopeless(name, reference, tuned, parts_bytes(best[2])):
+            continue
+        tried = (name, *exact_codec(name).encode(reference, tuned))
+        best = min(best, tried, key=lambda item: parts_bytes(item[2]))
+    return best
+
+
+def _hopeless(name: str, reference: torch.Tensor, tuned: torch.Tensor, best_bytes: int) -> bool:
+    """Whether a codec's bytes on stretches spread over the piece foretell far more than the best's."""
+    count = tuned.numel()
+    if count < 8 * _SAMPLED or name == "rows":  # rows need the matrix
+        return False
+    old, new = reference.reshape(-1), tuned.reshape(-1)
+    starts = [
+        n * (count - _STRETCH) // (_SAMPLED // _STRETCH - 1) for n in range(_SAMPLED // _STRETCH)
+    ]
+    sample = [torch.cat([side[at : at + _STRETCH] for at in starts]) for side in (old, new)]
+    _, parts = exact_codec(name).encode(*sample)
+    return parts_bytes(parts) * count > 1.15 * best_bytes * _SAMPLED

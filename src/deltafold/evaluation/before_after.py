@@ -19,7 +19,8 @@ from deltafold.evaluation.loading import (
     load_tokenizer,
     loaded,
 )
-from deltafold.evaluation.plan import Plan, Request
+from deltafold.evaluation.plan import Plan
+from deltafold.evaluation.request import Measuring
 from deltafold.evaluation.segments import Subject
 from deltafold.running.engine import Progress, Step
 from deltafold.running.memory import Meter
@@ -42,12 +43,12 @@ def scored(asked: Any, run: Callable[[Any], Record], label: str) -> Record:
     texts = tuple(map(str, getattr(asked, "texts", ())))
     if not asked.tasks and not texts:
         return run(asked)
-    request = Request(
-        tuple(map(str, asked.tasks)), texts, batch_size=asked.batch_size, limit=asked.limit,
+    request = Measuring(
+        tasks=asked.tasks, texts=texts, batch_size=asked.batch_size, limit=asked.limit,
         answers=asked.answers,
     )  # fmt: skip
     wanted, where = choose_dtype(asked.dtype), choose_device(asked.device)
-    read_tasks(request.tasks, request.limit)  # a broken file, a missing tokenizer: told of first
+    read_tasks(request.tasks, request.limit)  # a broken file, a missing tokenizer: reported first
     load_tokenizer(asked.model)
     record = run(asked)
     if asked.dry_run or not is_main_process():
@@ -64,7 +65,7 @@ def scored(asked: Any, run: Callable[[Any], Record], label: str) -> Record:
 
 
 def before_and_after(
-    request: Request,
+    request: Measuring,
     model: str | Path,
     output: str | Path,
     dtype: torch.dtype | None,

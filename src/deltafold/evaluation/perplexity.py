@@ -62,7 +62,7 @@ class Texts:
         """Tokenise and cut; `limit` keeps the first windows of each text. Raises TaskError."""
         segments: list[Segment] = []
         for file in files:
-            cut = windows(encoder.plain(file.text), encoder.prefix, max_length)
+            cut = windows(encoder.ids(file.text), encoder.prefix, max_length)
             if not cut:
                 raise TaskError(f"{file.path} has fewer than two tokens; give a longer text.")
             segments += cut[:limit]
@@ -76,8 +76,8 @@ class Texts:
             figures = {"perplexity": exponential(loss)}
         except OverflowError:
             raise NonFiniteError(
-                f"The perplexity of {student.label} is beyond any number ({loss['value']:.0f} nats "
-                "a token); its weights are of no use, leave it out."
+                f"The perplexity of {student.label} is too large for any number ({loss['value']:.0f} "
+                "nats a token); its weights are useless: leave it out."
             ) from None
         if teacher is not None:
             figures["kl_text"], figures["agreement_text"] = scores.divergence()

@@ -3,63 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from deltafold.errors import MismatchError, UsageError
+from deltafold.errors import MismatchError
 from deltafold.evaluation.choices import Choices
 from deltafold.evaluation.data import TaskFile, read_tasks, read_texts
 from deltafold.evaluation.exact_match import ExactMatch
 from deltafold.evaluation.lm_eval import Harness
 from deltafold.evaluation.perplexity import Texts
+from deltafold.evaluation.request import Measuring
 from deltafold.evaluation.segments import Encoder, Segment, Subject
 
 DEFAULT_MAX_LENGTH = 512
-DEFAULT_ANSWERS = 4
-"""Rows of each task of which a run's record keeps what the models wrote."""
-Source = str | Path
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked to measure, and how."""
-
-    tasks: tuple[str, ...] = ()
-    texts: tuple[str, ...] = ()
-    lm_eval: tuple[str, ...] = ()
-    lm_eval_path: str | None = None
-    batch_size: int = 8
-    max_length: int | None = None
-    limit: int | None = None
-    max_new_tokens: int | None = None
-    answers: int = 0
-
-    def __post_init__(self) -> None:
-        if not (self.tasks or self.texts or self.lm_eval):
-            raise UsageError("There is nothing to measure; give a --text, a --task or --lm-eval.")
-        for name, least in (
-            ("batch_size", 1), ("max_length", 2), ("limit", 1), ("max_new_tokens", 1),
-            ("answers", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                option = "--" + name.replace("_", "-")
-                raise UsageError(f"{option} {value} is too small; give at least {least}.")
 
 
 class Plan:
     """The measurements of one evaluation. Files are read, and checked, before a model is."""
 
-    def __init__(self, request: Request, tokenizer: Any, end_ids: Sequence[int]):
+    def __init__(self, request: Measuring, tokenizer: Any, end_ids: Sequence[int]):
         self.request = request
         self.tokenizer = tokenizer
         self.task_files = read_tasks(request.tasks, request.limit)
         self.text_files = read_texts(request.texts)
         self.harness = None
-        if request.lm_eval:
+        if request.harness_tasks:
             self.harness = Harness.prepare(
-                request.lm_eval,
+                request.harness_tasks,
                 request.lm_eval_path,
                 tokenizer,
                 request.batch_size,
@@ -147,7 +116,7 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """The one setting of all models, for the record."""
-        return asdict(self.request) | {
+        return self.request.measured() | {
             "max_length": self.max_length,
             "texts": [{"path": str(file.path), "digest": file.digest} for file in self.text_files],
             "text_windows": len(self.texts.segments) if self.texts else 0,

@@ -22,7 +22,8 @@ from deltafold.evaluation.divergence import score
 from deltafold.evaluation.estimate import ratio_of_sums
 from deltafold.evaluation.exact_match import ExactMatch
 from deltafold.evaluation.loading import end_token_ids, is_archive, load_tokenizer, loaded
-from deltafold.evaluation.plan import Plan, Request
+from deltafold.evaluation.plan import Plan
+from deltafold.evaluation.request import Measuring
 from deltafold.evaluation.segments import Subject
 
 Metrics = dict[str, Any]
@@ -32,7 +33,7 @@ Metrics = dict[str, Any]
 class Scoring:
     """What is measured, and how. `dtype` None is a model's own."""
 
-    request: Request
+    request: Measuring
     dtype: torch.dtype | None = None
     device: str = "cpu"
 

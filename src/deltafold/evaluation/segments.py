@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from deltafold.calibration.tokens import TextIds
 from deltafold.evaluation.data import TaskError
 
 LOGITS_BYTES = 1 << 29
@@ -47,40 +48,15 @@ class Subject:
         return next(self.model.parameters()).device
 
 
-class Encoder:
-    """The fine-tune's tokenizer, used for every model.
-
-    `prefix` is the beginning-of-text token where the tokenizer adds one, else empty.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        bare, full = self._ids("a", special=False), self._ids("a", special=True)
-        begins = tokenizer.bos_token_id is not None and full[:1] == [tokenizer.bos_token_id]
-        self.prefix: list[int] = full[:1] if begins and bare[:1] != full[:1] else []
-
-    def _ids(self, text: str, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def plain(self, text: str) -> list[int]:
-        """Token ids of a text alone."""
-        return self._ids(text, special=False)
-
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt: begins with `prefix` once, also where the text spells it out."""
-        ids = self.plain(text)
-        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+class Encoder(TextIds):
+    """The fine-tune's tokenizer, used for every model."""
 
     def segment(self, prompt: str, continuation: str, where: str) -> Segment:
         """The continuation scored after the prompt; `where` names the row in errors.
 
-        The prompt's ids are those that generation starts from. Where a tokenizer would merge
-        characters across the seam, the two are tokenised apart.
+        The prompt's ids are those that generation starts from.
         """
-        before, whole = self.prompt(prompt), self.prompt(prompt + continuation)
-        start = len(before)
-        if whole[:start] != before or len(whole) == start:
-            whole = before + self.plain(continuation)
+        whole, start = self.followed(prompt, continuation)
         if start == 0 or len(whole) == start:
             part = "the prompt" if start == 0 else repr(continuation)
             raise TaskError(

@@ -105,14 +105,6 @@ def explanations(record: Record) -> list[str]:
     return lines
 
 
-def markdown(record: Record) -> str:
-    """The table in Markdown, and the explanations as a list under it."""
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in grid(record)]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    return table + "\n\n" + "\n".join(f"- {line}" for line in explanations(record)) + "\n"
-
-
 def rich_table(record: Record) -> Any:
     """The table for a terminal."""
     from rich.box import SIMPLE_HEAD

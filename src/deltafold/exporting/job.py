@@ -109,7 +109,7 @@ def _check_class(archive: Archive, base: Checkpoint) -> None:
     if theirs in (None, ours) or ours is None or _TALKS.search(str(theirs)):
         return
     raise MismatchError(
-        f"{archive.folder} is a {theirs} and its base a {ours}; an adapter would be without what the "
+        f"{archive.folder} is a {theirs} and its base a {ours}; an adapter cannot carry what the "
         "base's kind of model has no place for; use restore instead."
     )
 

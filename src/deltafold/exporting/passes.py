@@ -56,7 +56,7 @@ def component_bytes(item: Item, job: ExportJob) -> int:
 
 
 def acting_delta(item: Item, job: ExportJob) -> torch.Tensor:
-    """The delta as it acts, out features x in features, fp32."""
+    """The delta (o, i) as it acts, fp32."""
     delta = decoded_delta(job.archive, item.tensor, job.base)
     return delta.T.contiguous() if item.transposed else delta
 
@@ -163,7 +163,7 @@ def chosen_pair(job: ExportJob, workspace: Workspace, item: Item, rank: int) -> 
 
 
 def pair_error(job: ExportJob, item: Item, a: torch.Tensor, b: torch.Tensor) -> float:
-    """|D - B A|^2 of what is written."""
+    """|D - B A|^2 of what is written: A (r, i), B (o, r)."""
     return squared_error(acting_delta(item, job), a, b)
 
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from deltafold.running.common import Clustered, Writing
-from deltafold.running.request import OUTPUT, SIZE, TEXT, argument, asked, option, parse_bytes
+from deltafold.errors import UsageError
+from deltafold.running.common import Clustered, OfArchive, Tasked, Writing
+from deltafold.running.request import (
+    OUTPUT,
+    SIZE,
+    TEXT,
+    WHERE,
+    argument,
+    asked,
+    option,
+    parse_bytes,
+)
 
 FORMATS = ("peft", "gguf-lora")
 RUNTIMES = ("peft", "vllm")
@@ -16,7 +27,7 @@ RESTS: tuple[Rest, ...] = ("lora", "fold", "drop")
 
 
 @asked
-class ExportRequest(Clustered, Writing):
+class ExportRequest(Clustered, Writing, OfArchive):
     """Write an archive as a LoRA adapter: for peft, vLLM or llama.cpp.
 
     Ranks: `rank`, or the fewest components that hold the share `energy` of each delta, or what keeps
@@ -27,7 +38,6 @@ class ExportRequest(Clustered, Writing):
     Example: deltafold export math.delta --to peft -o math-adapter/ --rank 64
     """
 
-    archive: str | Path = argument("Archive folder.", kw_only=False)
     output: str | Path = argument(
         "Folder or file to write.", kw_only=False, flag="--output", flags=("-o",), panel=OUTPUT
     )
@@ -70,3 +80,97 @@ class ExportRequest(Clustered, Writing):
             object.__setattr__(self, "runtime", self.engine)
             object.__setattr__(self, "engine", "threads")
         super().__post_init__()
+
+
+Named = Mapping[str, str | Path] | Sequence[str]
+"""Fine-tunes by name: a mapping, or `NAME=ARCHIVE` each."""
+
+
+@asked
+class ServeRequest(Tasked):
+    """Serve fine-tunes as model names over one copy of their base, on vLLM.
+
+    Example: deltafold serve base/ --delta math=math.delta --delta sql=sql.delta
+    """
+
+    base: str | Path | None = argument(
+        "Base checkpoint: folder or hub id.", default=None, kw_only=False
+    )
+    extra: Sequence[str] = argument("After --: options for vllm serve.", default=(), kw_only=False)
+    delta: Named = option(
+        "A fine-tune, as NAME=ARCHIVE (repeatable).",
+        default=(),
+        flags=("-d",),
+        metavar="NAME=ARCHIVE",
+    )
+    add: Named = option(
+        "Add NAME=ARCHIVE to the engine that runs at --to (repeatable).",
+        default=(),
+        metavar="NAME=ARCHIVE",
+    )
+    remove: Sequence[str] = option(
+        "Take NAME from the engine at --to (repeatable).", default=(), metavar="NAME"
+    )
+    rank: int | None = option(
+        "Components of each delta, at most. Default: 64.", default=None, panel=SIZE, low=1
+    )
+    max_rank: int | None = option(
+        "Room for adapters that are added later, in ranks.", default=None, panel=SIZE, low=1
+    )
+    host: str = option("Address to listen on.", default="127.0.0.1", panel=WHERE)
+    port: int = option("Port to listen on.", default=8000, panel=WHERE, low=1, high=65535)
+    vllm: str | Path | None = option(
+        "The program vllm, if it has an environment of its own.", default=None, panel=WHERE
+    )
+    to: str = option(
+        "Address of an engine that runs, for --add and --remove.",
+        default="http://127.0.0.1:8000", panel=WHERE,
+    )  # fmt: skip
+    dry_run: bool = option(
+        "Export, then print vLLM's command line only.", default=False, panel=OUTPUT
+    )
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        deltas = self.deltas
+        if self.changes:
+            if deltas:
+                raise UsageError("--add and --remove speak to an engine that runs; drop --delta.")
+            if self.dry_run:
+                raise UsageError("--dry-run is for an engine that is to be started; drop it.")
+        elif self.base is None or not deltas:
+            raise UsageError("Give BASE and at least one --delta NAME=ARCHIVE.")
+
+    @property
+    def deltas(self) -> dict[str, str | Path]:
+        """What is served, by name."""
+        return named_paths(self.delta, "--delta")
+
+    @property
+    def added(self) -> dict[str, str | Path]:
+        """What is added to an engine that runs, by name."""
+        return named_paths(self.add, "--add")
+
+    @property
+    def changes(self) -> bool:
+        """True where an engine that runs is spoken to."""
+        return bool(self.added or self.remove)
+
+
+def named_paths(items: Named, option: str) -> dict[str, str | Path]:
+    """`NAME=PATH` items as a dictionary. Raises UsageError.
+
+    >>> named_paths(["math=math.delta"], "--delta")
+    {'math': 'math.delta'}
+    """
+    if isinstance(items, Mapping):
+        return dict(items)
+    found: dict[str, str | Path] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not (name and equals and path):
+            raise UsageError(f"{option} {item!r} is not NAME=ARCHIVE, like math=math.delta.")
+        if name in found:
+            raise UsageError(f"{option} gives {name!r} twice; choose another name for one.")
+        found[name] = path
+    return found

@@ -13,7 +13,7 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from deltafold.checkpoint import local_folder
 from deltafold.errors import DeltafoldError, UsageError
 from deltafold.exporting.engines import VLLM_RANKS, vllm_rank
 from deltafold.exporting.kept import Adapter, check_names, find_adapter
+from deltafold.exporting.request import ServeRequest
 from deltafold.running.engine import Progress
 
 HOW_TO_INSTALL = (
@@ -46,34 +47,57 @@ class Serving:
     environment: dict[str, str]
     adapters: list[Adapter]
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        rows = [
+            {"name": a.name, "folder": str(a.folder), "relative_error": a.relative_error}
+            for a in self.adapters
+        ]
+        return {"command": self.command, "environment": self.environment, "adapters": rows}
 
-def prepare(
-    base: str | Path,
-    deltas: Mapping[str, str | Path],
-    *,
-    vllm: str | Path | None = None,
-    rank: int | None = None,
-    max_rank: int | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    extra: Sequence[str] = (),
-    workers: int | None = None,
-    memory_bytes: int | None = None,
-    progress: Progress | None = None,
-) -> Serving:
+
+@dataclass(frozen=True)
+class Changed:
+    """An engine that runs, and what it serves now."""
+
+    url: str
+    models: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"engine": self.url, "models": self.models}
+
+
+def run_serve(request: ServeRequest) -> Serving | Changed:
+    """An engine that runs is changed; else one is prepared. Raises DeltafoldError."""
+    if not request.changes:
+        return prepare(request)
+    for name in request.remove:
+        remove_adapter(request.to, name)
+    for name, path in request.added.items():
+        add_adapter(
+            request.to, name, path, request.base, rank=request.rank, workers=request.workers,
+            memory_bytes=request.memory_bytes, progress=request.progress,
+        )  # fmt: skip
+    return Changed(request.to, served_names(request.to))
+
+
+def prepare(request: ServeRequest) -> Serving:
     """Export what is not in the cache, and the command line of the engine.
 
     `rank` bounds the adapters, `max_rank` what the engine has room for (by default the largest of
     the adapters, at least 64). Raises UsageError without vLLM, and what `export` raises.
     """
-    check_names(deltas)
-    program = find_vllm(vllm)
+    base, max_rank = request.base, request.max_rank
+    assert base is not None
+    check_names(request.deltas)
+    program = find_vllm(request.vllm)
     adapters = [
         find_adapter(
-            name, delta, base, runtime="vllm", rank=rank, workers=workers,
-            memory_bytes=memory_bytes, progress=progress,
+            name, delta, base, runtime="vllm", rank=request.rank, workers=request.workers,
+            memory_bytes=request.memory_bytes, progress=request.progress,
         )
-        for name, delta in deltas.items()
+        for name, delta in request.deltas.items()
     ]  # fmt: skip
     ranks = [adapter_rank(adapter) for adapter in adapters]
     if max_rank is not None and max_rank < max(ranks):
@@ -81,10 +105,10 @@ def prepare(
     room = vllm_rank(max_rank or max(*ranks, SPARE_RANK))
     command = [
         *launcher(program), str(local_folder(base)),
-        "--host", host, "--port", str(port),
+        "--host", request.host, "--port", str(request.port),
         "--enable-lora", "--max-lora-rank", str(room), "--max-loras", str(max(1, len(adapters))),
         "--lora-modules", *(f"{each.name}={each.folder}" for each in adapters),
-        *extra,
+        *request.extra,
     ]  # fmt: skip
     return Serving(command, {RUNTIME_UPDATES: "True"}, adapters)
 

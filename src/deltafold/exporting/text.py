@@ -28,7 +28,7 @@ class ExportText:
     """
 
     def __init__(self, job: ExportJob, request: ExportRequest, scratch: Path):
-        from deltafold.calibration import StreamedModel, gather_samples
+        from deltafold.calibration import Sampling, StreamedModel, gather_samples
 
         source, memory_bytes = request.calibration or "general", request.memory_bytes
         if str(source) == "self":
@@ -42,14 +42,12 @@ class ExportText:
         self.source = str(source)
         self.samples = gather_samples(
             self.model,
-            source,
-            samples=request.samples,
-            max_tokens=request.max_tokens,
+            Sampling(source, request.samples, request.max_tokens),
             memory_bytes=memory_bytes,
         )
 
     def restored(self, name: str) -> torch.Tensor:
-        """A tensor of the restored model, in the rows that the base has."""
+        """A tensor of the restored model in its shape, but with no more rows than the base has."""
         tensor = self.job.archive.by_name.get(name)
         if tensor is None:
             return self.job.base.tensor(name)

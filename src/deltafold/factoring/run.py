@@ -58,7 +58,7 @@ class FactorRun:
         return model
 
     def read(self) -> None:
-        """Samples, before any work: a bad text is told of first."""
+        """Samples, before any work: a bad text is reported first."""
         if self.request.text is not None:
             self.measured = asked_samples(self.request, self.model, self.request.text)
         if self.job.method.looks:

@@ -35,7 +35,7 @@ class FactorStore:
     def save(
         self, number: int, tensors: dict[str, torch.Tensor], figures: dict[str, object]
     ) -> int:
-        """Keep what a unit has become; its bytes."""
+        """Keep what a unit has become, tensors of any shape by their names in the form; their bytes."""
         self.workspace.save_tensors(self.file(number), tensors)
         self.workspace.save_json(self._figures(number), figures, of=[self.file(number)])
         return sum(each.numel() * each.element_size() for each in tensors.values())
@@ -46,7 +46,7 @@ class FactorStore:
         return found
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its name in the form."""
+        """A tensor by its name in the form, in its stored shape."""
         module = name
         while module not in self._unit_of:
             module, dot, _ = module.rpartition(".")
@@ -56,7 +56,7 @@ class FactorStore:
         return self.workspace.load_tensor(self.file(self._unit_of[module]), name)
 
     def changed(self, ranks: Ranks) -> dict[str, torch.Tensor]:
-        """Biases that the checkpoint has with other values, by parameter."""
+        """Biases (o,) that differ from the checkpoint's, by parameter."""
         if not self.job.centred:
             return {}
         return {
@@ -98,7 +98,7 @@ class Candidate:
         }
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its name in the checkpoint, as this candidate has it."""
+        """A tensor by its name in the checkpoint, in its shape, as this candidate has it."""
         if name in self._places:
             matrix, expert, part = self._places[name]
             if self._is_factored(matrix):

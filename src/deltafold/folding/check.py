@@ -54,10 +54,10 @@ def check_computes(
     apart = float((one - other).abs().max())
     if not apart <= TOLERANCE * float(one.abs().max()):
         raise MismatchError(
-            f"With blocks {numbers_in_words(draft.numbers)} of {checkpoint.label} alone, blocks "
-            f"compute something else than they did (hidden states differ by {apart:.3g}); they "
-            "compute by their number or by how many there are: let the last blocks go, or fold "
-            "another model."
+            f"With only blocks {numbers_in_words(draft.numbers)} of {checkpoint.label} left, they no "
+            f"longer compute what they did (hidden states differ by {apart:.3g}): what they compute "
+            "depends on a block's number, or on how many there are; remove the last blocks instead, "
+            "or fold another model."
         )
     return None
 
@@ -71,7 +71,7 @@ def _check_cache(model: StreamedModel, label: str) -> None:
     except MismatchError as error:
         why = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         raise MismatchError(
-            f"What is left of {label} could write no text: transformers cannot run it with a cache "
+            f"What is left of {label} cannot generate text: transformers cannot run it with a cache "
             f"({why}); fold another model."
         ) from error
 

@@ -105,7 +105,7 @@ def _better(
 
 
 def _scaled(whole: _Whole, config: Config, found: list[Difference]) -> Iterator[Config]:
-    """A scale that is divided by the depth is brought back by what it is made of."""
+    """Configs in which a scale that is divided by the depth has its old value again."""
     old, new = found[0].old, found[0].new
     if not (isinstance(old, float) and isinstance(new, float) and new):
         return
@@ -133,9 +133,9 @@ def config_bytes(config: Config) -> bytes:
 def _refusal(label: str, kept: Sequence[int], found: list[Difference]) -> MismatchError:
     more = f" ({len(found) - 1} more differ)" if len(found) > 1 else ""
     return MismatchError(
-        f"With blocks {numbers_in_words(kept)} of {label}, {found[0]}{more}; it follows from the number of a "
-        "block or from how many there are, and no config can keep it: let the last blocks go, or "
-        "fold another model."
+        f"With blocks {numbers_in_words(kept)} of {label}, {found[0]}{more}; this depends on a "
+        "block's number, or on how many there are, and no config can keep it: remove the last blocks "
+        "instead, or fold another model."
     )
 
 

@@ -34,8 +34,8 @@ def write_checked(
     not_run = found.unchecked or check_computes(draft, checkpoint, folder, scratch, found.grown)
     if not_run and found.grown:
         raise MismatchError(
-            f"{min(found.grown)} of {checkpoint.label} has a part for each block, and it cannot be "
-            f"seen whether they lie as they seem to ({not_run.rstrip('.')}); fold another model."
+            f"{min(found.grown)} of {checkpoint.label} has a part for each block, and it could not "
+            f"be checked that these lie as they seem to ({not_run.rstrip('.')}); fold another model."
         )
     return opened | {
         "blocks_compared": found.unchecked is None,

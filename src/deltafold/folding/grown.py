@@ -30,7 +30,7 @@ class Grown:
         return tuple(made)
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """The parts of the blocks that are left."""
+        """The parts of the blocks that are left: shorter along `axis`, else of the same shape."""
         parts = whole.unflatten(self.axis, (self.depth, -1))
         kept = torch.tensor(self.kept, dtype=torch.long, device="cpu")
         return parts.index_select(self.axis, kept).flatten(self.axis, self.axis + 1)

@@ -266,6 +266,7 @@ class Mean:
     count: int = 0
 
     def add(self, values: torch.Tensor) -> None:
+        """Take more values (n,) into the mean."""
         self.total, self.count = self.total + float(values.sum()), self.count + len(values)
 
     @property

@@ -32,7 +32,7 @@ class FoldJob:
 
     @property
     def is_joint(self) -> bool:
-        return self.method.preset.selection == "joint"
+        return self.method.chooser.removes == "part"
 
     @property
     def share_removed(self) -> float:
@@ -53,20 +53,17 @@ def make_job(
     protected = _protected(request.protect, layout.depth, checkpoint.label)
     # A block that is kept must stand before those that it takes in.
     takes_in = method.rule.patch != "none" or (
-        method.rule.merges and method.preset.selection in ("lowest", "contiguous", "stretch", "greedy", "lazy",
-                                                           "random", "last")
-    )  # fmt: skip
+        method.rule.merges and method.chooser.removes in ("any", "stretch")
+    )
     fixed = protected | ({0} if takes_in else set())
     most = _most(layout.depth, fixed, method)
     count = _count(layout, blocks, parameters, most, checkpoint.label, len(protected))
-    if method.preset.selection == "joint" and not (
-        layout.mlp_outputs() and layout.attention_outputs()
-    ):
+    job = FoldJob(layout, units, method, count, frozenset(fixed))
+    if job.is_joint and not (layout.mlp_outputs() and layout.attention_outputs()):
         raise MismatchError(
             f"{checkpoint.label}: the output projections of attention and MLP are not known by "
             "their names, so neither can be dropped alone; choose another method."
         )
-    job = FoldJob(layout, units, method, count, frozenset(fixed))
     if job.is_joint and parameters is not None:
         # Which sub-layers go is known once they are ranked, and they are not of one size.
         goal = math.ceil((1 - parameters) * layout.total - 1e-6)
@@ -86,15 +83,14 @@ def _protected(protect: Sequence[int], depth: int, label: str) -> set[int]:
 def _most(depth: int, fixed: Collection[int], method: Method) -> int:
     """The most blocks that may go; merging leaves one of each stretch of free blocks."""
     free = [number for number in range(depth) if number not in fixed]
-    if method.preset.selection in ("adjacent-pairs", "last-pair", "top-down"):
+    if method.chooser.removes == "follower":
         return sum(number - 1 in free for number in free)
-    if method.preset.selection in ("contiguous", "stretch") or method.rule.patch != "none":
+    if method.chooser.removes == "stretch":
         longest = run = 0
         for number in range(depth):
             run = 0 if number in fixed else run + 1
             longest = max(longest, run)
-        if method.preset.selection in ("contiguous", "stretch"):
-            return min(longest, depth - 1)
+        return min(longest, depth - 1)
     return min(len(free), depth - 1)
 
 

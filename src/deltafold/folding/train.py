@@ -25,7 +25,7 @@ from deltafold.running.devices import here
 from deltafold.running.engine import Step
 from deltafold.running.record import Record
 from deltafold.running.workspace import Workspace
-from deltafold.training import Masters, Settings, State, forward_tokens, pack, train
+from deltafold.training import Masters, Settings, State, Watch, forward_tokens, pack, train
 from deltafold.training.loading import load_model
 
 STATE = "healing.safetensors"
@@ -84,15 +84,18 @@ def heal_folder(run: FoldRun, folder: Path, target: Path, workspace: Workspace) 
             words = f"held-out KL {state.best_kl:.3f}, {state.tokens_per_second:.0f} tokens/s"
             progress(Step("heal", words, float(state.step), float(steps), 0))
 
+    watch = Watch(
+        State.from_tensors(saved) if saved else None,
+        save=lambda now: workspace.save_tensors(STATE, now.to_tensors()),
+        report=report,
+    )
     state = train(
         student,
         lambda ids: teacher(input_ids=ids, use_cache=False).logits,
         learn,
         held,
         settings,
-        state=State.from_tensors(saved) if saved else None,
-        save=lambda now: workspace.save_tensors(STATE, now.to_tensors()),
-        report=report,
+        watch=watch,
     )
     student.masters.round()
     _write(model, folder, target, request.shard_bytes)

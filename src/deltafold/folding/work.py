@@ -19,7 +19,7 @@ from deltafold.folding.methods.selection import Step
 from deltafold.folding.methods.similarity import SIMILARITIES
 from deltafold.folding.request import FoldRequest
 from deltafold.folding.states import States
-from deltafold.running.engine import Step as Told
+from deltafold.running.engine import Step as ProgressStep
 
 Row = dict[str, Any]
 HALF = 0.5
@@ -67,8 +67,8 @@ class BlockFolder:
                 return done
             if len(done.draft) - wanted == left:
                 raise MismatchError(
-                    f"{self.job.method.name}: no choice of {left} more blocks is left; protect "
-                    "fewer, or ask for fewer."
+                    f"{self.job.method.name} finds no {left} more blocks that may go; protect fewer, "
+                    "or ask for fewer."
                 )
         return done
 
@@ -175,5 +175,5 @@ class BlockFolder:
     def _tell(self, whole: Draft, done: int, total: int) -> None:
         if self.request.progress:
             self.request.progress(
-                Told("fold", f"{done} of {total} blocks", float(done), float(total), 0)
+                ProgressStep("fold", f"{done} of {total} blocks", float(done), float(total), 0)
             )

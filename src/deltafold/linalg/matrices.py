@@ -45,10 +45,12 @@ class RowMatrix(Protocol):
         """What errors cost; None where that is not known."""
         ...
 
-    def rows(self, start: int, stop: int) -> torch.Tensor: ...
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows (stop - start, i), fp32."""
+        ...
 
     def settle(self, start: int, change: torch.Tensor) -> torch.Tensor:
-        """What is left of a change of the rows from `start` on, once it is added and rounded.
+        """What is left of a change (n, i) of the rows from `start` on, once it is added and rounded.
 
         The restored weight is base + change in the stored dtype; this is that, minus the base.
         """
@@ -67,10 +69,11 @@ class DenseMatrix:
         return (self.values.shape[0], self.values.shape[1])
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows (stop - start, i), fp32."""
         return self.values[start:stop]
 
     def settle(self, start: int, change: torch.Tensor) -> torch.Tensor:
-        """All of it: there is no base, and no rounding."""
+        """All of the change (n, i): there is no base, and no rounding."""
         return change
 
 
@@ -100,14 +103,14 @@ class Moments:
 
     @property
     def diagonal(self) -> torch.Tensor:
-        """E[x_j^2], i."""
+        """E[x_j^2], (i,)."""
         return self.second if self.second.ndim == 1 else self.second.diagonal()
 
 
 def chunks(
     matrix: RowMatrix, columns_held: int = 0, room: int = CHUNK_BYTES
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows) in pieces of about `room` bytes, counting `columns_held` results a row."""
+    """(first row, rows (n, i)): about `room` bytes at a time, counting `columns_held` results a row."""
     o, i = matrix.shape
     step = rows_at_once(i + columns_held, room)
     for start in range(0, o, step):
@@ -139,9 +142,13 @@ def feed_forward(
 ) -> torch.Tensor:
     """Round the columns of an m x i matrix one after the other, each error fed to those that follow.
 
-    `rounded(column, j)` gives the codes of column j, and the values that they stand for. Returns the
-    codes. Source: Frantar et al. 2022 (arXiv 2210.17323), with lazy
-    updates of blocks of columns.
+    `rounded(column, j)` gives the codes (m,) of column j, and the values (m,) that they stand for;
+    `factor` (i, i) is upper triangular. Returns the codes (m, i). Source: Frantar et al. 2022 (arXiv
+    2210.17323), with lazy updates of blocks of columns.
+
+    `coding/gptq` does the same with grids and a mask, in fp64 on the CPU, and adds up the errors of
+    a block in one product. The two round differently, and archives hold what each of them gives, so
+    they stay two.
     """
     left, out = values.clone(), torch.empty_like(values)
     i = values.shape[1]

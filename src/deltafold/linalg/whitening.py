@@ -23,15 +23,14 @@ MOST_DAMPING = 1.0
 
 @dataclass(frozen=True)
 class Whitened:
-    """W ~ Q A with orthonormal Q; float64. `s` are the singular values of W L, descending."""
+    """W ~ Q A with orthonormal Q; float64. `s` are the singular values of W L, descending.
+
+    The first k columns of Q and rows of A are the best of rank k.
+    """
 
     q: torch.Tensor  # o x r
     a: torch.Tensor  # r x i
     s: torch.Tensor  # r, fewer where W L has no more
-
-    def truncated(self, rank: int) -> Whitened:
-        """The best factors of a smaller rank: columns are nested."""
-        return Whitened(self.q[:, :rank], self.a[:rank], self.s[:rank])
 
 
 def input_root(second: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
@@ -104,7 +103,10 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
 def output_error(
     matrix: torch.Tensor, made: torch.Tensor, second: torch.Tensor | None
 ) -> tuple[float, float]:
-    """(E |W x - W' x|^2, E |W x|^2): squared norms, of the matrices themselves where G is None."""
+    """(E |W x - W' x|^2, E |W x|^2) of W and W' (o, i), G (i, i) or (i,).
+
+    Without G the squared norms of the matrices themselves.
+    """
     return _energy(matrix.double() - made.double(), second), _energy(matrix.double(), second)
 
 

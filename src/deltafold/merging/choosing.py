@@ -11,7 +11,7 @@ from typing import Any
 from deltafold.archive import Archive, is_archive
 from deltafold.errors import NonFiniteError, UsageError, nearest
 from deltafold.evaluation.loading import choose_device, choose_dtype, load_tokenizer
-from deltafold.evaluation.plan import Request
+from deltafold.evaluation.request import Measuring
 from deltafold.evaluation.scoring import Metrics, Scoring, best_of, mean_loss, share_right
 from deltafold.merging.as_archive import merge_to_archive
 from deltafold.merging.merge import Wish, merge_models
@@ -131,17 +131,20 @@ def _scoring(
         return None
     from deltafold.evaluation.data import read_tasks, read_texts
 
-    asked = Request(
-        tuple(map(str, tasks)), tuple(map(str, texts)), batch_size=request.batch_size,
-        limit=request.limit, answers=answers,
-    )  # fmt: skip
-    read_tasks(asked.tasks, request.limit)  # a broken file is told of before any work
+    asked = Measuring(
+        tasks=tasks,
+        texts=texts,
+        batch_size=request.batch_size,
+        limit=request.limit,
+        answers=answers,
+    )
+    read_tasks(asked.tasks, request.limit)  # a broken file is reported before any work
     read_texts(asked.texts)
     return Scoring(asked, choose_dtype(request.dtype), choose_device(request.device))
 
 
 def _check_tokenizers(base: str | Path, recipe: Recipe) -> None:
-    """A folder without one is told of before any work. Raises CheckpointError."""
+    """A folder without one is reported before any work. Raises CheckpointError."""
     for source in (base, *(model.path for model in recipe.models)):
         if not is_archive(source):
             load_tokenizer(source)

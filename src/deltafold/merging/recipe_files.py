@@ -8,7 +8,7 @@
         weight: 0.7                           parameters: {weight: 0.7, density: 0.4}
         density: {mlp: 0.4, default: 0.2}   - model: sql/
 
-A file is read and checked as a whole: what is wrong is told at once, before any work.
+A file is read and checked as a whole: all that is wrong is reported at once, before any work.
 """
 
 from __future__ import annotations

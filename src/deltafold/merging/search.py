@@ -78,14 +78,14 @@ class Formed:
         self.workspace.save_json(self._figures_file(name), row, of=kept)
 
     def finished(self, name: str, recipe: Recipe) -> tuple[torch.Tensor, dict[str, Any]]:
-        """A tensor of a candidate as it would be written, and its figures."""
+        """A tensor of a candidate as it would be written, in its shape, and its figures."""
         way, scale = self._ways.index(_at_one(recipe)), self._scale(name, recipe)
         row = self.workspace.load_json(self._figures_file(name))
         figures = row["deltas"] | scaled_figures(row["ways"][way], scale)
         return self._whole(name, way, scale), figures
 
     def state(self, number: int) -> dict[str, torch.Tensor]:
-        """All tensors of candidate `number`, in memory."""
+        """All tensors of candidate `number`, in their shapes, in memory."""
         recipe = self.recipes[number]
         way = self._ways.index(_at_one(recipe))
         return {

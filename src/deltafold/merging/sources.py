@@ -25,7 +25,7 @@ class Source(Protocol):
     headers: dict[str, Header]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor in its stored dtype. Raises ArchiveError, MismatchError."""
+        """A whole tensor in its stored dtype and shape. Raises ArchiveError, MismatchError."""
         ...
 
     @property
@@ -52,6 +52,7 @@ class CheckpointSource:
         self.headers = {n: (info.dtype, info.shape) for n, info in checkpoint.tensors.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor in its stored dtype and shape."""
         return self.checkpoint.tensor(name)
 
     @property
@@ -84,6 +85,7 @@ class ArchiveSource:
         self.headers = {t.name: (t.dtype, t.shape) for t in self.archive.manifest.tensors}
 
     def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, restored, in its stored dtype and shape."""
         entry = self.archive.by_name[name]
         return assembled(entry, checked_rows(self.archive, entry, self.base))
 
@@ -114,6 +116,7 @@ class Renamed:
         self.headers |= {new: source.headers[old] for new, old in self._twins.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, by the base's name for it, in its stored dtype and shape."""
         return self._source.tensor(self._twins.get(name, name))
 
     @property

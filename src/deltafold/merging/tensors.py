@@ -105,7 +105,7 @@ class Tensors:
     def merged(
         self, name: str, reading: Reading, recipe: Recipe, last: bool = False
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The merged delta before its scale, and figures of it (see `figures_of`).
+        """The merged delta, in its shape, before its scale, and figures of it (see `figures_of`).
 
         `last`: nothing else is made of the reading. A large tensor's deltas then give way to their
         sparse copies, and are read once more for the figures, one at a time.
@@ -140,7 +140,7 @@ class Tensors:
     def added(
         self, name: str, ground: torch.Tensor, merged: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """The merged tensor in the base's dtype. `ground` and `merged` are used up."""
+        """The merged tensor in the base's dtype. `ground` and `merged`, of one shape, are used up."""
         return rounded_sum(ground, merged.mul_(scale), DTYPES[self.inputs.layout[name][0]])
 
 
@@ -173,7 +173,7 @@ def _norm(tensor: torch.Tensor) -> float:
 def figures_of(
     merged: torch.Tensor, deltas: Iterable[torch.Tensor], kept: Sequence[float]
 ) -> dict[str, Any]:
-    """Of a merged delta, at scale 1.
+    """Of a merged delta, at scale 1; the deltas have the same shape.
 
     `norm`; `kept`: each delta's norm after the sparsifier; `brought`: how much of each delta is in
     the merged one, <merged, D_i> / <D_i, D_i>: 1 where it is there in full, None where it is zero.
@@ -199,8 +199,8 @@ def scaled_figures(figures: dict[str, Any], scale: float) -> dict[str, Any]:
 def agreement(deltas: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Norms of deltas, their cosines (pairs in order), and the share of entries agreed in sign.
 
-    The share is over entries that at least two models change; None where there are none. `shared` is
-    their number.
+    Deltas have one shape. The share is over entries that at least two models change; None where
+    there are none. `shared` is their number.
     """
     flat = [delta.reshape(-1) for delta in deltas]
     gram = torch.zeros(len(flat), len(flat), dtype=torch.float64)

@@ -114,9 +114,9 @@ def _union(
         if model.rows > base.rows and not (model.known and base.known):
             missing = (model if base.known else base).label
             raise MismatchError(
-                f"{missing} has no tokenizer.json, so what the {model.rows - base.rows} rows mean "
-                f"that {model.label} has more is not known; copy the file there, or choose another "
-                "--tokenizer."
+                f"{missing} has no tokenizer.json, so it is not known what the "
+                f"{model.rows - base.rows} extra rows of {model.label} mean; copy the file there, or "
+                "choose another --tokenizer."
             )
         for row, text in sorted(model.tokens.items()):
             if text in taken or row >= model.rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,10 +20,11 @@ from deltafold.checkpoint.hub import (
 )
 from deltafold.errors import DeltafoldError, HubError, UsageError
 from deltafold.publishing.card import card, license_of
+from deltafold.publishing.request import PushRequest
 from deltafold.restoring.named import names_of
+from deltafold.running.front import front
 from deltafold.running.record import Record, read_record
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 CARD_FILE = "README.md"
 
 
@@ -38,46 +38,24 @@ class Parcel:
     finetuned: str
 
 
-def push_to_hub(
-    source: str | Path,
-    repo: str,
-    *,
-    private: bool = False,
-    license: str | None = None,
-    record: str | Path | None = None,
-    message: str | None = None,
-) -> dict[str, Any]:
-    """Push the archive or checkpoint folder `source` to `owner/name[@branch]` of the hub.
-
-    The repository and the branch are made if need be, and all files go in one commit, with a card
-    written from the record that lies beside `source` (or `record`). A checkpoint's own README.md is
-    kept. Files of an earlier push that no longer belong are removed. The record itself stays here: it
-    holds folders of this machine.
-
-    Args:
-        private: only when the repository is made; one that exists stays as it is.
-        license: for the card, e.g. `apache-2.0`; default: what the fine-tune's or base's card says.
-
-    Returns `url`, `commit`, `files` (names) and `n_bytes`. Raises UsageError, HubError, and
-    ArchiveError or CheckpointError where `source` is not whole.
-
-    >>> push_to_hub("math.delta", "me/math-delta", private=True)                # doctest: +SKIP
-    """
-    if not _REPO.fullmatch(repo):
-        raise UsageError(f"{repo!r} is no name on the hub; write it like owner/name.")
-    name, _, branch = repo.partition("@")
-    parcel = packed(Path(source).expanduser())
-    known = _record(Path(source).expanduser(), record)
+def run_push(request: PushRequest) -> dict[str, Any]:
+    """What is asked, sent; see `PushRequest`."""
+    name, _, branch = request.repo.partition("@")
+    source = Path(request.source).expanduser()
+    parcel, known = packed(source), _record(source, request.record)
     text = None
     if CARD_FILE not in parcel.files:
-        chosen = license or license_of(parcel.finetuned, parcel.base)
+        chosen = request.license or license_of(parcel.finetuned, parcel.base)
         text = card(name, parcel.archive, parcel.base, known, chosen)
     try:
-        return _send(name, branch or None, parcel, text, private, message)
+        return _send(name, branch or None, parcel, text, request.private, request.message)
     except DeltafoldError:
         raise
     except Exception as error:  # the hub client raises many kinds; the user needs one sentence
         raise HubError(_why_not(name, error)) from error
+
+
+push_to_hub = front("push_to_hub", PushRequest, run_push)
 
 
 def packed(folder: Path) -> Parcel:

@@ -56,6 +56,7 @@ METHODS: dict[str, Look] = {
     "bitdelta": Look("BitDelta", "#b8860b", "#f0c03c", "D"),
     "delta-come": Look("Delta-CoMe", "#3a9bd9", "#8fd3ff", "P"),
     "lossless": Look("lossless", "#4a4a4a", "#c9d1d9", "*"),
+    "context": Look("context", "#2f5d62", "#8fc7cc", "p"),
     "sparse-patch": Look("sparse patch", "#8a6d3b", "#d2b48c", "X"),
 }
 _MORE = (

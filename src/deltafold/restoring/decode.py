@@ -142,7 +142,7 @@ def check_base_tensor(archive: Archive, tensor: Tensor, base: Checkpoint) -> Non
 def decoded_rows(
     archive: Archive, tensor: Tensor, base: Checkpoint
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows in the stored dtype) of one tensor, in order, covering it.
+    """(first row, rows (n, columns) in the stored dtype) of one tensor, in order, covering it.
 
     The caller has checked the base. Raises ArchiveError if parts are damaged or do not fit.
     """
@@ -158,7 +158,7 @@ def decoded_rows(
 def checked_rows(
     archive: Archive, tensor: Tensor, base: Checkpoint
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """`decoded_rows` of one tensor whose base is checked before and whose bits are after.
+    """`decoded_rows` (n, columns) of one tensor whose base is checked before and whose bits are after.
 
     Raises MismatchError for a wrong base; ArchiveError for damage, and if a tensor does not come back
     with its digest.
@@ -182,8 +182,8 @@ def checked_rows(
 def decoded_delta(archive: Archive, tensor: Tensor, base: Checkpoint) -> torch.Tensor:
     """Fine-tune minus base as the archive says it, fp32, before it is rounded to a stored dtype.
 
-    A matrix (see `Tensor.matrix_shape`) of the rows that the base has too. The caller has checked
-    the base. Raises ArchiveError if parts are damaged or do not fit.
+    A matrix (rows, columns), see `Tensor.matrix_shape`, of the rows that the base has too. The
+    caller has checked the base. Raises ArchiveError if parts are damaged or do not fit.
     """
     source = archive.by_name[tensor.same_as] if tensor.same_as else tensor
     n_rows, columns = base.tensors[tensor.name].matrix_shape
@@ -244,7 +244,7 @@ def stored_factors(
 
 @undisturbed
 def assembled(tensor: Tensor, rows: Iterator[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """The whole tensor, of its `decoded_rows` or `checked_rows`, as it is held (`dtypes.BITS`)."""
+    """The whole tensor in its shape, of `decoded_rows` or `checked_rows`, as held (`dtypes.BITS`)."""
     whole = torch.empty(tensor.matrix_shape, dtype=DTYPES[tensor.dtype], device="cpu")
     for start, part in rows:
         whole[start : start + len(part)] = part
@@ -313,5 +313,5 @@ def piece_key(seed: int, tensor: str, start: int) -> int:
 def reference_rows(
     pair_base: Checkpoint, name: str, start: int, stop: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Rows of the base in the fine-tune's dtype: what exact codecs refer to."""
+    """Rows (stop - start, columns) of the base in the fine-tune's dtype: what exact codecs refer to."""
     return pair_base.rows(name, start, stop).to(dtype)

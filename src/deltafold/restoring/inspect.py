@@ -10,11 +10,14 @@ from deltafold.checkpoint.store import shown
 from deltafold.names import block_of, role_of
 from deltafold.restoring.decode import check_codecs
 from deltafold.restoring.named import names_of
+from deltafold.restoring.request import InspectRequest
 from deltafold.restoring.totals import archive_totals, codec_names, tensor_bytes
+from deltafold.running.front import front
 
 
-def inspect(archive: str | Path) -> dict[str, Any]:
+def run_inspect(request: InspectRequest) -> dict[str, Any]:
     """Sizes, settings, and one row a tensor. Raises ArchiveError."""
+    archive = request.archive
     with Archive(Path(archive)) as opened:
         check_codecs(opened)
         manifest, (base, finetuned) = opened.manifest, names_of(opened)
@@ -51,3 +54,6 @@ def inspect(archive: str | Path) -> dict[str, Any]:
                 for tensor in manifest.tensors
             ],
         }
+
+
+inspect = front("inspect", InspectRequest, run_inspect)

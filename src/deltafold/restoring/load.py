@@ -37,7 +37,7 @@ def load_state(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The restored tensors by checkpoint name, in their stored dtypes."""
+    """The restored tensors by checkpoint name, in their stored dtypes and shapes."""
     state: dict[str, torch.Tensor] = {}
     lock = threading.Lock()
     with Archive(Path(archive)) as opened, open_checkpoint(base) as checkpoint:
@@ -62,8 +62,8 @@ def tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of each restored tensor, in the checkpoint's order, one in memory at a time.
 
-    In the shapes and dtypes that `restore` writes, and checked as `restore` checks: the base by its
-    hashes, each part by its checksum, and what comes out by its digest.
+    In their stored shapes and dtypes, as `restore` writes them, and checked as `restore` checks: the
+    base by its hashes, each part by its checksum, and what comes out by its digest.
 
     Args:
         names: only these tensors; default: all.
@@ -139,7 +139,7 @@ def model_of(
     causal: bool = True,
     **from_pretrained: Any,
 ) -> Any:
-    """A ready `transformers` model of a folder's config and of tensors in memory.
+    """A ready `transformers` model of a folder's config and of tensors in memory, in their shapes.
 
     Raises CheckpointError, MismatchError.
     """

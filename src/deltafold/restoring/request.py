@@ -5,12 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltafold.running.common import Clustered, Tasked, Writing
+from deltafold.running.common import Clustered, OfArchive, Tasked, Writing
 from deltafold.running.request import OUTPUT, WHAT, argument, asked, option, parse_bytes
 
 
 @asked
-class RestoreRequest(Clustered, Writing):
+class InspectRequest(OfArchive):
+    """Show what an archive is and holds, without the base.
+
+    From its manifest and headers; nothing is decoded. Returns sizes, settings, and one row a tensor.
+    Raises ArchiveError.
+
+    Example: deltafold inspect math.delta
+    """
+
+    tensors: bool = option(
+        "List every tensor, not only sums by role.",
+        default=False, flags=("-t",), identity=False, record=False, python=False,
+    )  # fmt: skip
+
+
+@asked
+class RestoreRequest(Clustered, Writing, OfArchive):
     """Restore an archive to an ordinary Hugging Face folder.
 
     The weight files are laid out as the fine-tune's were (same names, order and metadata), unless
@@ -20,7 +36,6 @@ class RestoreRequest(Clustered, Writing):
     Example: deltafold restore math.delta --base base/ -o restored/
     """
 
-    archive: str | Path = argument("Archive folder.", kw_only=False)
     base: str | Path = argument("The base: folder or hub id.", kw_only=False, flag="--base")
     output: str | Path = argument(
         "Folder to write.", kw_only=False, flag="--output", flags=("-o",), panel=OUTPUT
@@ -35,7 +50,7 @@ class RestoreRequest(Clustered, Writing):
 
 
 @asked
-class VerifyRequest(Tasked):
+class VerifyRequest(Tasked, OfArchive):
     """Check an archive: every checksum; with --base that all decodes; with --against how close.
 
     With `against` (the fine-tune) exact tensors must come back bit for bit, and how far the others are
@@ -44,7 +59,6 @@ class VerifyRequest(Tasked):
     Example: deltafold verify math.delta --base base/
     """
 
-    archive: str | Path = argument("Archive folder.", kw_only=False)
     base: str | Path | None = argument(
         "The base, to check that it is.", default=None, kw_only=False, flag="--base", panel=WHAT
     )

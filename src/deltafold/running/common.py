@@ -98,6 +98,21 @@ class Sharded(Writing):
 
 
 @asked
+class Pair(Request):
+    """A fine-tune beside its base."""
+
+    base: str | Path = argument("Base checkpoint: folder or hub id (org/name@rev).", kw_only=False)
+    finetuned: str | Path = argument("Fine-tuned checkpoint: folder or hub id.", kw_only=False)
+
+
+@asked
+class OfArchive(Request):
+    """A verb that reads an archive."""
+
+    archive: str | Path = argument("Archive folder.", kw_only=False)
+
+
+@asked
 class OneModel(Sharded):
     """A verb that makes another model of one."""
 
@@ -130,35 +145,51 @@ class Seeded(Request):
 
 
 @asked
-class Scored(Request):
+class Answered(Request):
+    """A verb that lets models answer rows of tasks."""
+
+    tasks: Sequence[str | Path] = option(
+        "JSON lines of prompts and answers, or of multiple choice.",
+        default=(), panel=TEXT, flag="--task", identity=False, record=False,
+    )  # fmt: skip
+    limit: int | None = option(
+        "Only the first rows of a task, and windows of a text.", default=None, panel=TEXT, low=1,
+        identity=False, record=False,
+    )  # fmt: skip
+    answers: int = option(
+        "Rows of each task of which the record keeps what models wrote.",
+        default=4, panel=TEXT, low=0, identity=False, record=False,
+    )  # fmt: skip
+    batch_size: int = option(
+        "Rows at a time, at most.", default=8, panel=TEXT, low=1, identity=False, record=False
+    )
+
+
+@asked
+class Generating(Request):
+    """A verb that runs models."""
+
+    dtype: str = option(
+        "To run models in: auto (what is stored), fp32, bf16 or fp16.",
+        default="auto", panel=TEXT, choices=("auto", "fp32", "bf16", "fp16"), noun="dtype",
+        identity=False, record=False,
+    )  # fmt: skip
+
+
+@asked
+class Scored(Generating, Answered):
     """A verb that can answer tasks and measure texts, before and after. Nothing of it is stored."""
 
     tasks: Sequence[str | Path] = option(
         "Rows to answer before and after, as evaluate takes them.",
         default=(), panel=TEXT, flag="--task", identity=False, record=False,
     )  # fmt: skip
-    limit: int | None = option(
-        "Only the first rows of a task.",
-        default=None,
-        panel=TEXT,
-        low=1,
-        identity=False,
-        record=False,
+
+
+@asked
+class ModelsAlone(Generating):
+    """A verb that only runs models, where there is a GPU on it."""
+
+    device: str | None = option(
+        "cpu, cuda or cuda:N. Default: cuda if there is one.", default=None, panel=WHERE
     )
-    answers: int = option(
-        "Rows of each task of which the record keeps what models wrote.",
-        default=4, panel=TEXT, low=0, identity=False, record=False,
-    )  # fmt: skip
-    batch_size: int = option(
-        "Rows answered at a time, at most.",
-        default=8,
-        panel=TEXT,
-        low=1,
-        identity=False,
-        record=False,
-    )
-    dtype: str = option(
-        "To answer in: auto (the model's own), fp32, bf16 or fp16.",
-        default="auto", panel=TEXT, choices=("auto", "fp32", "bf16", "fp16"), noun="dtype",
-        identity=False, record=False,
-    )  # fmt: skip

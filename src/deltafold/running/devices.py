@@ -112,7 +112,7 @@ def place() -> Place:
 def computing(asked: str | None) -> Iterator[Place]:
     """Heavy steps compute on this device inside; None: where they did before, at first the CPU.
 
-    Raises UsageError for a device that is not there; DeviceError where its memory does not do.
+    Raises UsageError for a device that is not there; DeviceError where its memory is not enough.
     """
     if asked is None:
         yield place()
@@ -144,10 +144,11 @@ def _load_solvers() -> None:
     torch.linalg.cholesky(torch.eye(2, device=here()))
 
 
-def handed_on(run: Callable[[], T], tensors: bool = True) -> Callable[[], T]:
-    """`run` for another thread, computing where this one does, on a stream of that thread's own.
+def for_another_thread(run: Callable[[], T], tensors: bool = True) -> Callable[[], T]:
+    """`run`, to be called in another thread: it computes on this thread's device, on its own stream.
 
-    Where there are `tensors`, torch is as at its start there; gradients switched off are not taken over.
+    With `tensors` torch has its initial settings there; that gradients are switched off here is not
+    passed on.
     """
     context, chosen = copy_context(), place()
 
@@ -173,10 +174,10 @@ def wide() -> torch.dtype:
 
 
 def put(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The tensor where heavy steps compute, in `dtype` (its own if None); on the CPU, converted only.
+    """The tensor, of any shape, where heavy steps compute, in `dtype` (its own if None).
 
-    It travels in its own dtype and is converted there. From pinned memory, so that the copy runs
-    beside what the GPU computes.
+    On the CPU it is only converted. To a GPU it travels in its own dtype and is converted there; from
+    pinned memory, so that the copy runs beside what the GPU computes.
     """
     at = here()
     if tensor.device != at:
@@ -333,8 +334,8 @@ def steady_backward() -> Iterator[None]:
             raise
         operation = str(error).partition(" does not")[0].split()[-1]
         raise DeviceError(
-            f"torch has no backward pass of this model on a GPU that gives the same numbers each "
-            f"time ({operation}); give --device cpu, or set {UNSTEADY}=1 to do without."
+            f"On a GPU torch has no backward pass for this model that gives the same numbers each time "
+            f"({operation}); give --device cpu, or set {UNSTEADY}=1 to accept numbers that vary."
         ) from error
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -349,6 +350,6 @@ def one_sentence(chosen: Place) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceError(
-            f"The memory of {chosen.name} does not do for this model beside what else runs there; "
+            f"{chosen.name} has too little memory free for this model, beside what else runs there; "
             "give a smaller --memory, fewer --workers or --device cpu."
         ) from error

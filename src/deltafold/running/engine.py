@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from deltafold.lazy import torch
-from deltafold.running.devices import handed_on, task_bytes
+from deltafold.running.devices import for_another_thread, task_bytes
 from deltafold.running.memory import total_memory_bytes
 
 
@@ -137,7 +137,7 @@ def run_tasks(
                     index, task = waiting[0]
                     if running and held + task.memory_bytes > allowance:
                         break
-                    running[pool.submit(handed_on(task.run, task.tensors))] = index
+                    running[pool.submit(for_another_thread(task.run, task.tensors))] = index
                     held += task.memory_bytes
                     waiting.pop(0)
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -168,7 +168,9 @@ def spread(run: Callable[[int], None], count: int) -> None:
                 run(number)
             return
         with _pool(workers) as pool:
-            done = [pool.submit(handed_on(partial(run, number))) for number in range(count)]
+            done = [
+                pool.submit(for_another_thread(partial(run, number))) for number in range(count)
+            ]
             try:
                 for each in done:
                     each.result()

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform, get_type_hints
+from typing import Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
 
 from deltafold.errors import UsageError, nearest
 
@@ -37,7 +37,8 @@ class Option:
     `choices` are names, or a function that gives them; `noun` says what they are in a message. `wrong`
     is the sentence for a value out of bounds, with `{value}` in it. `parse` turns text into the value.
     `old` are former names in Python, `old_flags` on the command line. `identity` is False where the
-    option changes no byte of the result, `record` where the record does not list it as a setting.
+    option changes no byte of the result, `record` where the record does not list it as a setting,
+    `cli` and `python` where it is for the other of the two alone.
     """
 
     doc: str
@@ -60,6 +61,7 @@ class Option:
     identity: bool = True
     record: bool = True
     cli: bool = True
+    python: bool = True
 
     def check(self, name: str, value: Any) -> None:
         """Raises UsageError for a value out of bounds, and for one that is no choice."""
@@ -132,6 +134,9 @@ def asked(kind: type[T]) -> type[T]:
 class Request:
     """The base of all requests. Made, every field has been parsed and checked."""
 
+    more_help: ClassVar[str] = ""
+    """What a command's `--help` says after its first sentence; Python has the whole docstring."""
+
     def __post_init__(self) -> None:
         for name, found in options_of(type(self)).items():
             value = getattr(self, name)
@@ -165,10 +170,10 @@ class Request:
 
 
 def options_of(request: type[Request]) -> dict[str, Option]:
-    """Every option of a request by its name: the verb's own first, then what it shares with others."""
+    """Every option of a request by its name: arguments, the verb's own, what it shares with others."""
     found = {f.name: f.metadata[_KEY] for f in dataclasses.fields(request) if _KEY in f.metadata}
     own = inspect.get_annotations(request)
-    return dict(sorted(found.items(), key=lambda pair: pair[0] not in own))
+    return dict(sorted(found.items(), key=lambda p: (not p[1].is_argument, p[0] not in own)))
 
 
 def types_of(request: type[Request]) -> dict[str, Any]:

@@ -148,17 +148,17 @@ class Workspace(WorkFolder):
         return sealed.load_json(self._found(name))
 
     def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Write tensors (sorted by name) as one safetensors file, by rename."""
+        """Write tensors of any shape (sorted by name) as one safetensors file, by rename."""
         ordered = dict(sorted(tensors.items()))
         sealed.save_tensors(self.folder / name, ordered, later=self._later)
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Raises StorageError if they are missing or damaged."""
+        """All tensors of a saved file, in their stored shapes. Raises StorageError for a damaged one."""
         with sealed.open_tensors(self._found(name)) as file:
             return {key: file.tensor(key) for key in file.tensors}
 
     def load_tensor(self, name: str, key: str) -> torch.Tensor:
-        """One tensor of a saved file; the others are not read."""
+        """One tensor of a saved file, in its stored shape; the others are not read."""
         with sealed.open_tensors(self._found(name)) as file:
             return file.tensor(key)
 
@@ -218,7 +218,7 @@ def is_written(writer: CheckpointWriter, name: str, digest: TensorDigest, noted:
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """Checksum of one part as the manifest holds it."""
+    """Checksum of one part, of any shape, as the manifest holds it."""
     digest = TensorDigest(DTYPE_NAMES[tensor.dtype], tensor.shape)
     digest.update(tensor_bytes(tensor))
     return digest.checksum()

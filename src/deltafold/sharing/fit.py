@@ -43,10 +43,13 @@ def fit(
     seed: int,
     progress: Progress | None = None,
 ) -> Tensors:
-    """New values of the factors and scales of what writes, by name; the student has them then, too."""
+    """New factors (rank, in), (rows, rank) and scales (out,) of layers that end a sub-layer, by name.
+
+    The student has them then, too.
+    """
     student.begin_exam()
     form, shared = plan.form(), {place.block for place in plan.places}
-    calls, hidden = _at_the_door(student, blocks, rows, device)
+    calls, hidden = _block_calls(student, blocks, rows, device)
     theirs, ours = hidden, list(hidden)
     made: Tensors = {}
     for number in range(max(shared) + 1):
@@ -82,7 +85,7 @@ def _writers(plan: Plan, form: Form, number: int) -> list[Layer]:
     ]
 
 
-def _at_the_door(
+def _block_calls(
     student: SharedStudent, blocks: Sequence[nn.Module], rows: Rows, device: torch.device
 ) -> tuple[list[Call], list[torch.Tensor]]:
     """How each block is called, besides the hidden states, and these before the first block.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from deltafold.blocks.structure import Structure
-from deltafold.calibration import calibrate
+from deltafold.calibration import Sampling, calibrate
 from deltafold.calibration.building import find_blocks
 from deltafold.composed.write import Source
 from deltafold.running.engine import Resources, Step
@@ -22,7 +22,7 @@ from deltafold.sharing.search import Numbers, NumberSearch
 from deltafold.sharing.start import Start
 from deltafold.sharing.text import CALIBRATION_SAMPLES, ShareText
 from deltafold.sharing.train import ShareModel, quality, rounded, set_values, whole_quality
-from deltafold.training import Processes, Rows, Settings, State, exam, forward_tokens, train
+from deltafold.training import Processes, Rows, Settings, State, Watch, exam, forward_tokens, train
 
 STATE, TRIALS = "training.safetensors", "trials.json"
 COST_ROWS = 8  # held-out rows on which the placement `searched` judges a block
@@ -100,10 +100,9 @@ class ShareRun:
         if request.start in ("activation", FIT):
             calibration = calibrate(
                 self.source.checkpoint.path,
-                self.text.calibration,
-                samples=CALIBRATION_SAMPLES,
-                max_tokens=request.max_tokens,
-                seed=request.seed,
+                Sampling(
+                    self.text.calibration, CALIBRATION_SAMPLES, request.max_tokens, request.seed
+                ),
                 memory_bytes=request.memory_bytes,
                 progress=request.progress,
             )
@@ -188,8 +187,8 @@ class ShareRun:
         del exact
         if self.request.steps and learn is not None and held is not None:
             state = train(
-                student, teacher, learn, held, self._sized(settings), state=self._saved(),
-                save=self._save, report=self._report, processes=self.processes,
+                student, teacher, learn, held, self._sized(settings),
+                watch=Watch(self._saved(), self._save, self._report), processes=self.processes,
             )  # fmt: skip
             found |= training_record(state, self.plan, self.numbers, self.processes.world)
             trained = {name: p.detach().cpu() for name, p in student.parameters.items()}

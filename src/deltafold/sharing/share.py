@@ -51,7 +51,7 @@ def _run(request: ShareRequest) -> Record:
             run.entered(steady())
         checkpoint = run.opened(open_checkpoint(request.model))
         if request.placement != "searched":
-            make_plan(structure, request)  # what cannot be is told before any work
+            make_plan(structure, request)  # what cannot be is refused before any work
         workspace = None
         if processes.is_main:
             identity = _identity(request, checkpoint.fingerprint(), processes.world)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltafold.calibration import Sample, gather_samples
+from deltafold.calibration import Sample, Sampling, gather_samples
 from deltafold.running.record import Record
 from deltafold.sharing.request import ShareRequest
 from deltafold.training import Processes, Rows, pack
@@ -66,14 +66,8 @@ class ShareText:
         samples = most or self.request.samples
         if samples is None:
             samples = OWN_SAMPLES if str(source) == OWN_TEXT else ALL_SAMPLES
-        return gather_samples(
-            self.folder,
-            source,
-            samples=samples,
-            max_tokens=self.request.max_tokens,
-            seed=self.request.seed,
-            memory_bytes=self.request.memory_bytes,
-        )
+        text = Sampling(source, samples, self.request.max_tokens, self.request.seed)
+        return gather_samples(self.folder, text, memory_bytes=self.request.memory_bytes)
 
     def to_record(self, rows: Rows, held: Rows) -> Record:
         """How much text there was."""

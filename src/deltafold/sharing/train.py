@@ -60,7 +60,11 @@ class ShareModel:
         seed: int,
         tune: str = "delta",
     ) -> SharedStudent:
-        """The model with the plan's layers, all replaced. `close` gives the old ones back."""
+        """The model with the plan's layers, all replaced. `close` gives the old ones back.
+
+        `factors` by their names in the form: A (rank, in), B (rows, rank), scales (out,); `changed` are
+        other parameters, in their shapes.
+        """
         form = plan.form()
         originals = compose(self.model, form.to_json())
         if tune == "all" and self.whole is None:
@@ -102,7 +106,11 @@ def fill(
     changed: dict[str, torch.Tensor],
     originals: dict[str, nn.Module],
 ) -> None:
-    """Values for what composed layers own: factors in fp32, biases of the layers that stood there."""
+    """Values for what composed layers own: factors in fp32, biases of the layers that stood there.
+
+    Factors are A (rank, in), B (rows, rank) and scales (out,), by their names in the form; biases
+    (out,).
+    """
     for name in form.factors():
         parent, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(parent)
@@ -117,7 +125,7 @@ def fill(
 
 
 def rounded(values: dict[str, torch.Tensor], source: Source, form: Form) -> dict[str, torch.Tensor]:
-    """Values as the file will hold them."""
+    """Values, in their shapes, as the file will hold them."""
     made = {}
     for name, value in values.items():
         if name in source.stored:
@@ -129,7 +137,7 @@ def rounded(values: dict[str, torch.Tensor], source: Source, form: Form) -> dict
 
 
 def set_values(student: SharedStudent, values: dict[str, torch.Tensor]) -> None:
-    """Give a student's parameters other values."""
+    """Give a student's parameters other values, by name and in their shapes."""
     with torch.no_grad():
         for name, parameter in student.parameters.items():
             parameter.copy_(values[name])

@@ -5,9 +5,10 @@ Knows nothing of what is trained: any student that gives logits and names its pa
 
 from deltafold.training.loop import Settings, State, exam, train
 from deltafold.training.masters import Masters
+from deltafold.training.memory import forward_tokens
 from deltafold.training.processes import Processes
-from deltafold.training.room import forward_tokens
 from deltafold.training.rows import Rows, pack
+from deltafold.training.watch import Watch
 
 __all__ = [
     "Masters",
@@ -15,6 +16,7 @@ __all__ = [
     "Rows",
     "Settings",
     "State",
+    "Watch",
     "exam",
     "forward_tokens",
     "pack",

@@ -16,7 +16,7 @@ import torch
 
 PIECE_NUMBERS, PIECE_NUMBERS_GPU = 1 << 22, 1 << 26
 """Logits in a piece: 16 MB in fp32, which an allocator gives again instead of asking for new pages.
-A GPU takes as long to be told of a small piece as of a large one."""
+On a GPU it takes as long to start a small piece as a large one."""
 
 
 def distilled(

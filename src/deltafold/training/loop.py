@@ -23,12 +23,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from deltafold.coding.counter import derive_key, random_u64
+from deltafold.coding.counter import derive_key, shuffled
 from deltafold.errors import NonFiniteError, UsageError
 from deltafold.running.devices import steady_backward
 from deltafold.training.distilled import distilled
 from deltafold.training.processes import Processes
 from deltafold.training.rows import Rows
+from deltafold.training.tables import Tensors, group_of, joined
+from deltafold.training.watch import Watch
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 WARM_SHARE = 0.03
@@ -39,7 +41,8 @@ FORWARD_TOKENS = 1024
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids (b, t) -> logits (b, t, vocabulary)."""
-Tensors = dict[str, torch.Tensor]
+GROUPS = ("values", "first", "second", "counts", "best")
+"""Tables of tensors that a state holds."""
 
 
 class Student(Protocol):
@@ -133,11 +136,9 @@ class State:
         return min(row[2] for row in self.exams)
 
     def to_tensors(self) -> Tensors:
-        """One flat table, for a file."""
-        groups = {"values": self.values, "first": self.first, "second": self.second,
-                  "counts": self.counts, "best": self.best}  # fmt: skip
-        flat = {f"{group}/{k}": v.cpu() for group, held in groups.items() for k, v in held.items()}
-        return flat | {
+        """One flat table, for a file: values in their shapes, curve (n, 4), exams (n, 3)."""
+        groups = {name: getattr(self, name) for name in GROUPS}
+        return joined(groups) | {
             "steps": torch.tensor([self.step, self.best_step]),
             "scale": torch.tensor(self.scale, dtype=torch.float64),
             "curve": torch.tensor(self.curve, dtype=torch.float64).reshape(-1, 4),
@@ -146,19 +147,12 @@ class State:
 
     @classmethod
     def from_tensors(cls, tensors: Tensors) -> State:
-        def group(name: str) -> Tensors:
-            return {
-                key.removeprefix(f"{name}/"): value
-                for key, value in tensors.items()
-                if key.startswith(f"{name}/")
-            }
-
+        """Inverse of `to_tensors`, in the same shapes."""
         step, best_step = tensors["steps"].tolist()
         curve, exams = ([tuple(row) for row in tensors[key].tolist()] for key in ("curve", "exams"))
-        return cls(
-            step, group("values"), group("first"), group("second"), group("counts"), group("best"),
-            best_step, curve, exams, float(tensors.get("scale", 1.0)),
-        )  # fmt: skip
+        tables: dict[str, Any] = {name: group_of(tensors, name) for name in GROUPS}
+        scale = float(tensors.get("scale", 1.0))
+        return cls(step=step, best_step=best_step, curve=curve, exams=exams, scale=scale, **tables)
 
 
 def train(
@@ -168,19 +162,18 @@ def train(
     held: Rows,
     settings: Settings,
     *,
-    state: State | None = None,
-    save: Callable[[State], None] = lambda state: None,
-    report: Callable[[State], None] = lambda state: None,
+    watch: Watch[State] | None = None,
     processes: Processes | None = None,
 ) -> State:
-    """Train for `settings.steps`, from `state` on; the student ends with the best values.
+    """Train for `settings.steps`, from the state of `watch` on; the student ends with the best values.
 
-    `save` is called every `check_steps` by the main process, `report` after each step. Raises
+    The watch saves every `check_steps` in the main process, and is told of each step. Raises
     UsageError, NonFiniteError.
     """
+    watch = watch or Watch()
     settings.check()
     run = _Run(student, teacher, learn, held, settings, processes or Processes())
-    state = run.begin(state)
+    state = run.begin(watch.state)
     started, tokens = time.perf_counter(), 0
     while state.step < settings.steps and not run.is_over(state):
         tokens += run.step(state)
@@ -188,8 +181,8 @@ def train(
         if state.step % settings.check_steps == 0 or state.step == settings.steps:
             run.check(state)
             if run.processes.is_main:
-                save(state)
-        report(state)
+                watch.save(state)
+        watch.report(state)
     _put(student.parameters, state.best)
     return state
 
@@ -276,7 +269,7 @@ class _Run:
         ce_mean, kl_mean = (self.processes.total(sums) / count).tolist()
         if not math.isfinite(ce_mean + kl_mean):
             raise NonFiniteError(
-                f"The loss is not finite any more at step {state.step + 1}; lower the rate "
+                f"The loss is no longer finite at step {state.step + 1}; lower the rate "
                 f"({settings.rate:g})."
             )
         nn.utils.clip_grad_norm_(self.parameters, settings.clip, foreach=self.device.type != "cpu")
@@ -339,8 +332,7 @@ def batch_rows(total: int, settings: Settings, step: int) -> list[int]:
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, round_: int, total: int) -> NDArray[np.intp]:
     """In which order all rows come, one time round."""
-    keys = random_u64(derive_key(seed, "training rows", str(round_)), 0, total)
-    return np.argsort(keys, kind="stable")
+    return shuffled(derive_key(seed, "training rows", str(round_)), total)
 
 
 def _pieces(rows: Rows, tokens: int) -> Iterator[Rows]:

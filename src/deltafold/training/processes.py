@@ -1,7 +1,7 @@
 """One run in one process or in several: who writes, and how gradients are summed.
 
-`accelerate launch -m deltafold ...` or `torchrun -m deltafold ...` start the processes; what they are
-told by the environment is all that is used. Each holds a whole model, and a part of each batch.
+`accelerate launch -m deltafold ...` or `torchrun -m deltafold ...` start the processes; only what the
+environment tells them is used. Each holds a whole model, and a part of each batch.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Processes:
                 distributed.all_reduce(parameter.grad)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all processes."""
+        """The sum of a tensor, of any shape, over all processes."""
         if self.world > 1:
             import torch.distributed as distributed
 

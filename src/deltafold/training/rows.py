@@ -45,8 +45,8 @@ class Rows:
         """(rows to train on, held-out rows). Raises UsageError for less than two rows."""
         if len(self) < 2:
             raise UsageError(
-                "The text makes one row of tokens, and two are needed, one of them to check on; "
-                "give more text, or shorter rows."
+                "The text makes only one row of tokens, and two are needed: one to learn from, one to "
+                "check on; give more text, or shorter rows."
             )
         wanted = max(1, min(HELD_OUT_MOST, len(self) // HELD_OUT))
         held = subset(derive_key(seed, "training", "held out"), 0, len(self), wanted).tolist()

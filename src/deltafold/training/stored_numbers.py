@@ -11,12 +11,11 @@ order of samples follows from seed and step alone, so that a run can be taken up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from deltafold.calibration.backward import Hook, Loss, backward
@@ -24,8 +23,10 @@ from deltafold.calibration.batches import Sample, make_batches
 from deltafold.calibration.divergence import Judge
 from deltafold.calibration.stream import StreamedModel
 from deltafold.calibration.whole import backward_whole
-from deltafold.coding.counter import derive_key, random_u64
+from deltafold.coding.counter import derive_key, shuffled
 from deltafold.coding.trainable import Values
+from deltafold.training.tables import group_of, joined
+from deltafold.training.watch import Watch
 
 SAMPLES_A_STEP = 12
 HELD_OUT = 8  # one sample in so many
@@ -33,6 +34,7 @@ CHECK_STEPS = 10  # between looks at the held-out samples; then the state is sav
 WARM_STEPS = 3
 START_BATCHES = 2  # whose gradient says where corrections start
 BETAS, EPSILON = (0.9, 0.99), 1e-12
+GROUPS = ("values", "first", "second", "best")  # tables of tensors that a state holds
 WHOLE_BYTES = 16  # of a parameter in memory: weight, gradient, and what its delta is made of
 
 
@@ -43,16 +45,16 @@ class Student(Protocol):
     rates: dict[str, float]
 
     def weights(self, name: str) -> torch.Tensor:
-        """A checkpoint tensor as it would be restored."""
+        """A checkpoint tensor as it would be restored, in its shape."""
 
     def wanted(self, name: str) -> bool:
         """True if values depend on the gradient of this checkpoint tensor."""
 
     def pull(self, name: str, gradient: torch.Tensor) -> None:
-        """Add what the gradient of a checkpoint tensor means for the values to `gradients`."""
+        """Add to `gradients` what the gradient of a checkpoint tensor (its shape) means for the values."""
 
     def begin(self, name: str, gradient: torch.Tensor) -> None:
-        """Choose values to start from, given the gradient of a checkpoint tensor."""
+        """Choose values to start from, given the gradient of a checkpoint tensor, of its shape."""
 
     gradients: Values
 
@@ -70,28 +72,22 @@ class State:
     start_kl: float
 
     def to_tensors(self) -> Values:
+        """One flat table, for a file: values of any shapes, and three numbers (3,)."""
         numbers = torch.tensor([self.step, self.best_kl, self.start_kl], dtype=torch.float64)
-        groups = {
-            "values": self.values, "first": self.first, "second": self.second, "best": self.best
-        }  # fmt: skip
-        flat = {f"{group}/{k}": v for group, held in groups.items() for k, v in held.items()}
-        return flat | {"numbers": numbers}
+        return joined({name: getattr(self, name) for name in GROUPS}) | {"numbers": numbers}
 
     @classmethod
     def from_tensors(cls, tensors: Values) -> State:
+        """Inverse of `to_tensors`, in the same shapes."""
         step, best_kl, start_kl = tensors["numbers"].tolist()
-
-        def group(name: str) -> Values:
-            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-
-        values, first, second, best = map(group, ("values/", "first/", "second/", "best/"))
-        return cls(int(step), values, first, second, best, best_kl, start_kl)
+        tables: dict[str, Any] = {name: group_of(tensors, name) for name in GROUPS}
+        return cls(step=int(step), best_kl=best_kl, start_kl=start_kl, **tables)
 
 
 def split_samples(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
     """(samples to train on, held-out samples), both in the given order."""
-    order = _shuffled(len(samples), derive_key(seed, "distill", "held out"))
-    held = set(order[: max(1, len(samples) // HELD_OUT)])
+    order = shuffled(derive_key(seed, "distill", "held out"), len(samples))
+    held = set(order[: max(1, len(samples) // HELD_OUT)].tolist())
     return (
         [each for n, each in enumerate(samples) if n not in held],
         [each for n, each in enumerate(samples) if n in held],
@@ -106,14 +102,14 @@ def train(
     seed: int,
     *,
     memory_bytes: int,
-    state: State | None = None,
-    save: Callable[[State], None] = lambda state: None,
-    report: Callable[[int], None] = lambda step: None,
+    watch: Watch[State] | None = None,
 ) -> State:
-    """Train a student for `steps` steps, from `state` on; `save` is called every few steps.
+    """Train a student for `steps` steps, from the state of `watch` on, which saves every few steps.
 
-    `model` is the fine-tune. `report` is told of every step done. Raises DeltafoldError.
+    `model` is the fine-tune. Raises DeltafoldError.
     """
+    watch = watch or Watch()
+    state = watch.state
     learn, held = split_samples(samples, seed)
     with (
         Judge(model, None, learn, memory_bytes // 2) as teacher,
@@ -121,7 +117,8 @@ def train(
     ):
         lessons = Lessons(teacher, learn, model, seed, memory_bytes // 2)
         if state is None:
-            lessons.begin(student)
+            if student.values:
+                lessons.begin(student)
             kl = exam.kl(student.weights)
             zeros = {name: torch.zeros_like(each) for name, each in student.values.items()}
             state = State(0, student.values, zeros, zeros, student.values, kl, kl)
@@ -135,8 +132,8 @@ def train(
                 kl = exam.kl(student.weights)
                 if kl < state.best_kl:
                     state.best, state.best_kl = state.values, kl
-                save(state)
-            report(state.step)
+                watch.save(state)
+            watch.report(state)
     return state
 
 
@@ -178,8 +175,8 @@ class Lessons:
         size = min(SAMPLES_A_STEP, n)
         places = range(step * size, (step + 1) * size)
         rounds = {place // n for place in places}
-        orders = {k: _shuffled(n, derive_key(self.seed, "distill", f"round {k}")) for k in rounds}
-        return list(dict.fromkeys(orders[place // n][place % n] for place in places))
+        orders = {k: shuffled(derive_key(self.seed, "distill", f"round {k}"), n) for k in rounds}
+        return list(dict.fromkeys(int(orders[place // n][place % n]) for place in places))
 
     def _backward(self, student: Student, numbers: list[int], hook: Hook) -> float:
         batches = make_batches([self.samples[number] for number in numbers])
@@ -227,7 +224,3 @@ def _adam(state: State, student: Student, pace: float) -> State:
         size = (second[name] / (1 - BETAS[1] ** step)).sqrt()
         values[name] = value - student.rates[name] * pace * mean / (size + EPSILON)
     return State(step, values, first, second, state.best, state.best_kl, state.start_kl)
-
-
-def _shuffled(n: int, key: int) -> list[int]:
-    return [int(k) for k in np.argsort(random_u64(key, 0, n), kind="stable")]

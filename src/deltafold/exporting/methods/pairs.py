@@ -33,13 +33,12 @@ class Pair:
     b: torch.Tensor
     s: torch.Tensor
 
-    @property
-    def rank(self) -> int:
-        return len(self.s)
-
 
 def stored_pair(left: torch.Tensor, right: torch.Tensor) -> Pair:
-    """Factors as a codec stores them (delta = left^T right), the lengths of each two made equal."""
+    """The pair of factors that a codec stores: delta = left^T right, left (r, o), right (r, i).
+
+    The two vectors of a component are made equal in length.
+    """
     n, m = left.double().norm(dim=1), right.double().norm(dim=1)
     s = n * m
     keep = s > 0

@@ -33,7 +33,7 @@ def shared_basis(
 
 
 def summed(grams: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """The sum of Grams; of diagonals where one of them is only that; None where one is unknown."""
+    """The sum of Grams (i, i), or of diagonals (i,) where one is only that; None where one is unknown."""
     known = [gram for gram in grams if gram is not None]
     if not known or len(known) < len(grams):
         return None
@@ -62,7 +62,7 @@ def neighbours(blocks: Sequence[int], size: int) -> list[tuple[int, ...]]:
 
 
 def likeness(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Cosine of two Grams (or diagonals): 1 where inputs vary in the same directions."""
+    """Cosine of two Grams (i, i) or diagonals (i,): 1 where inputs vary in the same directions."""
     if first.ndim != second.ndim:
         first, second = (g if g.ndim == 1 else g.diagonal() for g in (first, second))
     one, two = first.double().flatten(), second.double().flatten()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from deltafold.linalg.matrices import Moments
-from deltafold.linalg.whitening import DAMPING, whitened_svd
 
 
 @dataclass(frozen=True)
@@ -23,14 +22,9 @@ class Factored:
     a: torch.Tensor
     bias: torch.Tensor | None = None
 
-    @property
-    def dense(self) -> torch.Tensor:
-        """B A, o x i."""
-        return self.b @ self.a
-
 
 def covariance(moments: Moments) -> torch.Tensor:
-    """E[x x^T] - mu mu^T, or its diagonal; float64."""
+    """E[x x^T] - mu mu^T (i, i), or its diagonal (i,); float64."""
     mean = moments.mean.double()
     if moments.second.ndim == 1:
         return (moments.second.double() - mean.square()).clamp_min(0)
@@ -38,28 +32,14 @@ def covariance(moments: Moments) -> torch.Tensor:
 
 
 def input_gram(moments: Moments | None, centred: bool) -> torch.Tensor | None:
-    """What inputs look like to the methods: G, or the covariance; None where nothing is known."""
+    """What inputs look like to the methods: G, or the covariance, (i, i) or (i,); None: not known."""
     if moments is None:
         return None
     return covariance(moments) if centred else moments.second.double()
 
 
-def factored(
-    weight: torch.Tensor,
-    moments: Moments | None,
-    rank: int,
-    key: int,
-    centred: bool = False,
-    damping: float = DAMPING,
-) -> Factored:
-    """The best factors of one matrix (o x i); without moments those of the plain SVD."""
-    made = whitened_svd(weight, input_gram(moments, centred), rank, key, damping)
-    found = Factored(made.q, made.a)
-    return with_bias(weight, found, moments) if centred else found
-
-
 def with_bias(weight: torch.Tensor, made: Factored, moments: Moments | None) -> Factored:
-    """The factors with the bias that makes the mean of the outputs exact: (W - B A) mu."""
+    """The factors of W (o, i) with the bias that makes the mean of the outputs exact: (W - B A) mu."""
     if moments is None:
         return made
     lost = weight.double() - made.b.double() @ made.a.double()

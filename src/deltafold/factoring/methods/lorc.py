@@ -15,7 +15,7 @@ LEAST = 0.5  # share of the first block's rank that the last one keeps
 
 
 def log_condition(values: torch.Tensor) -> float:
-    """log(s_max / s_min) of the singular values that are not zero to working precision."""
+    """log(s_max / s_min) of the singular values (n,) that are not zero to working precision."""
     held = values[values > values.max() * 1e-6] if len(values) else values
     return math.log(float(held.max()) / float(held.min())) if len(held) else 0.0
 

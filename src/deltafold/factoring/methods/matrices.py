@@ -56,8 +56,3 @@ class Matrix:
     def local(self) -> str:
         """What it is called in every block."""
         return ".".join(part for part in self.module.split(".") if not part.isdigit())
-
-    @property
-    def parameters(self) -> int:
-        """Numbers of its weights."""
-        return len(self.tensors) * self.shape[0] * self.shape[1]

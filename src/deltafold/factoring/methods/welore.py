@@ -16,13 +16,13 @@ _HALVINGS = 50
 
 
 def scaled(values: torch.Tensor) -> torch.Tensor:
-    """(s - min) / (max - min), descending as given; ones where all are alike."""
+    """(s - min) / (max - min) of values (n,), in the order given; ones where all are alike."""
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if float(high) > float(low) else torch.ones_like(values)
 
 
 def ranks_above(units: Sequence[Unit], spectra: Sequence[torch.Tensor], threshold: float) -> Ranks:
-    """Ranks of units given the scaled singular values of each: how many exceed the threshold."""
+    """Ranks of units, given scaled singular values (n,) of each: how many exceed the threshold."""
     found: Ranks = []
     for unit, values in zip(units, spectra, strict=True):
         rank = max(1, int((values > threshold).sum()))
@@ -35,7 +35,8 @@ def threshold_ranks(
 ) -> tuple[float, Ranks]:
     """The lowest threshold with at most `parameters` in all, and its ranks.
 
-    `spectra` are singular values as they are. Raises ValueError if not even rank 1 fits.
+    `spectra` are singular values (n,) of each unit, not scaled. Raises ValueError if not even rank
+    1 fits.
     """
     if smallest(units) > parameters:
         raise ValueError(f"{parameters} parameters are fewer than the smallest: {smallest(units)}")

@@ -36,7 +36,7 @@ class Block:
         return replace(self, read=read, parts=(*self.parts, *parts), changed=True)
 
     def with_tensor(self, name: str, tensor: torch.Tensor) -> Block:
-        """The block with one tensor replaced."""
+        """The block with one tensor replaced, by one of the same shape."""
         return self.with_tensors(lambda local: tensor if local == name else self.read(local))
 
     def without_output(self, names: Sequence[str]) -> Block:
@@ -84,7 +84,7 @@ class Draft:
         return self.blocks[self.numbers.index(number)]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its name in the checkpoint, as this draft has it."""
+        """A tensor by its name in the checkpoint, in its shape, as this draft has it."""
         found = self.layout.split(name)
         return self.source(name) if found is None else self.block(found[0]).read(found[1])
 

@@ -63,12 +63,12 @@ class Sums:
         )
 
     def error(self, solution: torch.Tensor) -> float:
-        """|x S - y|^2 over all rows: tr(S' G S) - 2 tr(S' C) + |y|^2, at least 0."""
+        """|x S - y|^2 over all rows, S (i, o): tr(S' G S) - 2 tr(S' C) + |y|^2, at least 0."""
         bent = ((self.gram @ solution) * solution).sum() - 2 * (solution * self.cross).sum()
         return max(0.0, float(bent) + self.square)
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """argmin_S |x S - y|^2 + l |S|^2 with l = ridge x the mean of the Gram matrix's diagonal."""
+        """S (i, o) with the least |x S - y|^2 + l |S|^2, where l = ridge * mean of the diagonal of G."""
         damped = self.gram.clone()
         damped.diagonal().add_(ridge * self.gram.diagonal().mean().clamp_min(1e-30))
         factor, failed = torch.linalg.cholesky_ex(damped)
@@ -88,11 +88,6 @@ class Fit:
     ridge: float | None
     before: float
     after: float
-
-    @property
-    def gained(self) -> float:
-        """Share of the held-out error that is gone; 0 where nothing was better."""
-        return 1 - self.after / self.before if self.before else 0.0
 
 
 @dataclass

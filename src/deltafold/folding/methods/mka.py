@@ -24,7 +24,6 @@ from typing import Literal
 import torch
 
 Mode = Literal["paper", "reference"]
-MODES: tuple[Mode, ...] = ("paper", "reference")
 
 DIMENSIONS = 2
 EXPONENT = 0.5
@@ -40,7 +39,7 @@ def distances(rows: torch.Tensor) -> torch.Tensor:
 
 
 def median_distance(gaps: torch.Tensor) -> float:
-    """The median distance of two different rows; 1 where all rows are equal."""
+    """The median of the distances (n, n) of two different rows; 1 where all rows are equal."""
     above = gaps[tuple(torch.triu_indices(len(gaps), len(gaps), offset=1))]
     return float(above.median()) or 1.0 if above.numel() else 1.0
 
@@ -78,24 +77,19 @@ def ranks(columns: torch.Tensor) -> torch.Tensor:
     return (order.double() + 0.5) / len(columns)
 
 
-def mutual_information(
-    one: torch.Tensor, other: torch.Tensor, neighbours: int = NEIGHBOURS
-) -> float:
-    """Mutual information of two columns (n,) in nats, by nearest neighbours, at least 0.
-
-    Kraskov et al. 2004 (cond-mat/0305641), eq. 8: psi(k) + psi(n) - <psi(m_x + 1) + psi(m_y + 1)>,
-    with m_x rows nearer in x than the k-th neighbour in the plane (maximum norm).
-    """
-    return _information(_gaps(one[:, None])[0], _gaps(other[:, None])[0], neighbours)
-
-
-def _gaps(columns: torch.Tensor) -> torch.Tensor:
+def gaps_of(columns: torch.Tensor) -> torch.Tensor:
     """|difference| (d, n, n) of the entries of each column (n, d)."""
     turned = columns.double().T
     return (turned[:, :, None] - turned[:, None]).abs()
 
 
-def _information(x: torch.Tensor, y: torch.Tensor, neighbours: int) -> float:
+def mutual_information(x: torch.Tensor, y: torch.Tensor, neighbours: int = NEIGHBOURS) -> float:
+    """Mutual information of two columns in nats, by nearest neighbours, at least 0.
+
+    `x` and `y` (n, n) are their gaps (`gaps_of`). Kraskov et al. 2004 (cond-mat/0305641), eq. 8:
+    psi(k) + psi(n) - <psi(m_x + 1) + psi(m_y + 1)>, with m_x rows nearer in x than the k-th
+    neighbour in the plane (maximum norm).
+    """
     n = len(x)
     k = max(1, min(neighbours, n - 1))
     both = torch.maximum(x, y)
@@ -137,12 +131,12 @@ def npib(states: torch.Tensor, mode: Mode = "paper") -> torch.Tensor:
     if states.shape[1] < 4:
         raise ValueError(f"a manifold needs at least 4 rows, not {states.shape[1]}")
     points = embeddings(states, mode)
-    gaps = [_gaps(each) for each in points]
+    gaps = [gaps_of(each) for each in points]
     sizes = [abs(entropy(each)) for each in points] if mode == "reference" else []
     out = torch.ones(len(states), len(states), dtype=torch.float64)
     for i in range(len(states)):
         for j in range(i, len(states)):
-            pairs = [_information(x, y, NEIGHBOURS) for x in gaps[i] for y in gaps[j]]
+            pairs = [mutual_information(x, y) for x in gaps[i] for y in gaps[j]]
             found = torch.tensor(sum(pairs) / len(pairs), dtype=torch.float64)
             if mode == "paper":
                 found = torch.sqrt(1 - torch.exp(-2 * found))
@@ -153,7 +147,7 @@ def npib(states: torch.Tensor, mode: Mode = "paper") -> torch.Tensor:
 
 
 def reference_ratio(alike: torch.Tensor, lower: int, upper: int) -> float:
-    """The released program's merge ratio: sigmoid(s_l / (s_l + s_m)), s the row means of S.
+    """The released program's merge ratio: sigmoid(s_l / (s_l + s_m)), s the row means of S (n, n).
 
     It lies between 0.5 and 0.731, whatever the blocks.
     """

@@ -14,7 +14,7 @@ from deltafold.folding.methods.similarity import ABSENCES, SIMILARITIES
 class Preset:
     """A method. `ratio` says where a kept block's share of a weighted sum comes from.
 
-    `similarity`: the value for the pair. `reference`: what MKA's program takes. `half`: 0.5.
+    `similarity`: the value for the pair. `reference`: what MKA's program takes.
     `closed_form` is the healing where none is asked for: `none`, `cut` or `through`.
     """
 
@@ -45,7 +45,6 @@ PRESETS: dict[str, Preset] = {
     "come": Preset("cosine", "adjacent-pairs", "concatenate", paper="2510.15304"),
 }
 METHODS = tuple(PRESETS)
-RATIOS = ("similarity", "reference", "half")
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,12 @@ class Method:
                 f"The selection {preset.selection} compares states, and {preset.similarity} does not; "
                 "take the selection greedy, or another similarity."
             )
-        if preset.selection == "joint" and preset.rule != "drop":
+        if self.chooser.removes == "part" and preset.rule != "drop":
             raise UsageError(
-                f"Attention and MLP that go alone are dropped, so the rule {preset.rule} does "
-                "not suit the selection joint."
+                f"Attention or MLP can only be dropped alone, so the rule {preset.rule} does not suit "
+                f"the selection {preset.selection}; take the rule drop."
             )
-        if preset.selection == "top-down" and not self.rule.merges:
+        if self.chooser.needs == "closeness" and not self.rule.merges:
             raise UsageError(
-                "The selection top-down folds blocks together; take the rule collapse or average."
+                f"The selection {preset.selection} folds blocks together; take the rule collapse or average."
             )

@@ -1,8 +1,8 @@
 """Which blocks go: one function a row of `SELECTIONS`.
 
 A selection looks at what is known of the draft (`Evidence`) and answers with steps; a rule then
-carries them out. Positions count the blocks that the draft has now, from 0. With `iterated` one step
-at a time is asked for, and the evidence is gathered anew in between, on the folded model.
+carries them out. Positions count the blocks that the draft has now, from 0. A selection may answer
+with fewer blocks than asked for: it is then asked again, with evidence of the model folded so far.
 """
 
 from __future__ import annotations
@@ -226,23 +226,27 @@ def _free(evidence: Evidence) -> set[int]:
 
 @dataclass(frozen=True)
 class Chooser:
-    """A row of the table; `needs` says what of the evidence it asks for."""
+    """A row of the table; `needs` says what of the evidence it asks for, `removes` what may go.
+
+    `any`: blocks anywhere. `stretch`: blocks in one row. `follower`: blocks that stand right after one
+    that is free too, which takes them in. `part`: the attention or the MLP of a block.
+    """
 
     choose: Selection
-    iterated: bool = False
     needs: Literal["nothing", "matrix", "absence", "parts", "closeness"] = "matrix"
+    removes: Literal["any", "stretch", "follower", "part"] = "any"
 
 
 SELECTIONS: dict[str, Chooser] = {
-    "adjacent-pairs": Chooser(adjacent_pairs, iterated=True),
-    "last-pair": Chooser(last_pair, iterated=True),
+    "adjacent-pairs": Chooser(adjacent_pairs, removes="follower"),
+    "last-pair": Chooser(last_pair, removes="follower"),
     "last": Chooser(last, needs="nothing"),
-    "contiguous": Chooser(contiguous),
+    "contiguous": Chooser(contiguous, removes="stretch"),
     "lowest": Chooser(lowest),
-    "greedy": Chooser(greedy, iterated=True, needs="absence"),
+    "greedy": Chooser(greedy, needs="absence"),
     "lazy": Chooser(lazy, needs="absence"),
-    "stretch": Chooser(stretch, needs="absence"),
+    "stretch": Chooser(stretch, needs="absence", removes="stretch"),
     "random": Chooser(at_random, needs="nothing"),
-    "top-down": Chooser(top_down, iterated=True, needs="closeness"),
-    "joint": Chooser(joint, needs="parts"),
+    "top-down": Chooser(top_down, needs="closeness", removes="follower"),
+    "joint": Chooser(joint, needs="parts", removes="part"),
 }

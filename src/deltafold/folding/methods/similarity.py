@@ -77,7 +77,10 @@ def cka(states: torch.Tensor) -> torch.Tensor:
 
 
 def euclidean(states: torch.Tensor) -> torch.Tensor:
-    """Mean over rows of 1 - |x - y| / (|x| + |y|): 1 for equal rows, 0 for opposite ones."""
+    """Mean over rows of 1 - |x - y| / (|x| + |y|): 1 for equal rows, 0 for opposite ones.
+
+    A matrix (s, s) of states (s, n, w).
+    """
     states = states.double()
     norms = states.norm(dim=-1)
     out = torch.ones(len(states), len(states), dtype=torch.float64)
@@ -90,8 +93,9 @@ def euclidean(states: torch.Tensor) -> torch.Tensor:
 def mahalanobis(states: torch.Tensor) -> torch.Tensor:
     """Mean over rows of 1 / (1 + d), d^2 = (x - y)' C^-1 (x - y) / w.
 
-    C is the covariance within states, pooled over all of them, with a hundredth of its mean
-    variance added to the diagonal: there may be fewer rows than dimensions. Mahalanobis 1936.
+    A matrix (s, s) of states (s, n, w). C is the covariance within states, pooled over all of them,
+    with a hundredth of its mean variance added to the diagonal: there may be fewer rows than
+    dimensions. Mahalanobis 1936.
     """
     states = states.double()
     width = states.shape[-1]
@@ -109,7 +113,7 @@ def mahalanobis(states: torch.Tensor) -> torch.Tensor:
 
 
 def absence(states: torch.Tensor) -> torch.Tensor:
-    """No matrix: blocks are left out, one at a time, and what the model then predicts is measured."""
+    """No matrix of states (s, n, w): what a model without a block predicts is measured instead."""
     raise ValueError("what an absence costs is measured on the model, not on its states")
 
 

@@ -20,7 +20,10 @@ NEARLY_PARALLEL = 0.9995  # cosine above which an arc is taken as a line; 1.3e-4
 
 
 def total(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
-    """sum w_i D_i: task arithmetic, Ilharco et al. 2022 (arXiv 2212.04089). `normalize`: the mean."""
+    """sum w_i D_i: task arithmetic, Ilharco et al. 2022 (arXiv 2212.04089). `normalize`: the mean.
+
+    Deltas of one shape.
+    """
     out = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         out.add_(delta, alpha=weight)
@@ -29,12 +32,12 @@ def total(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -
 
 
 def mean(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
-    """sum w_i D_i / sum w_i: the weighted average of the models. Zeros if the weights sum to 0."""
+    """sum w_i D_i / sum w_i, deltas of one shape: the weighted average. Zeros if weights sum to 0."""
     return total(deltas, weights, {"normalize": 1.0})
 
 
 def ties(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
-    """Elect a sign for each entry, then average those that agree with it.
+    """Elect a sign for each entry of deltas of one shape, then average those that agree with it.
 
     sign = sgn(sum w_i D_i);  sum over agreeing i of w_i D_i / sum over the same i of w_i. Yadav et
     al. 2023 (arXiv 2306.01708), steps 2 and 3; with weights 1 it is the paper's mean. Without
@@ -54,7 +57,7 @@ def ties(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) ->
 
 
 def slerp(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
-    """Two tensors along the arc between them, at t = w_2 / (w_1 + w_2).
+    """Two tensors of one shape along the arc between them, at t = w_2 / (w_1 + w_2).
 
     sin((1 - t) a) / sin(a) X_1 + sin(t a) / sin(a) X_2, a their angle; a straight line where they
     are nearly parallel, or one is zero. Shoemake 1985. Given whole weights, not deltas.
@@ -76,7 +79,7 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def consensus(deltas: Deltas, weights: Sequence[float], numbers: dict[str, float]) -> torch.Tensor:
-    """The sum, where at least `agree` (2) models need it; each says so by its own mask.
+    """The sum of deltas of one shape, where at least `agree` (2) models need it, by their own masks.
 
     mask_i = |w_i D_i| >= threshold |sum of the others|; sum w_i D_i where at least `agree` masks are
     set. Wang et al. 2024 (TALL masks and consensus merging, arXiv 2405.07813).

@@ -36,20 +36,26 @@ def kept_count(density: float, n: int) -> int:
 
 
 def none(delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]) -> torch.Tensor:
-    """The delta as it is."""
+    """The delta as it is, of any shape."""
     return delta
 
 
 def magnitude(
     delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]
 ) -> torch.Tensor:
-    """The largest entries by magnitude. Yadav et al. 2023 (TIES, arXiv 2306.01708), step 1."""
+    """The largest entries by magnitude. Yadav et al. 2023 (TIES, arXiv 2306.01708), step 1.
+
+    Of a delta of any shape.
+    """
     kept = _largest(delta, kept_count(density, delta.numel()))
     return torch.where(kept.reshape(delta.shape), delta, 0.0)
 
 
 def dare(delta: torch.Tensor, density: float, key: int, numbers: dict[str, float]) -> torch.Tensor:
-    """Each entry kept with probability `density`, times 1 / density. Yu et al. 2023 (2311.03099)."""
+    """Each entry kept with probability `density`, times 1 / density. Yu et al. 2023 (2311.03099).
+
+    Of a delta of any shape.
+    """
     if density < SMALLEST_DENSITY:
         return torch.zeros_like(delta)
     flat = delta.reshape(-1)
@@ -66,7 +72,8 @@ def della(delta: torch.Tensor, density: float, key: int, numbers: dict[str, floa
 
     p_i = p - epsilon / 2 + epsilon r_i / (n - 1), r_i = 0 for the largest of the row's n entries,
     p = 1 - density; survivors times 1 / (1 - p_i). Deep et al. 2024 (DELLA, arXiv 2406.11617), 3.1.
-    `epsilon` is at most 2 min(p, density), so that probabilities stay probabilities.
+    `epsilon` is at most 2 min(p, density), so that probabilities stay probabilities. The delta may
+    have any shape; its last dimension is a row.
     """
     if density <= 0:
         return torch.zeros_like(delta)
@@ -91,7 +98,7 @@ def breadcrumbs(
 ) -> torch.Tensor:
     """Neither the largest `gamma` of the entries nor the smallest; `density` of them are left.
 
-    Davari and Belilovsky 2023 (Model Breadcrumbs, arXiv 2312.06795).
+    Of a delta of any shape. Davari and Belilovsky 2023 (Model Breadcrumbs, arXiv 2312.06795).
     """
     n = delta.numel()
     count = kept_count(density, n)
@@ -105,7 +112,8 @@ def impart(
 ) -> torch.Tensor:
     """ImPart's importance-aware sparsity of singular vectors (arXiv 2504.13237, section 7.2).
 
-    `density` is kept values of both factors / entries. What is no matrix, or a small one, stays.
+    `density` is kept values of both factors / entries. A delta of any shape; what is no
+    matrix, or a small one, stays as it is.
     """
     if delta.ndim != 2 or min(delta.shape) < SMALLEST_SIDE or density >= 1:
         return delta

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from deltafold.names import ROLES
 from deltafold.reporting.page.answers import quality_numbers, samples_of, short
+from deltafold.reporting.page.places import (
+    MOST_LINES,
+    by_block,
+    column_of,
+    role_map,
+    roles_in_blocks,
+)
 from deltafold.reporting.page.view import (
     Bar,
     Cell,
@@ -29,9 +35,6 @@ from deltafold.reporting.units import (
     seconds_text,
     smaller_text,
 )
-
-MOST_LINES = 400
-"""Tensors listed of one block: a model of many experts would make the page too long to open."""
 
 MEASURES = (
     Measure("bytes stored", "Bytes of the archive that a place takes; a stronger colour is more."),
@@ -107,15 +110,11 @@ def _picture(record: CompressRecord) -> Picture:
 
 
 def _map(tensors: Sequence[TensorLine]) -> Map | None:
-    blocks = sorted({t.block for t in tensors if t.block is not None})
-    if not blocks:
+    groups = by_block(tensors)
+    if not groups:
         return None
     inside = [t for t in tensors if t.block is not None]
-    roles = [role for role in ROLES if any(t.role == role for t in inside)]
-    groups: list[tuple[str, str, list[TensorLine]]] = [
-        (str(number), f"Block {number}", [t for t in inside if t.block == number])
-        for number in blocks
-    ]
+    roles = roles_in_blocks(tensors)
     around = [
         (role_look(role).label, f"Outside of blocks: {role_look(role).label}", lines)
         for role, lines in by_role(t for t in tensors if t.block is None)
@@ -124,14 +123,11 @@ def _map(tensors: Sequence[TensorLine]) -> Map | None:
         g for g in around if g[0] != "embedding"
     ]  # fmt: skip
     scales = _scales([lines for _, _, lines in groups], inside, roles)
-    return Map(
-        title="Block by block",
-        measures=MEASURES if relative_error(tensors) is not None else MEASURES[:2],
-        columns=["all", *(role_look(role).label for role in roles)],
-        colours=["", *roles],
-        places=[_place(*group, roles, scales) for group in groups],
-        line_columns=["tensor", "codec", "checkpoint", "archive", "error"],
-        hint="Choose a place to see its tensors.",
+    return role_map(
+        MEASURES if relative_error(tensors) is not None else MEASURES[:2],
+        roles,
+        [_place(*group, roles, scales) for group in groups],
+        ["tensor", "codec", "checkpoint", "archive", "error"],
     )
 
 
@@ -205,9 +201,8 @@ def _place(
 
 
 def _line(tensor: TensorLine, roles: Sequence[str]) -> Line:
-    known = tensor.block is not None and tensor.role in roles
     return Line(
-        1 + roles.index(tensor.role) if known else 0,
+        column_of(tensor, roles),
         (
             tensor.name,
             tensor.codec,

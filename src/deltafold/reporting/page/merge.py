@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from deltafold.names import ROLES
 from deltafold.reporting.page.answers import (
     label_of,
     right_on,
@@ -13,6 +12,13 @@ from deltafold.reporting.page.answers import (
     samples_of,
     share_text,
     short,
+)
+from deltafold.reporting.page.places import (
+    MOST_LINES,
+    by_block,
+    column_of,
+    role_map,
+    roles_in_blocks,
 )
 from deltafold.reporting.page.view import (
     Bar,
@@ -27,7 +33,6 @@ from deltafold.reporting.page.view import (
     View,
 )
 from deltafold.reporting.records.merge import MergedTensor, MergeRecord
-from deltafold.reporting.style import role_look
 from deltafold.reporting.tables.merge import agreed, mean_cosine
 from deltafold.reporting.units import (
     MISSING,
@@ -36,7 +41,6 @@ from deltafold.reporting.units import (
     seconds_text,
 )
 
-MOST_LINES = 400
 MEASURES = (
     Measure("change", "Norm of the merged delta; a stronger colour is more."),
     Measure(
@@ -102,7 +106,7 @@ def _picture(record: MergeRecord) -> Picture:
         return Picture("Share of answers right", bars, 1.0, legend=False)
     bars = []
     for number, name in enumerate(record.short):
-        left = _brought(record.floats, number)
+        left = _share_left(record.floats, number)
         bars.append(
             Bar(name, share_text(left), [Segment(name, max(0.0, left or 0.0), "", "strong")])
         )
@@ -111,7 +115,7 @@ def _picture(record: MergeRecord) -> Picture:
     return Picture("What is left of each delta", bars, top, legend=False, note=note)
 
 
-def _brought(tensors: Sequence[MergedTensor], model: int) -> float | None:
+def _share_left(tensors: Sequence[MergedTensor], model: int) -> float | None:
     """<merged, D> / <D, D>, all tensors taken as one."""
     squares = [(t.norms[model] ** 2, t.brought[model]) for t in tensors if t.norms is not None]
     whole = math.fsum(square for square, _ in squares)
@@ -119,38 +123,34 @@ def _brought(tensors: Sequence[MergedTensor], model: int) -> float | None:
 
 
 def _map(record: MergeRecord) -> Map | None:
-    blocks = sorted({t.block for t in record.floats if t.block is not None})
-    if not blocks:
+    groups = by_block(record.floats)
+    if not groups:
         return None
-    inside = [t for t in record.floats if t.block is not None]
-    roles = [role for role in ROLES if any(t.role == role for t in inside)]
-    groups = [
-        (str(block), f"Block {block}", [t for t in inside if t.block == block]) for block in blocks
-    ]
+    roles = roles_in_blocks(record.floats)
     if rest := [t for t in record.floats if t.block is None]:
         groups.append(("other", "Outside of blocks", rest))
     most = max((_norm(lines) for _, _, lines in groups), default=0.0) or 1.0
-    places = []
-    for label, title, lines in groups:
-        cells = [_cell(lines, most)]
-        cells += [
-            _cell([t for t in lines if t.role == role], most) if label != "other" else None
-            for role in roles
-        ]
-        summary = f"{len(lines)} tensors."
-        if len(lines) > MOST_LINES:
-            summary = f"{len(lines)} tensors; those changed most are listed."
-            lines = sorted(lines, key=lambda t: -t.norm)[:MOST_LINES]
-        places.append(Place(label, title, cells, [_line(t, roles) for t in lines], summary))
-    return Map(
-        title="Block by block",
-        measures=MEASURES if len(record.models) > 1 else MEASURES[:1],
-        columns=["all", *(role_look(role).label for role in roles)],
-        colours=["", *roles],
-        places=places,
-        line_columns=["tensor", "change", "agree", "cosine"],
-        hint="Choose a place to see its tensors.",
+    return role_map(
+        MEASURES if len(record.models) > 1 else MEASURES[:1],
+        roles,
+        [_place(*group, roles, most) for group in groups],
+        ["tensor", "change", "agree", "cosine"],
     )
+
+
+def _place(
+    label: str, title: str, lines: Sequence[MergedTensor], roles: Sequence[str], most: float
+) -> Place:
+    named = lines[0].block is not None
+    cells = [_cell(lines, most)]
+    cells += [
+        _cell([t for t in lines if t.role == role], most) if named else None for role in roles
+    ]
+    summary = f"{len(lines)} tensors."
+    if len(lines) > MOST_LINES:
+        summary = f"{len(lines)} tensors; those changed most are listed."
+        lines = sorted(lines, key=lambda t: -t.norm)[:MOST_LINES]
+    return Place(label, title, cells, [_line(t, roles) for t in lines], summary)
 
 
 def _norm(lines: Sequence[MergedTensor]) -> float:
@@ -172,10 +172,9 @@ def _cell(lines: Sequence[MergedTensor], most: float) -> Cell | None:
 
 
 def _line(tensor: MergedTensor, roles: Sequence[str]) -> Line:
-    known = tensor.block is not None and tensor.role in roles
     cosine = mean_cosine([tensor])
     return Line(
-        1 + roles.index(tensor.role) if known else 0,
+        column_of(tensor, roles),
         (
             tensor.name,
             number_text(tensor.norm),

@@ -55,7 +55,7 @@ class Exam(Part):
 
 
 class Training(Part):
-    """What `--heal` did."""
+    """What `--steps` did."""
 
     steps: int
     best_step: int

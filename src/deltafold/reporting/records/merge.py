@@ -11,7 +11,7 @@ from deltafold.reporting.records.parts import Number, Part, Run
 
 
 class MergedTensor(Part):
-    """What models brought to one tensor: lists run over models, `cosines` over their pairs.
+    """What models contributed to one tensor: lists run over models, `cosines` over their pairs.
 
     `norms` of deltas, `kept` after the sparsifier; `brought` = <merged, D_i> / <D_i, D_i>. Without
     `norms` the tensor holds integers, which are the base's.

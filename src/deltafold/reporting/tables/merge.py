@@ -1,4 +1,4 @@
-"""Tables of a merge: what each model brought, how far they agree, what was tried, how all score."""
+"""Tables of a merge: what each model contributed, how far they agree, what was tried, all scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ABOUT_SIGNS = (
 
 
 def merge_tables(record: MergeRecord) -> list[Table]:
-    """What models brought, agreement by role, and what was searched and scored."""
+    """What models contributed, agreement by role, and what was searched and scored."""
     tables = [_models(record), _by_role(record)]
     if record.search is not None:
         tables.append(_search(record.search.criterion, record.search.tried))

@@ -53,7 +53,10 @@ def activation(
 def zero(
     difference: torch.Tensor, rank: int, second: torch.Tensor | None, name: str, seed: int
 ) -> Factors:
-    """A standard normal over the root of the inputs, as if it were a projection of them."""
+    """A (rank, in) drawn from a normal distribution of variance 1 / in, B (rows, rank) zero.
+
+    So nothing is added at the start.
+    """
     rows, columns = difference.shape
     drawn = gaussian(derive_key(seed, name, "start"), rank, columns) / columns**0.5
     return torch.from_numpy(drawn).float(), torch.zeros(rows, rank)

@@ -223,13 +223,13 @@ def _pairs(
         return [(block, free[-count - 1]) for block in free[-count:][::-1]] if count > 0 else []
     if costs is None:
         raise UsageError(
-            "The placement searched measures what each block costs, for which it needs weights and "
-            "text: it is made by share, and plan does alternating and sequential."
+            "The placement searched measures what each block costs, and needs weights and text for "
+            "that: use share; plan knows the placements alternating and sequential."
         )
     order = sorted((n for n in free if n in costs), key=lambda n: (costs[n], -n))
-    most = len(order) if request.shared is None else min(request.shared, len(order))
-    count = most if request.shared else _count_and_rank(structure, request, _before(order))[0]
-    return _before(order[:count])
+    if request.shared is not None:
+        return _before(order[: request.shared])
+    return _before(order[: _count_and_rank(structure, request, _before(order))[0]]) if order else []
 
 
 def _before(deltas: Sequence[int]) -> list[tuple[int, int]]:
@@ -247,8 +247,38 @@ def _count_and_rank(
     structure: Structure, request: ShareRequest, pairs: Sequence[tuple[int, int]]
 ) -> tuple[int, int]:
     """Blocks that share, and the rank of each: as asked, or what the share of parameters affords."""
-    most, block = len(pairs), pairs[0][0]
-    layers = structure.of(block, MATRICES[request.matrices])
+    layers = structure.of(pairs[0][0], MATRICES[request.matrices])
+    _check_asked(structure, request, layers, len(pairs))
+    if request.parameters is None:
+        assert request.shared is not None and request.rank is not None
+        return request.shared, request.rank
+    counts = range(1, len(pairs) + 1) if request.shared is None else [request.shared]
+    affordable = _affordable_ranks(structure, request, layers, counts)
+    found = (
+        _at_a_good_rank(affordable, max(1, round(structure.width / WIDTH_A_RANK)))
+        if request.rank is None
+        else _at_rank(affordable, request.rank)
+    )
+    if found is None:
+        raise _too_small(structure, request, layers, counts[-1])
+    return found
+
+
+def _at_rank(affordable: Mapping[int, int], rank: int) -> tuple[int, int] | None:
+    """The fewest blocks that afford this rank; None: no number of them does."""
+    return next(((count, rank) for count, most in affordable.items() if most >= rank), None)
+
+
+def _at_a_good_rank(affordable: Mapping[int, int], good: int) -> tuple[int, int] | None:
+    """The fewest blocks that afford a good rank, else the most that afford any; None: none do."""
+    fitting = [(count, rank) for count, rank in affordable.items() if rank >= 1]
+    return next((each for each in fitting if each[1] >= good), fitting[-1] if fitting else None)
+
+
+def _check_asked(
+    structure: Structure, request: ShareRequest, layers: Sequence[Layer], most: int
+) -> None:
+    """Raises BudgetError or UsageError for more blocks, or a larger rank, than there can be."""
     if request.shared is not None and request.shared > most:
         raise BudgetError(
             f"{structure.label} has {structure.depth} blocks, of which at most {most} can refer to "
@@ -259,19 +289,6 @@ def _count_and_rank(
         raise UsageError(
             f"rank {request.rank} is more than these matrices have ({_largest_rank(layers)})."
         )
-    if request.parameters is None:
-        assert request.shared is not None and request.rank is not None
-        return request.shared, request.rank
-    counts = range(1, most + 1) if request.shared is None else [request.shared]
-    affordable = _affordable_ranks(structure, request, layers, counts)
-    wanted = request.rank or max(1, round(structure.width / WIDTH_A_RANK))
-    for count, rank in affordable.items():
-        if rank >= wanted:
-            return count, request.rank or rank
-    fitting = [(count, rank) for count, rank in affordable.items() if rank >= 1]
-    if fitting and request.rank is None:
-        return fitting[-1]
-    raise _too_small(structure, request, layers, counts[-1])
 
 
 def _affordable_ranks(

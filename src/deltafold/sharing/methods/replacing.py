@@ -100,7 +100,7 @@ class SharedStudent:
         return self.model(input_ids=ids, use_cache=False).logits
 
     def teacher(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of the original model."""
+        """Logits (b, t, vocabulary) of the original model."""
         for swap in self.swaps:
             swap.use(False)
         try:

@@ -1,7 +1,7 @@
 """How many tokens are run at a time, before their gradients are added up.
 
-A CPU is as quick with a thousand as with more. A GPU is told of every small product on its own, so it
-gets as many as its memory allows for what the backward pass needs again:
+A CPU is as quick with a thousand as with more. On a GPU each small product has to be started on its
+own, so it gets as many as its memory allows for what the backward pass needs again:
 
     bytes of a token = 34 x layers x width x (bytes of a number / 2) + 16 x vocabulary
 
