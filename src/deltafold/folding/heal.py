@@ -8,14 +8,16 @@ Block by block from the first cut on, each on the states that the healing before
 the attention's output projection, towards the states inside the block as the model has them, then
 the down projection, towards what leaves the block. At a cut that is what the last removed block
 left. A change is least squares by errors relative to each row's length, with the ridge that does
-best on samples held out. It is refused where it does not help on these, and where a norm stands
-between the projection and the stream, so that adding to one does not add to the other.
+best on samples held out. It is refused where it does not help on these. Where a norm stands between
+the projection and the stream (Gemma 2 and 3, OLMo 2), adding to one does not add to the other: there
+the norm's gains are fitted too, and the projection through the norm (`methods/normed.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+import functools
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,10 +26,13 @@ import torch
 from deltafold.blocks.layout import is_transposed
 from deltafold.calibration.probe import is_held
 from deltafold.calibration.store import TensorStore
-from deltafold.calibration.stream import Pass, StreamedModel
+from deltafold.calibration.stream import Pass
 from deltafold.folding.methods.draft import Block, Draft
 from deltafold.folding.methods.healing import Fit, Regression
+from deltafold.folding.methods.normed import Ending, Rows, heal_normed
+from deltafold.folding.methods.norms import Norm
 from deltafold.folding.states import States
+from deltafold.folding.watching import At, Norms, Seen, find_norms, module_of, run_norm, watched
 
 Part = Literal["attention", "mlp"]
 
@@ -35,19 +40,6 @@ WIDEST = 8192
 """A projection with more inputs is left alone: the sums take the square of the inputs."""
 SAME = 1e-3
 """Relative difference of an output from its prediction, above which a projection is not linear."""
-
-
-class _Enough(BaseException):
-    """Ends a block's forward once the attention has been seen."""
-
-
-@dataclass
-class Seen:
-    """One batch at a projection: its inputs (b, t, i), its result and the block's output (b, t, w)."""
-
-    inputs: torch.Tensor
-    result: torch.Tensor
-    output: torch.Tensor | None
 
 
 class Healer:
@@ -58,6 +50,12 @@ class Healer:
         self.model, self.layout = states.model, whole.layout
         self.held = [is_held(n, len(states.samples)) for n in range(len(states.samples))]
         self._linear: dict[str, bool] = {}
+
+    @functools.cached_property
+    def norms(self) -> Norms:
+        """The norms beside the matrices of a block; blocks are alike, so those of the first."""
+        return find_norms(self.model.exact().with_weights(self.whole.tensor), self.layout, 0,
+                          At(self.original, 0))  # fmt: skip
 
     def can_heal(self, part: Part) -> bool:
         """True if the projection that ends this part is one matrix, known by its name."""
@@ -82,18 +80,21 @@ class Healer:
         """The states after the attention, h + a, towards the model's own in the same block."""
         block, local = draft.blocks[place], self._matrix("attention")
         assert local is not None
-        with self._store("result") as wanted:
-            source = _At(self.original, block.number)
+        with self._store() as wanted:
+            source = At(self.original, block.number)
             for number, seen in enumerate(
                 self._seen(self.whole, block.number, local, source, True)
             ):
-                wanted[number] = source.states(number) + seen.result
+                wanted[number] = source.states(number) + seen.results[-1]
+            if local in self.norms.after:
+                made_draft, row, _ = self._normed(draft, place, "attention", entering, wanted)
+                return made_draft, row
             regression, before = None, Mean()
-            walk = self._seen(draft, block.number, local, _At(entering, -1), True)
+            walk = self._seen(draft, block.number, local, At(entering, -1), True)
             for number, seen in enumerate(walk):
-                found = entering.last[number] + seen.result
+                found = entering.last[number] + seen.results[0]
                 regression = self._learn(
-                    regression, number, seen.inputs, found, wanted[number], before
+                    regression, number, seen.inputs[0], found, wanted[number], before
                 )
         assert regression is not None
         fit = regression.fit()
@@ -112,16 +113,22 @@ class Healer:
         """What leaves the block towards what enters the model's block `target`."""
         block, local = draft.blocks[place], self._matrix("mlp")
         assert local is not None
+        if local in self.norms.after:
+            made_draft, row, left = self._normed(
+                draft, place, "mlp", entering, self.original.stores[target]
+            )
+            assert left is not None
+            return made_draft, left, row
         leaving = Pass(entering.batches, entering.calls, [self.model.store_beside(entering)])
         regression, before = None, Mean()
-        with self._store("inputs") as inputs:
-            walk = self._seen(draft, block.number, local, _At(entering, -1), False)
+        with self._store(local) as inputs:
+            walk = self._seen(draft, block.number, local, At(entering, -1), False)
             for number, seen in enumerate(walk):
                 assert seen.output is not None
-                leaving.last[number], inputs[number] = seen.output, seen.inputs
+                leaving.last[number], inputs[number] = seen.output, seen.inputs[0]
                 wanted = self.original.stores[target][number]
                 regression = self._learn(
-                    regression, number, seen.inputs, seen.output, wanted, before
+                    regression, number, seen.inputs[0], seen.output, wanted, before
                 )
             assert regression is not None
             fit = regression.fit()
@@ -135,32 +142,109 @@ class Healer:
         after = before.value * fit.after / max(fit.before, 1e-300)
         return draft.with_block(made), leaving, row | {"error_after": after, "kept": True}
 
-    def _store(self, what: Literal["result", "inputs"]) -> TensorStore:
-        """A store for a projection's inputs, or for states inside a block."""
-        local = self._matrix("mlp")
+    def _normed(
+        self, draft: Draft, place: int, part: Part, entering: Pass, wanted: TensorStore
+    ) -> tuple[Draft, dict[str, Any], Pass | None]:
+        """A part that a norm ends: (the draft healed, the row, what leaves the block, for an MLP)."""
+        block, local = draft.blocks[place], self._matrix(part)
         assert local is not None
-        shape = self.layout.shapes[local]
-        width = self.original.last.shapes[0][-1]
-        wide = width if what == "result" else shape[-1] if shape[-2] == width else shape[-2]
+        norm, weight = self.norms.after[local], block.read(local).float()
+        turned = not is_transposed(tuple(weight.shape), entering.last.shapes[0][-1])
+        gain = norm.gain(block.read).float()
+        ending = Ending(weight.T if turned else weight, gain, self._normaliser(norm))
+        row = {"block": block.number, "part": part, "kind": "heal", "norm": True}
+        with self._store(local) as inputs, self._store() as stream:
+            outputs = None if part == "attention" else self.model.store_beside(entering)
+            walk = self._seen(draft, block.number, local, At(entering, -1), part == "attention")
+            for number, seen in enumerate(walk):
+                inputs[number] = seen.inputs[0]
+                stream[number] = entering.last[number]
+                if seen.output is not None and outputs is not None:
+                    stream[number] = seen.output - seen.results[-1]
+                    outputs[number] = seen.output
+
+            def rows() -> Iterator[Rows]:
+                for number, batch in enumerate(entering.batches):
+                    real = batch.real
+                    yield Rows(inputs[number][real], stream[number][real], wanted[number][real],
+                               self._held(number))  # fmt: skip
+
+            healed, before, after, ridge = heal_normed(ending, rows)
+            made = block
+            if after < before and bool(weight.any()):  # a sub-layer that was dropped stays so
+                new = healed.weight.T if turned else healed.weight
+                made = block.with_tensor(local, new.contiguous())
+                made = made.with_tensor(norm.weight, healed.gain - norm.offset)
+            leaving = outputs and Pass(entering.batches, entering.calls, [outputs])
+            if made is block or not self._follows(draft, block, made, part, entering):
+                row |= {"ridge": None, "error_before": before, "error_after": before, "kept": False}
+                return draft, row, leaving
+            for number in range(len(entering.batches)):
+                if leaving is not None:
+                    added = healed.gain * healed.result(inputs[number])[1]
+                    leaving.last[number] = stream[number] + added
+        row |= {"ridge": ridge, "error_before": before, "error_after": after, "kept": True}
+        return draft.with_block(made), row, leaving
+
+    def _normaliser(self, norm: Norm) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What the norm does to states (n, w) or (b, t, w) before its gains."""
+        module = self._module(0, norm.weight)
+        return lambda states: run_norm(module, 1.0 - norm.offset, norm.bias is not None, states)
+
+    def _follows(self, draft: Draft, block: Block, made: Block, part: Part, entering: Pass) -> bool:
+        """True if the stream gets what the norm after a part makes, tried on the first batch."""
+        local = self._matrix(part)
+        assert local is not None
+        if local not in self._linear:
+            if part == "attention":
+                silent = self.layout.mlp_outputs()
+                block, made = block.without_output(silent), made.without_output(silent)
+            one, two = (self._first(draft.with_block(each), each.number, local, entering)
+                        for each in (block, made))  # fmt: skip
+            assert one.output is not None and two.output is not None
+            real = entering.batches[0].real
+            added = (two.results[-1] - one.results[-1])[real]
+            gap = (two.output - one.output)[real] - added
+            self._linear[local] = float(gap.norm()) <= SAME * float(added.norm())
+        return self._linear[local]
+
+    def _store(self, local: str | None = None) -> TensorStore:
+        """A store for the inputs of a projection, or for states inside a block."""
+        wide = width = self.original.last.shapes[0][-1]
+        if local is not None:
+            shape = self.layout.shapes[local]
+            wide = shape[-1] if shape[-2] == width else shape[-2]
         shapes = [(*batch.ids.shape, wide) for batch in self.original.batches]
         held = sum(store.held_bytes for store in self.original.stores)
         return TensorStore(shapes, self.model.memory_bytes - held, self.model.scratch)
 
+    def _ends(self, number: int, local: str) -> list[Any]:
+        """The modules that end a part: its projection, and the norm after it where there is one."""
+        norm = self.norms.after.get(local)
+        names = [local] if norm is None else [local, norm.weight]
+        return [self._module(number, each) for each in names]
+
     def _seen(
-        self, draft: Draft, number: int, local: str, source: _At, only_attention: bool
+        self, draft: Draft, number: int, local: str, source: At, only_attention: bool
     ) -> Generator[Seen]:
-        """A block of a draft at work, batch by batch, seen at one projection."""
-        module = self._module(number, local)
-        yield from _watched(
-            self.model.with_weights(draft.tensor), number, module, source, only_attention
-        )
+        """A block of a draft at work, batch by batch, seen at what ends a part."""
+        yield from watched(
+            self.model.with_weights(draft.tensor), number, self._ends(number, local), source,
+            only_attention,
+        )  # fmt: skip
 
     def _first(self, draft: Draft, number: int, local: str, entering: Pass) -> Seen:
         """What is seen on the first batch, computed in full precision."""
         model = self.model.exact().with_weights(draft.tensor)
-        walk = _watched(model, number, self._module(number, local), _At(entering, -1), False)
+        walk = watched(model, number, self._ends(number, local), At(entering, -1))
         with contextlib.closing(walk):
             return next(walk)
+
+    def _held(self, number: int) -> torch.Tensor:
+        """(n,) True for a batch's real tokens of samples that are held out."""
+        batch = self.original.batches[number]
+        held = torch.tensor([self.held[n] for n in batch.numbers])
+        return held[:, None].expand(batch.real.shape)[batch.real]
 
     def _learn(
         self,
@@ -172,10 +256,8 @@ class Healer:
         error: Mean,
     ) -> Regression:
         """Take one batch's real tokens into the sums, each row relative to its target's length."""
-        batch = self.original.batches[number]
-        real = batch.real
+        real, held = self.original.batches[number].real, self._held(number)
         x, gap, goal = inputs[real], (wanted - found)[real], wanted[real]
-        held = torch.tensor([self.held[n] for n in batch.numbers])[:, None].expand(real.shape)[real]
         scale = 1 / goal.norm(dim=1, keepdim=True).clamp_min(1e-15)
         x, y = x * scale, gap * scale
         regression = regression or Regression(x.shape[1], y.shape[1])
@@ -217,7 +299,7 @@ class Healer:
                     for each in (block, made))  # fmt: skip
         assert one.output is not None and two.output is not None
         real = entering.batches[0].real
-        added = (one.inputs @ fit.solution.float())[real]
+        added = (one.inputs[0] @ fit.solution.float())[real]
         gap = (two.output - one.output)[real] - added
         return float(gap.norm()) <= SAME * max(
             float(added.norm()), SAME * float(one.output[real].norm())
@@ -235,27 +317,7 @@ class Healer:
 
     def _module(self, number: int, local: str) -> Any:
         """The module that holds a block's matrix; None where the model keeps it in another form."""
-        skeleton = self.model.skeleton
-        for name in skeleton.block(number):
-            group = skeleton.groups.get(name)
-            if (
-                group
-                and group.converter is None
-                and group.names == (self.layout.name(number, local),)
-            ):
-                return skeleton.model.get_submodule(name.rpartition(".")[0])
-        return None
-
-
-@dataclass
-class _At:
-    """The states at one place of a pass, by batch."""
-
-    done: Pass
-    place: int
-
-    def states(self, number: int) -> torch.Tensor:
-        return self.done.stores[self.place][number]
+        return module_of(self.model, self.layout, number, local)
 
 
 @dataclass
@@ -272,29 +334,3 @@ class Mean:
     @property
     def value(self) -> float:
         return self.total / max(1, self.count)
-
-
-def _watched(
-    model: StreamedModel, number: int, module: Any, source: _At, only_attention: bool
-) -> Generator[Seen]:
-    """What a projection of block `number` is given and makes, and what the block makes."""
-    caught: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def catch(_: Any, given: Any, made: torch.Tensor) -> None:
-        caught.append((given[0].detach(), made.detach()))
-        if only_attention:
-            raise _Enough
-
-    hook = module.register_forward_hook(catch)
-    block = model.skeleton.blocks[number]
-    try:
-        with torch.no_grad(), model.skeleton.filled(model.skeleton.block(number), model.weights):
-            for place in range(len(source.done.batches)):
-                output = None
-                call, hidden = source.done.calls[place][number], source.states(place)
-                with contextlib.suppress(_Enough):
-                    output = model.run(call, block, hidden).cpu()
-                inputs, result = caught.pop()
-                yield Seen(inputs.float().cpu(), result.float().cpu(), output)
-    finally:
-        hook.remove()

@@ -64,6 +64,7 @@ class FoldRun:
             method.uses_matrix
             or method.chooser.needs != "nothing"
             or method.rule.patch != "none"
+            or method.rule.looks
             or request.closed_form != "none"
             or request.steps
         )

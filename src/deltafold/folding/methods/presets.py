@@ -36,13 +36,14 @@ PRESETS: dict[str, Preset] = {
     "shortgpt": Preset("cosine", "lowest", "drop", paper="2403.03853"),
     "angular": Preset("angular", "contiguous", "drop", paper="2403.17887"),
     "laco": Preset("cosine", "top-down", "collapse", paper="2402.11187"),
+    "laco-reference": Preset("cosine", "top-down", "telescope", paper="2402.11187"),
     "jointdrop": Preset("cosine", "joint", "drop", paper="2406.15786"),
     "sleb": Preset("perplexity", "greedy", "drop", paper="2402.09025"),
     "reverse": Preset("cosine", "last", "drop"),
     "random": Preset("cosine", "random", "drop"),
     "replaceme": Preset("cosine", "contiguous", "replace-me", paper="2505.02819"),
     "linearpatch": Preset("cosine", "contiguous", "linear-patch", paper="2505.24680"),
-    "come": Preset("cosine", "adjacent-pairs", "concatenate", paper="2510.15304"),
+    "come": Preset("angular", "weakest-pair", "concatenate", paper="2510.15304"),
 }
 METHODS = tuple(PRESETS)
 
