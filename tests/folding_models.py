@@ -55,7 +55,9 @@ def write_text(path: Path, samples: int = 8) -> Path:
 
 def page_text() -> str:
     """The pages that come with deltafold, in the characters that the tokenizer knows."""
-    pages = resources.files("deltafold.calibration").joinpath("pages.jsonl").read_text(encoding="utf-8")
+    pages = (
+        resources.files("deltafold.calibration").joinpath("pages.jsonl").read_text(encoding="utf-8")
+    )
     rows = [json.loads(line) for line in pages.splitlines()]
     text = "\n\n".join(row["text"] for row in rows if "text" in row)
     return "".join(each for each in text.lower() if each in CHARACTERS)

@@ -357,7 +357,7 @@ def test_presets_are_not_all_alike(llama: Path, text: Path, tmp_path: Path) -> N
         run(llama, tmp_path / rule, "shortgpt", text, rule=rule, protect=[0, 1, 2, 4])
         hashes.add(tree_hashes(tmp_path / rule)["model.safetensors"])
     assert len(hashes) == 6
-    assert len(PRESETS) == 13
+    assert len(PRESETS) == 15
 
 
 def test_sleb_removes_what_costs_least_perplexity(

@@ -7,6 +7,7 @@ import torch
 
 from deltafold.blocks.layout import find_layout
 from deltafold.blocks.units import Heads, Units, find_units
+from deltafold.folding.methods.concatenation import influences as shares_of
 from deltafold.folding.methods.concatenation import scores, widths
 from deltafold.folding.methods.draft import Block, Shown
 from deltafold.folding.methods.norms import Norm
@@ -58,8 +59,11 @@ def test_a_score_is_activation_times_outgoing_weights() -> None:
         ([1, 2, 3], 6, [1, 2, 3]),
     ],
 )
-def test_widths_are_in_proportion(influences: list[float], count: int, wanted: list[int]) -> None:
-    assert widths(influences, count) == wanted
+def test_widths_are_in_proportion_to_influences(
+    influences: list[float], count: int, wanted: list[int]
+) -> None:
+    blocks = [block(n, LOWER, shown(each, ACTIVITY[0])) for n, each in enumerate(influences)]
+    assert widths(shares_of(blocks).tolist(), count) == wanted
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

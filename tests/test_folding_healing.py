@@ -13,6 +13,7 @@ from deltafold.folding.methods.healing import (
     folded_in,
     linear_patch,
     replace_me,
+    replace_me_cosine,
     rotation,
 )
 
@@ -33,6 +34,19 @@ def test_replace_me_finds_a_linear_cut() -> None:
     made, stream, extra = normal(50, 4), normal(50, 4, seed=1), 0.3 * normal(4, 4, seed=2)
     found = replace_me(made, stream + made, stream + made + made @ extra, 0.0)
     assert torch.allclose(found, torch.eye(4).double() + extra, atol=1e-9)
+
+
+def test_replace_me_cosine_turns_towards_the_target() -> None:
+    """Z - Y + M is M turned by 60 degrees and twice as long: only the direction counts."""
+    c, s = 0.5, math.sqrt(0.75)
+    turn = torch.tensor([[c, s], [-s, c]]).double()
+    made, output = normal(300, 2), normal(300, 2, seed=1)
+    target = output - made + 2 * made @ turn
+    found = replace_me_cosine(made, output, target)
+    near = torch.nn.functional.cosine_similarity(made @ found, made @ turn, dim=1)
+    assert float(near.min()) > 0.999
+    assert torch.linalg.det(found) < 2, "the length is left as it was found"
+    assert torch.equal(found, replace_me_cosine(made, output, target))
 
 
 def test_a_regression_is_its_definition() -> None:

@@ -135,4 +135,6 @@ class FoldRun:
             for kind, reach in kinds:
                 folded.draft, rows = patcher.patched(folded.draft, kind, reach)
                 folded.patches += rows
+                if kind == "heal" and not any(row["kept"] for row in rows):
+                    folded.notes["unhealed_because"] = patcher.why_nothing(rows)
         return folded

@@ -141,11 +141,11 @@ class BlockFolder:
         return min(1.0, max(0.0, float(evidence.alike()[step.keep + 1, step.gone[-1] + 1])))
 
     def _row(self, draft: Draft, step: Step, ratio: float) -> Row:
-        numbers = draft.numbers
+        numbers, rule = draft.numbers, self.job.method.rule
         return {
             "kept": None if step.keep is None else numbers[step.keep],
             "gone": [numbers[place] for place in step.gone],
-            "ratio": ratio if self.job.method.rule.merges and step.keep is not None else None,
+            "ratio": ratio if (rule.weighs or rule.looks) and step.keep is not None else None,
             "score": step.score,
             **({} if step.threshold is None else {"threshold": step.threshold}),
         }

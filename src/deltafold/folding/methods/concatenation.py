@@ -29,7 +29,7 @@ from deltafold.names import role_of
 def concatenate(keep: Block, gone: Sequence[Block], share: float, units: Sequence[Units]) -> Block:
     """The strongest units of all blocks. Output biases add up; norms that no unit reads are averaged."""
     blocks = [keep, *gone]
-    shares = widths([1.0 if b.shown is None else b.shown.influence for b in blocks], 10**6)
+    shares = influences(blocks)
     chosen = {kind.name: strongest(kind, blocks) for kind in units}
 
     def read(local: str) -> torch.Tensor:
@@ -45,24 +45,29 @@ def concatenate(keep: Block, gone: Sequence[Block], share: float, units: Sequenc
                 every = torch.cat([each.parts(part, kind.count) for part in parts])
                 made = each.put(made, every[chosen[kind.name]])
         elif local.endswith("bias") and is_output(local):
-            made = sum((block.read(local).float() for block in gone), made.float())
+            made = torch.stack([block.read(local).float() for block in blocks]).sum(0)
         elif role_of(local) == "norm" and _reads_known(keep, local):
-            each_share = [float(each) / 10**6 for each in shares]
-            made = sum(b.read(local).float() * s for b, s in zip(blocks, each_share, strict=True))
+            every = torch.stack([block.read(local).double() for block in blocks])
+            made = torch.tensordot(shares, every, dims=1).float()
         return made
 
     return keep.with_tensors(read, [number for block in gone for number in block.parts])
 
 
-def widths(influences: Sequence[float], count: int) -> list[int]:
-    """How many of `count` units come from each block, in proportion; by largest remainders.
+def influences(blocks: Sequence[Block]) -> torch.Tensor:
+    """The blocks' shares of their influences together (b,); alike where text showed none."""
+    found = [1.0 if block.shown is None else max(0.0, block.shown.influence) for block in blocks]
+    total = sum(found)
+    return torch.tensor([each / total if total else 1 / len(found) for each in found]).double()
 
-    >>> widths([0.3, 0.1], 6)
+
+def widths(shares: Sequence[float], count: int) -> list[int]:
+    """How many of `count` units come from each block, by largest remainders; of equals the first.
+
+    >>> widths([0.75, 0.25], 6)
     [5, 1]
     """
-    influences = [max(0.0, each) for each in influences]
-    total = sum(influences)
-    exact = [count * (each / total if total else 1 / len(influences)) for each in influences]
+    exact = [count * each for each in shares]
     made = [int(each) for each in exact]
     order = sorted(range(len(made)), key=lambda n: (made[n] - exact[n], n))
     for place in order[: count - sum(made)]:
@@ -72,9 +77,9 @@ def widths(influences: Sequence[float], count: int) -> list[int]:
 
 def strongest(kind: Units, blocks: Sequence[Block]) -> torch.Tensor:
     """Numbers (count,) of the units taken, those of the first block first; the next go on counting."""
-    influences = [1.0 if block.shown is None else block.shown.influence for block in blocks]
+    wides = widths(influences(blocks).tolist(), kind.count)
     taken = []
-    for place, (block, wide) in enumerate(zip(blocks, widths(influences, kind.count), strict=True)):
+    for place, (block, wide) in enumerate(zip(blocks, wides, strict=True)):
         order = scores(kind, block).argsort(descending=True, stable=True)
         taken.append(order[:wide].sort().values + place * kind.count)
     return torch.cat(taken)

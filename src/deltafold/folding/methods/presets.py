@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from deltafold.errors import UsageError, nearest
 from deltafold.folding.methods.rules import RULES, Rule
@@ -15,7 +16,8 @@ class Preset:
     """A method. `ratio` says where a kept block's share of a weighted sum comes from.
 
     `similarity`: the value for the pair. `reference`: what MKA's program takes.
-    `closed_form` is the healing where none is asked for: `none`, `cut` or `through`.
+    `closed_form` is the healing where none is asked for: `none`, `cut` or `through`; `protect` are
+    the blocks left alone where nothing is said of them, from the last if negative.
     """
 
     similarity: str
@@ -24,12 +26,13 @@ class Preset:
     ratio: str = "similarity"
     paper: str = ""
     closed_form: str = "none"
+    protect: tuple[int, ...] = ()
 
 
 AUTO = "auto"
 PRESETS: dict[str, Preset] = {
     AUTO: Preset("cosine", "lowest", "drop", closed_form="through"),
-    "mka": Preset("npib", "adjacent-pairs", "average", paper="2406.16330"),
+    "mka": Preset("npib", "adjacent-pairs", "average", paper="2406.16330", protect=(0, -1)),
     "mka-reference": Preset(
         "npib-reference", "last-pair", "average-matrices", "reference", "2406.16330"
     ),
@@ -42,6 +45,7 @@ PRESETS: dict[str, Preset] = {
     "reverse": Preset("cosine", "last", "drop"),
     "random": Preset("cosine", "random", "drop"),
     "replaceme": Preset("cosine", "contiguous", "replace-me", paper="2505.02819"),
+    "replaceme-cosine": Preset("cosine", "contiguous", "replace-me-cosine", paper="2505.02819"),
     "linearpatch": Preset("cosine", "contiguous", "linear-patch", paper="2505.24680"),
     "come": Preset("angular", "weakest-pair", "concatenate", paper="2510.15304"),
 }
@@ -71,7 +75,7 @@ class Method:
             ("selection", selection, list(SELECTIONS)),
             ("rule", rule, list(RULES)),
         )
-        changed = {}
+        changed: dict[str, Any] = {}
         for field, value, rows in tables:
             if value is None:
                 continue
@@ -98,7 +102,7 @@ class Method:
         )
         return by_matrix or (self.preset.ratio == "reference" and self.rule.merges)
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """Name, rows, and where ratios come from; for the record."""
         preset = self.preset
         return {
@@ -107,6 +111,7 @@ class Method:
             "selection": preset.selection,
             "rule": preset.rule,
             "ratio": preset.ratio,
+            "merges": self.rule.merges,
         }
 
     def check(self) -> None:

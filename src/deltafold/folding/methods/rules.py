@@ -116,24 +116,27 @@ class Rule:
 
     `merges` says that what goes lives on in the kept block, so that there must be one. `patch`
     says what the kept block is fitted to afterwards, in closed form. With `looks` blocks are given
-    with what text showed of them, and the kept block's share is that of its influence.
+    with what text showed of them, and the kept block's share is that of its influence. With `weighs`
+    that share is one of a weighted sum.
     """
 
     blend: Blend
     merges: bool = True
-    patch: Literal["none", "replace-me", "linear-patch"] = "none"
+    patch: Literal["none", "replace-me", "replace-me-cosine", "linear-patch"] = "none"
     paper: str = ""
     looks: bool = False
+    weighs: bool = False
 
 
 RULES: dict[str, Rule] = {
     "drop": Rule(drop, merges=False),
-    "average": Rule(average, paper="2406.16330"),
-    "average-matrices": Rule(average_matrices, paper="2406.16330"),
+    "average": Rule(average, paper="2406.16330", weighs=True),
+    "average-matrices": Rule(average_matrices, paper="2406.16330", weighs=True),
     "collapse": Rule(collapse, paper="2402.11187"),
     "telescope": Rule(telescope, paper="2402.11187"),
-    "aligned-average": Rule(aligned_average, paper="2209.04836"),
+    "aligned-average": Rule(aligned_average, paper="2209.04836", weighs=True),
     "concatenate": Rule(concatenate, paper="2510.15304", looks=True),
     "replace-me": Rule(drop, patch="replace-me", paper="2505.02819"),
+    "replace-me-cosine": Rule(drop, patch="replace-me-cosine", paper="2505.02819"),
     "linear-patch": Rule(drop, patch="linear-patch", paper="2505.24680"),
 }
