@@ -16,6 +16,7 @@ from deltafold.folding.methods.healing import (
     replace_me_cosine,
     rotation,
 )
+from deltafold.folding.patch import Rows, by_paper
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -27,6 +28,20 @@ def test_replace_me_by_hand() -> None:
     made = torch.tensor([[1.0], [2.0]])
     output, target = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [4.0]])
     assert replace_me(made, output, target, 8.0).item() == pytest.approx((1 * 3 + 2 * 5) / 13)
+
+
+def test_named_patches_by_hand() -> None:
+    """As above, with a thousandth of the mean of M'M's diagonal, 5, for lambda.
+
+    LinearPatch in one channel: the states at the cut are multiplied by (3 + 4) / (1 + 1), and the
+    fit is of 3.5 Y - Y + M by M.
+    """
+    made = torch.tensor([[1.0], [2.0]])
+    output, target = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [4.0]])
+    rows = [Rows(made[n:][:1], output[n:][:1], target[n:][:1], torch.zeros(1) > 0) for n in (0, 1)]
+    found = {kind: by_paper(rows, kind)[0].item() for kind in ("replace-me", "linear-patch-fit")}
+    assert found["replace-me"] == pytest.approx((1 * 3 + 2 * 5) / 5.005)
+    assert found["linear-patch-fit"] == pytest.approx((1 * 3.5 + 2 * 4.5) / 5.005)
 
 
 def test_replace_me_finds_a_linear_cut() -> None:

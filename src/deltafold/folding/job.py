@@ -112,7 +112,9 @@ def _count(
         if blocks < 1:
             raise UsageError(f"{blocks} blocks is nothing to fold; give at least 1.")
         if blocks > most:
-            raise UsageError(f"{can}, not {blocks}; ask for fewer.")
+            raise UsageError(
+                f"{can}, not {blocks}; ask for fewer{', or --protect fewer' if protected else ''}."
+            )
         return blocks
     assert parameters is not None
     if not 0 < parameters < 1:

@@ -5,8 +5,9 @@
                         ^ cut                            z' = what entered block 5 in the model
 
 Patches go from the first cut on, each on the states that the patches before it lead to. `replace-me`
-and `linear-patch` fit the papers' matrix T, which follows the MLP's result. Healing fits changes of
-the projections themselves (`fold_heal.py`), or T where experts share a result; `through` also heals
+and `replace-me-cosine` fit their paper's matrix T, which follows the MLP's result; `linear-patch-fit`
+fits T so that the block's output is as LinearPatch's matrix would make it. Healing fits changes of
+the projections themselves (`heal.py`), or T where experts share a result; `through` also heals
 the blocks after a cut, so that errors do not pile up.
 """
 
@@ -37,7 +38,7 @@ from deltafold.running.engine import Progress, Step
 
 Row = dict[str, Any]
 Reach = Literal["cut", "through"]
-Kind = Literal["replace-me", "replace-me-cosine", "linear-patch", "heal"]
+Kind = Literal["replace-me", "replace-me-cosine", "linear-patch-fit", "heal"]
 
 REPLACE_ME_RIDGE = 1e-3
 """lambda of ReplaceMe, as a share of the mean of M'M's diagonal."""
@@ -255,7 +256,7 @@ def by_paper(parts: Sequence[Rows], kind: Kind) -> tuple[torch.Tensor, float | N
     )
     if kind == "replace-me-cosine":
         return replace_me_cosine(made, output, wanted), None
-    if kind == "linear-patch":
+    if kind == "linear-patch-fit":
         wanted = (output.double() @ linear_patch(output, wanted)).float()
     size = float((made.double() ** 2).sum() / made.shape[1])
     return replace_me(made, output, wanted, REPLACE_ME_RIDGE * size), REPLACE_ME_RIDGE

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deltafold.errors import UsageError, nearest
+from deltafold.errors import DeltafoldWarning, UsageError, nearest
 from deltafold.folding.methods.rules import RULES, Rule
 from deltafold.folding.methods.selection import SELECTIONS, Chooser
 from deltafold.folding.methods.similarity import ABSENCES, SIMILARITIES
@@ -46,10 +47,12 @@ PRESETS: dict[str, Preset] = {
     "random": Preset("cosine", "random", "drop"),
     "replaceme": Preset("cosine", "contiguous", "replace-me", paper="2505.02819"),
     "replaceme-cosine": Preset("cosine", "contiguous", "replace-me-cosine", paper="2505.02819"),
-    "linearpatch": Preset("cosine", "contiguous", "linear-patch", paper="2505.24680"),
+    "linearpatch-fit": Preset("cosine", "contiguous", "linear-patch-fit", paper="2505.24680"),
     "come": Preset("angular", "weakest-pair", "concatenate", paper="2510.15304"),
 }
 METHODS = tuple(PRESETS)
+OLD_NAMES = {"linearpatch": "linearpatch-fit", "linear-patch": "linear-patch-fit"}
+"""Rows that have another name now, which says what they do."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Method:
         rule: str | None = None,
     ) -> Method:
         known = list(METHODS)
+        name, rule = _renamed(name), rule and _renamed(rule)
         if name not in known:
             raise UsageError(f"There is no method {name!r}; {nearest(name, known)}")
         tables = (
@@ -131,3 +135,16 @@ class Method:
             raise UsageError(
                 f"The selection {preset.selection} folds blocks together; take the rule collapse or average."
             )
+
+
+def _renamed(name: str) -> str:
+    """A row's name as it is now, with a word where that is another."""
+    if name not in OLD_NAMES:
+        return name
+    warnings.warn(
+        f"{name} is called {OLD_NAMES[name]}: LinearPatch multiplies the hidden states at the cut, "
+        "for which an ordinary model has no place, and this row fits that by the down projection.",
+        DeltafoldWarning,
+        stacklevel=3,
+    )
+    return OLD_NAMES[name]
