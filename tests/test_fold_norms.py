@@ -130,7 +130,7 @@ def test_it_is_said_that_nothing_was_healed(tmp_path: Path, deltafold: Any) -> N
         "--closed-form", "through", "--calibration", text, "--max-tokens", "40",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "nothing was healed: no block stands before a cut; --heal 30" in done.stdout
+    assert "nothing was healed: no block stands before a cut; --steps 30" in done.stdout
 
 
 def test_units_of_two_blocks_of_gemma_stand_under_one_norm(

@@ -55,7 +55,7 @@ def _patch_lines(result: dict[str, Any]) -> list[str]:
         lines.append(f"  {kept} of {len(healed)} least-squares patches kept")
     if result.get("unhealed_because"):
         lines.append(
-            f"  nothing was healed: {result['unhealed_because']}; --heal 30 trains what is left"
+            f"  nothing was healed: {result['unhealed_because']}; --steps 30 trains what is left"
         )
     return lines
 
