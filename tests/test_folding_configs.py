@@ -6,7 +6,7 @@ import pytest
 
 from deltafold.blocks.configs import depth_of, readings, shortened
 from deltafold.blocks.layout import find_layout
-from deltafold.errors import MismatchError, UsageError
+from deltafold.errors import DeltafoldWarning, MismatchError, UsageError
 from deltafold.folding.methods.presets import METHODS, Method
 from deltafold.folding.methods.selection import SELECTIONS
 from deltafold.folding.methods.similarity import SIMILARITIES
@@ -93,6 +93,14 @@ def test_methods_that_cannot_be() -> None:
         with pytest.raises(UsageError, match=words):
             Method.of(*arguments)
     assert Method.of("mka", "cka").preset.similarity == "cka"
+
+
+def test_an_old_name_works_with_a_word() -> None:
+    with pytest.warns(DeltafoldWarning, match="linearpatch is called linearpatch-fit"):
+        made = Method.of("linearpatch")
+    assert made == Method.of("linearpatch-fit")
+    with pytest.warns(DeltafoldWarning, match="for which an ordinary model has no place"):
+        assert Method.of("angular", rule="linear-patch").preset.rule == "linear-patch-fit"
 
 
 def test_numbers_of_all_blocks_are_numbers() -> None:
