@@ -36,7 +36,7 @@ def _trained(folder: Path) -> Verb:
     tuned = write_deep(folder / "tuned", "llama")
     _nudge(tuned / "model.safetensors")
     return lambda out: compress(
-        base, tuned, out, "bitdelta", calibration=text, steps=2, max_tokens=24
+        base, tuned, out, "lowrank", file_ratio=3, calibration=text, steps=2, max_tokens=24
     )
 
 

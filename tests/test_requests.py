@@ -217,8 +217,10 @@ def test_engine_once_meant_what_runs_the_adapter(tmp_path: Path) -> None:
         deltafold.export(tmp_path / "no.delta", tmp_path / "out", engine="vllm")
 
 
-def test_merge_as_one_would_guess_and_as_before(archive: Path, pair: Any, tmp_path: Path) -> None:
-    """A list of models and an output; the base is the one that the archives name."""
+def test_merge_as_one_would_guess_and_as_before(pair: Any, tmp_path: Path) -> None:
+    """A list of models and an output; the base is the one in the record of an archive."""
+    archive = tmp_path / "x.delta"
+    deltafold.compress(pair.base, pair.finetuned, archive, "lossless")
     made = deltafold.merge([archive], tmp_path / "one", method="average")
     assert made["models"] and made["recipe"]["method"] == "average"
     recipe = deltafold.Recipe((deltafold.Model(str(archive)),), "average")

@@ -343,15 +343,19 @@ main()
 
 
 def interrupted(
-    processes: Processes, slow: tuple[str, str], waits_for: Path, *arguments: object
+    processes: Processes,
+    slow: tuple[str, str],
+    waits_for: Path,
+    *arguments: object,
+    by: signal.Signals = signal.SIGINT,
 ) -> tuple[int, str]:
-    """Run the command line, slowed down; Ctrl-C when `waits_for` exists. (exit code, stderr)"""
+    """Run the command line, slowed down; a signal when `waits_for` exists. (exit code, stderr)"""
     process = processes.start("-c", SLOW.format(module=slow[0], function=slow[1]), *arguments)
     deadline = time.monotonic() + 120
     while not waits_for.exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     ended = process.wait()
     return ended.returncode, ended.stderr
 
@@ -373,15 +377,18 @@ def test_interrupted_compress(pair: PairFiles, archive: Path, processes: Process
     assert tree_hashes(out) == tree_hashes(archive)
 
 
-def test_interrupted_restore(pair: PairFiles, archive: Path, processes: Processes) -> None:
+@pytest.mark.parametrize(("by", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_restore(
+    pair: PairFiles, archive: Path, processes: Processes, by: signal.Signals, exit_code: int
+) -> None:
     out = archive.parent / "out"
     code, told = interrupted(
         processes,
         ("restoring.restore", "checked_rows"),
         partial_path(out) / "done",
-        "restore", archive, "--base", pair.base, "-o", out,
+        "restore", archive, "--base", pair.base, "-o", out, by=by,
     )  # fmt: skip
-    assert code == 130
+    assert code == exit_code
     assert told.count("\n") <= 2
     assert "goes on" in told
     assert not out.exists()

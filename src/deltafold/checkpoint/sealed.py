@@ -66,7 +66,7 @@ def save_tensors(
     metadata: Mapping[str, str] | None = None,
     later: Later | None = None,
 ) -> None:
-    """Write tensors, in this order, as a safetensors file. Raises StorageError."""
+    """Write tensors of any shape, in this order, as a safetensors file. Raises StorageError."""
     specs = [(name, DTYPE_NAMES[each.dtype], tuple(each.shape)) for name, each in tensors.items()]
     header, _ = build_header(specs, {"seal": _NONE, **(metadata or {})})
     parts = [tensor_bytes(each) for each in tensors.values()]

@@ -9,6 +9,7 @@ import atexit
 import gc
 import os
 import shlex
+import signal
 import sys
 from typing import NoReturn
 
@@ -35,6 +36,8 @@ from deltafold.running.record import COMMAND
 from deltafold.version import __version__
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
+TERMINATED = 143  # 128 + SIGTERM
+_exit_code = INTERRUPTED
 
 app = typer.Typer(
     name="deltafold",
@@ -67,6 +70,13 @@ def _options(
     pass
 
 
+def _terminate(*_: object) -> NoReturn:
+    """Asked to end (SIGTERM): as by Ctrl-C, with another exit code."""
+    global _exit_code
+    _exit_code = TERMINATED
+    raise KeyboardInterrupt
+
+
 def _stop() -> NoReturn:
     """After Ctrl-C. A second one comes here while threads still run: they are not waited for."""
     print(
@@ -74,11 +84,12 @@ def _stop() -> NoReturn:
         file=sys.stderr,
     )
     sys.stderr.flush()
-    os._exit(INTERRUPTED)
+    os._exit(_exit_code)
 
 
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
     COMMAND.set(shlex.join(["deltafold", *sys.argv[1:]]))
     # Python looks for garbage once more when it ends: a second's work, in all that torch brings.
     atexit.register(gc.freeze)

@@ -46,7 +46,10 @@ class ExportRequest(Clustered, Writing, OfArchive):
         default="peft", kw_only=False, flag="--to", choices=FORMATS, noun="format", identity=True,
     )  # fmt: skip
     base: str | Path | None = option(
-        "The base. Default: the one the archive names.", default=None, identity=False, record=False
+        "The base. Default: the one in the archive's record.",
+        default=None,
+        identity=False,
+        record=False,
     )
     rank: int | None = option("Components of each delta, at most.", default=None, panel=SIZE)
     energy: float | None = option(

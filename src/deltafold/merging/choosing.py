@@ -104,7 +104,7 @@ def _each(option: str, given: Sequence[Any] | None, count: int, usual: Any) -> l
 
 
 def base_named_by(recipe: Recipe) -> str:
-    """The base that the archives among the models name, beside them or by its id.
+    """The base in the record of an archive among the models, beside it or by its id.
 
     Raises UsageError where none does.
     """
@@ -112,10 +112,9 @@ def base_named_by(recipe: Recipe) -> str:
         if is_archive(model.path):
             with Archive(Path(model.path)) as archive:
                 label, _ = names_of(archive)
-            if not label:
-                break
-            beside = Path(model.path).absolute().parent / label
-            return str(beside) if beside.is_dir() else label
+            if label:
+                beside = Path(model.path).absolute().parent / label
+                return str(beside) if beside.is_dir() else label
     raise UsageError(
         "No archive with a record is among the models that would name the base; give it."
     )
