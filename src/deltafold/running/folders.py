@@ -60,7 +60,7 @@ class WorkFolder:
     def _check_ours(self) -> bool:
         """Whether an earlier run has held it. Raises UsageError for someone else's folder.
 
-        That is one which holds something, but not what a run puts there first.
+        That is one which holds something, but neither a lock nor what a run puts there first.
         """
         try:
             names = {item.name for item in self.folder.iterdir()}
@@ -73,7 +73,7 @@ class WorkFolder:
             ) from error
         first = self.first or LOCK
         found = {name for name in names - {LOCK} if not name.startswith(f"{first}.")}
-        if found and first not in names:
+        if found and names.isdisjoint({first, LOCK}):
             raise UsageError(
                 f"{self.folder} is needed for unfinished work but holds other files "
                 f"({min(found)}); move it away or choose another output."

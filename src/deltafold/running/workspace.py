@@ -91,6 +91,13 @@ class Workspace(WorkFolder):
                 StorageWarning,
                 stacklevel=4,
             )
+        elif not path.exists() and any(each.name != LOCK for each in self.folder.iterdir()):
+            warnings.warn(
+                f"{self.folder} has lost its {JOURNAL}, so nobody knows what the work in it was; it "
+                "is begun anew.",
+                StorageWarning,
+                stacklevel=4,
+            )
         guard_storage(self.folder, self._clear)
         sealed.save_json(path, self.identity)
         guard_storage(self.folder, partial(disk.sync_named, [self.folder], self.output.parent))
