@@ -32,7 +32,7 @@ def _compress(method: str, **options: Any) -> Make:
 
 
 def _trained(folder: Path) -> Verb:
-    base, text = write_deep(folder / "base", "llama"), write_text(folder / "text.txt", 12)
+    base, text = write_deep(folder / "base", "llama"), write_text(folder / "text.txt", 60)
     tuned = write_deep(folder / "tuned", "llama")
     _nudge(tuned / "model.safetensors")
     return lambda out: compress(

@@ -317,11 +317,12 @@ def test_work_with_a_damaged_journal_is_begun_anew(
 def test_a_folder_that_may_be_someone_else_s_is_not_cleared(
     pair: PairFiles, tmp_path: Path
 ) -> None:
-    """A journal that we cannot read, and no lock: clearing it has to be asked for."""
+    """A journal that we cannot read, and no lock of ours: clearing it has to be asked for."""
     out = tmp_path / "out.delta"
     partial_path(out).mkdir()
     (partial_path(out) / "journal.json").write_text("Dear diary")
     (partial_path(out) / "poems.txt").write_text("mine")
+    (partial_path(out) / "lock").write_text("")
     refused(ResumeError, lambda: compress(pair.base, pair.finetuned, out, **RATIO), "--restart")
     assert (partial_path(out) / "poems.txt").read_text() == "mine"
 

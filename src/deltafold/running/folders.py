@@ -17,7 +17,7 @@ from deltafold.errors import (
     StorageWarning,
     UsageError,
 )
-from deltafold.running.locks import LOCK, Lock
+from deltafold.running.locks import LOCK, Lock, is_ours
 
 REPLACED = "replaced"
 
@@ -60,7 +60,7 @@ class WorkFolder:
     def _check_ours(self) -> bool:
         """Whether an earlier run has held it. Raises UsageError for someone else's folder.
 
-        That is one which holds something, but neither a lock nor what a run puts there first.
+        That is one which holds something, but neither our lock nor what a run puts there first.
         """
         try:
             names = {item.name for item in self.folder.iterdir()}
@@ -71,14 +71,15 @@ class WorkFolder:
                 f"{self.folder} is needed for unfinished work and is no folder that can be read "
                 f"({error.strerror}); move it away or choose another output."
             ) from error
-        first = self.first or LOCK
-        found = {name for name in names - {LOCK} if not name.startswith(f"{first}.")}
-        if found and names.isdisjoint({first, LOCK}):
+        if is_ours(self.folder):
+            return True
+        found = {name for name in names - {LOCK} if not name.startswith(f"{self.first}.")}
+        if found and self.first not in names:
             raise UsageError(
                 f"{self.folder} is needed for unfinished work but holds other files "
                 f"({min(found)}); move it away or choose another output."
             )
-        return LOCK in names
+        return False
 
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None

@@ -13,7 +13,17 @@ from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import StorageError, UsageError
 
 LOCK = "lock"
+OURS = b"deltafold\n"
+"""What a lock holds, so that a folder is known to be ours."""
 _TRIES = 1000  # a folder may be removed, by who held it, while its lock is taken
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a process of ours has held a folder."""
+    try:
+        return (folder / LOCK).read_bytes() == OURS
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -46,6 +56,7 @@ class Lock:
         for _ in range(_TRIES):
             self._descriptor = guard_storage(folder / LOCK, self._open)
             if self._take():
+                self._mark()
                 return
             os.close(self._descriptor)
             if not self._gone:
@@ -64,6 +75,13 @@ class Lock:
         except OSError:
             return False
         return not self._gone
+
+    def _mark(self) -> None:
+        try:
+            guard_storage(self.folder / LOCK, lambda: os.pwrite(self._descriptor, OURS, 0))
+        except BaseException:
+            self.release()
+            raise
 
     def _open(self) -> int:
         for _ in range(_TRIES):

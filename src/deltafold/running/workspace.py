@@ -81,26 +81,22 @@ class Workspace(WorkFolder):
         """Go on with what the journal is of, or begin. Raises ResumeError."""
         self._later = disk.Later(self.folder)
         path = self.folder / JOURNAL
-        if path.exists() and not self.restart:
-            if self._goes_on(path):
+        if not self.restart and self._holds_work():
+            if path.exists() and self._goes_on(path):
                 self.resumed = True
                 return
+            said = "damaged or of another version" if path.exists() else "missing"
             warnings.warn(
-                f"{path} is damaged or of another version, so nobody knows what the work beside it "
-                "was; it is begun anew.",
-                StorageWarning,
-                stacklevel=4,
-            )
-        elif not path.exists() and any(each.name != LOCK for each in self.folder.iterdir()):
-            warnings.warn(
-                f"{self.folder} has lost its {JOURNAL}, so nobody knows what the work in it was; it "
-                "is begun anew.",
+                f"{path} is {said}, so nobody knows what the work beside it was; it is begun anew.",
                 StorageWarning,
                 stacklevel=4,
             )
         guard_storage(self.folder, self._clear)
         sealed.save_json(path, self.identity)
         guard_storage(self.folder, partial(disk.sync_named, [self.folder], self.output.parent))
+
+    def _holds_work(self) -> bool:
+        return any(each.name != LOCK for each in self.folder.iterdir())
 
     def _goes_on(self, path: Path) -> bool:
         """Whether the journal is of this very work; False where it cannot be read."""
