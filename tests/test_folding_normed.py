@@ -63,6 +63,20 @@ def test_a_projection_is_found_up_to_the_length_that_the_norm_takes_away() -> No
     assert float(near.mean()) > 0.99
 
 
+def test_a_projection_with_too_many_inputs_is_changed_after_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """W S with S (w, w): what was turned is turned back."""
+    monkeypatch.setattr("deltafold.folding.methods.normed.WIDEST", 4)
+    true = Ending(normal(5, 3), torch.ones(3), rms)
+    turned = torch.eye(3) + 0.4 * normal(3, 3, seed=4)
+    start = replace(true, weight=true.weight @ turned)
+    found, before, after = healed(start, made(true))
+    assert after < 0.05 * before
+    inside = torch.linalg.lstsq(true.weight, found.weight).solution
+    assert torch.allclose(true.weight @ inside, found.weight, atol=1e-4)
+
+
 def test_nothing_is_changed_where_nothing_helps() -> None:
     true = Ending(normal(5, 3), torch.ones(3), rms)
     rows = made(true)

@@ -25,7 +25,7 @@ from deltafold.folding.watching import At, Norms, Seen, find_norms, module_of, w
 Part = Literal["attention", "mlp"]
 
 WIDEST = 8192
-"""A projection with more inputs is left alone: the sums take the square of the inputs."""
+"""A projection with more inputs that no norm follows is left alone: sums take their square."""
 SAME = 1e-3
 """Relative difference of an output from its prediction, above which a projection is not linear."""
 
@@ -57,9 +57,11 @@ class Ends:
             self.layout.attention_outputs() if part == "attention" else self.layout.mlp_outputs()
         )
         found = [each for each in names if len(self.layout.shapes[each]) > 1]
-        if len(found) != 1 or max(self.layout.shapes[found[0]]) > WIDEST:
+        if len(found) != 1 or len(self.layout.shapes[found[0]]) != 2:
             return None
-        return found[0] if len(self.layout.shapes[found[0]]) == 2 else None
+        if max(self.layout.shapes[found[0]]) > WIDEST and found[0] not in self.norms.after:
+            return None
+        return found[0]
 
     def module(self, number: int, local: str) -> Any:
         """The module that holds a block's matrix; None where the model keeps it in another form."""

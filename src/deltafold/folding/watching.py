@@ -28,6 +28,7 @@ class At:
     place: int
 
     def states(self, number: int) -> torch.Tensor:
+        """The states (b, t, w) of one batch."""
         return self.done.stores[self.place][number]
 
 
@@ -175,7 +176,7 @@ def _norm(module: Any, layout: Layout, local: str, states: torch.Tensor) -> Norm
 
 
 def run_norm(module: Any, value: float, has_bias: bool, states: torch.Tensor) -> torch.Tensor:
-    """A norm on states with all of its weight at one value, and no bias."""
+    """A norm on states (..., w) with all of its weight at one value, and no bias."""
     width = states.shape[-1]
     like = {"weight": torch.full((width,), value, device=states.device)}
     if has_bias:

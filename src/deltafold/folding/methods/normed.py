@@ -21,6 +21,8 @@ import torch
 
 from deltafold.folding.methods.healing import Regression
 
+WIDEST = 8192
+"""A projection with more inputs is changed after itself, W S, since sums take the square of the inputs."""
 ROUNDS = 3
 STEPS = (1.0, 0.5, 0.25)
 DAMP = 0.1
@@ -53,7 +55,7 @@ class Ending:
     normalise: Callable[[torch.Tensor], torch.Tensor]
 
     def result(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x W, n): before the norm, and normalised without gains."""
+        """(x W, n), both (n, w), of x (n, i): before the norm, and normalised without gains."""
         made = x @ self.weight
         return made, self.normalise(made)
 
@@ -108,7 +110,8 @@ def _gains(ending: Ending, rows: Iterable[Rows]) -> torch.Tensor:
 
 def _change(ending: Ending, rows: Iterable[Rows]) -> tuple[torch.Tensor, float | None]:
     """(dW, its ridge): what moves n towards the target, to first order; no ridge where none helps."""
-    regression = Regression(*ending.weight.shape)
+    wide = ending.weight.shape[0] > WIDEST
+    regression = Regression(ending.weight.shape[1 if wide else 0], ending.weight.shape[1])
     weight = ending.gain / (ending.gain.square() + DAMP * ending.gain.square().mean())
     for each in rows:
         made, n = ending.result(each.x)
@@ -116,11 +119,13 @@ def _change(ending: Ending, rows: Iterable[Rows]) -> tuple[torch.Tensor, float |
         length = n.norm(dim=1, keepdim=True).clamp_min(1e-15)
         gap = gap - n * ((gap * n).sum(1, keepdim=True) / length.square())
         size = (made.norm(dim=1, keepdim=True) / length).clamp_min(1e-15)
-        x, y = each.x * each.scale / size, gap * each.scale
+        x, y = (made if wide else each.x) * each.scale / size, gap * each.scale
         for held in (False, True):
             regression.add(x[each.held == held], y[each.held == held], held)
     fit = regression.fit()
-    if fit.ridge is None or not regression.held.rows:
-        return fit.solution.to(ending.weight), fit.ridge
-    # What is judged on the rows held out must not have seen them.
-    return regression.fitted.solve(fit.ridge).to(ending.weight), fit.ridge
+    change = fit.solution
+    if fit.ridge is not None and regression.held.rows:
+        # What is judged on the rows held out must not have seen them.
+        change = regression.fitted.solve(fit.ridge)
+    change = change.to(ending.weight)
+    return (ending.weight @ change if wide else change), fit.ridge

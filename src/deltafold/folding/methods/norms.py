@@ -34,7 +34,7 @@ class Norm:
         return torch.zeros_like(self.gain(read)) if self.bias is None else read(self.bias).double()
 
     def divisor(self, read: Read) -> torch.Tensor:
-        """The gain, its entries near zero raised so that other gains can be divided by it."""
+        """The gain (w,), its entries near zero raised so that other gains can be divided by it."""
         gain = self.gain(read)
         least = LEAST * gain.square().mean().sqrt().clamp_min(1e-30)
         return torch.where(gain.abs() < least, least, gain)
