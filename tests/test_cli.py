@@ -302,7 +302,7 @@ def test_text_that_is_not_there(
     [
         (OSError(errno.EIO, "Input/output error", "/mnt/disk"), "/mnt/disk"),
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
-        (MemoryError(), "out of memory"),
+        (MemoryError(), "Out of memory"),
     ],
 )
 def test_failures_of_the_machine(

@@ -26,6 +26,7 @@ from deltafold.checkpoint.contents import (
 )
 from deltafold.dtypes import BITS, ITEM_BYTES, held_shape, matrix_shape
 from deltafold.errors import ArchiveError
+from deltafold.foreign import unread
 
 FORMAT = "deltafold-archive"
 FORMAT_VERSION = 2
@@ -286,7 +287,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is damaged or was edited: {where}: {message}; fetch the archive again."
         ) from None
     except OSError as error:
-        raise ArchiveError(f"{path} cannot be read ({error.strerror}); check it.") from None
+        raise unread(error, path, ArchiveError) from None
     except (ValueError, RecursionError) as error:
         raise ArchiveError(
             f"{path} is not valid JSON ({error}); fetch the archive again."

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.calibration.batches import Sample
-from deltafold.calibration.models import first_line
 from deltafold.errors import CheckpointError
+from deltafold.foreign import blamed, first_line, shortage
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
@@ -91,7 +91,9 @@ class Encoder(TextIds):
             return None
         try:
             text = self._template([{"role": "user", "content": mark}], True)
-        except Exception:  # templates are programs, and fail in their own ways
+        except Exception as error:  # templates are programs, and fail in their own ways
+            if (lacking := shortage(error)) is not None:
+                raise lacking from error
             return None
         before, found, after = text.partition(mark)
         return (before, after) if found and before else None
@@ -116,9 +118,12 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each kind of tokenizer fails in its own way
-        raise CheckpointError(
-            f"The tokenizer in {folder} cannot be loaded ({first_line(error)}); "
-            "copy the tokenizer files of its base into it."
+        raise blamed(
+            error,
+            CheckpointError(
+                f"The tokenizer in {folder} cannot be loaded ({first_line(error)}); "
+                "copy the tokenizer files of its base into it."
+            ),
         ) from error
 
 
@@ -129,7 +134,9 @@ def end_ids(folder: Path, tokenizer: Any) -> list[int]:
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     try:
         configured = GenerationConfig.from_pretrained(folder).eos_token_id
-    except (OSError, ValueError):  # most often there is no such file
+    except (OSError, ValueError) as error:  # most often there is no such file
+        if (lacking := shortage(error)) is not None:
+            raise lacking from error
         configured = None
     if configured is not None:
         ids += configured if isinstance(configured, list) else [configured]

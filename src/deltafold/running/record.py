@@ -16,6 +16,7 @@ from typing import Any
 
 from deltafold.checkpoint import sealed
 from deltafold.errors import DeltafoldError, StorageError, StorageWarning, UsageError
+from deltafold.foreign import shortage, unread
 from deltafold.running import devices
 from deltafold.running.memory import total_memory_bytes
 from deltafold.version import __version__
@@ -85,7 +86,9 @@ def read_record(path: Path) -> Record:
         record = json.loads(found.read_text())
         if record["record_version"] > RECORD_VERSION:
             raise DeltafoldError(f"{found} was written by a newer deltafold; upgrade to read it.")
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise unread(error, found, DeltafoldError) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DeltafoldError(
             f"{found} is not a record ({error!r}); run the command again."
         ) from None
