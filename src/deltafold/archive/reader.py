@@ -144,15 +144,52 @@ class Archive:
                     f"{file} is missing or differs from the one this archive refers to; "
                     "use the base it was made from."
                 )
-        if entry.stored == "base":
+        if not entry.is_stored:
             return base_data
-        stored = self.folder / FILES_FOLDER / f"{entry.name}.zst"
+        data = _decompress(self._frame(entry), entry, base_data)
+        if data is None or file_digest(data) != entry.digest:
+            raise self._damaged(entry)
+        return data
+
+    def check_side_file(self, entry: SideFile) -> bool:
+        """Check what is stored of a small file, which is not nothing, without the base.
+
+        False where it cannot be told: what is stored is relative to the base's file, and archives
+        before version 3 have no digest of it. That it is there has been checked then. Raises
+        ArchiveError.
+        """
+        if entry.stored == "zstd":
+            self.side_file(entry, None)
+            return True
+        self._frame(entry)
+        return entry.frame is not None
+
+    def _frame(self, entry: SideFile) -> bytes:
+        """What is stored of a small file, with the digest that it has. Raises ArchiveError."""
+        stored = self._place(entry)
         if not stored.is_file():
             raise ArchiveError(f"{stored} is missing; fetch the archive again.")
-        data = _decompress(_content(stored), entry, base_data)
-        if data is None or file_digest(data) != entry.digest:
-            raise ArchiveError(f"{stored} is damaged; fetch the archive again.")
+        data = _content(stored)
+        if entry.frame is not None and file_digest(data) != entry.frame:
+            raise self._damaged(entry)
         return data
+
+    def _place(self, entry: SideFile) -> Path:
+        return self.folder / FILES_FOLDER / f"{entry.name}.zst"
+
+    def _damaged(self, entry: SideFile) -> ArchiveError:
+        return ArchiveError(f"{self._place(entry)} is damaged; fetch the archive again.")
+
+    def strangers(self) -> list[str]:
+        """Files that pass for the archive's own, and that it does not name: remains of another."""
+        named = {self.folder / entry.name for entry in self.manifest.payload}
+        named |= {self._place(entry) for entry in self.manifest.files if entry.is_stored}
+        there = [*self.folder.glob("payload-*"), *(self.folder / FILES_FOLDER).rglob("*")]
+        return sorted(
+            file.relative_to(self.folder).as_posix()
+            for file in there
+            if file.is_file() and file not in named
+        )
 
     @cached_property
     def identity(self) -> str:

@@ -94,6 +94,7 @@ def encode_side_files(
                 digest=digest,
                 stored=stored,  # type: ignore[arg-type]
                 base=base_digest if stored != "zstd" else None,
+                frame=file_digest(frames[name]) if stored == "zstd-base" else None,
             )
         )
     return tuple(entries), frames
