@@ -57,6 +57,7 @@ ORDER = tuple(kind.name for kind in KINDS.values() for _ in range(kind.weight))
 def fault(known: Known, seed: int, number: int, keep: bool = False) -> Fault:
     """Do one fault."""
     kind, start = kind_of(seed, number), time.process_time()
+    place = known.folder / f"{number}"
     scene = Scene(known, place / "here", random.Random(f"{seed}:{number}"))
     try:
         found = KINDS[kind].happen(scene)
@@ -95,7 +96,8 @@ def campaign(
     for child, reader in children:
         with os.fdopen(reader) as lines:
             found += [Fault(**json.loads(line)) for line in lines]
-        os.waitpid(child, 0)
+        if os.waitpid(child, 0)[1]:
+            raise RuntimeError("a process of the campaign has ended early")
     return sorted(found, key=lambda each: each.number)
 
 
