@@ -107,6 +107,11 @@ def test_a_mistake_of_ours_is_told_as_such_with_its_place() -> None:
     assert "KeyError: 'x'" in str(found)
 
 
+def test_a_sentence_is_one_line_whatever_a_name_is_made_of() -> None:
+    found = str(CheckpointError("a\nb\x1b[31m caf\udce9 \N{SNOWMAN} is odd; rename it."))
+    assert found == "a\\nb\\x1b[31m caf\\udce9 \N{SNOWMAN} is odd; rename it."
+
+
 def test_a_name_that_is_not_utf_8() -> None:
     with pytest.raises(UnicodeEncodeError) as caught:
         "caf\udce9".encode()

@@ -19,6 +19,12 @@ class DeltafoldError(Exception):
     exit_code = 1
     passing = False
 
+    def __str__(self) -> str:
+        """One line, whatever the names in it are made of: no line feed, nothing that steers a terminal."""
+        return "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__()
+        )
+
 
 class UsageError(DeltafoldError):
     """A setting that cannot be: an unknown method, two budgets at once, an output that exists."""

@@ -22,7 +22,7 @@ def main() -> int:
     """Run a campaign, print its table, write its record. 1 if something bad came of a fault."""
     asked = _asked()
     import torch
-    from faults.campaign import campaign, counts, fault, prepared, table
+    from faults.campaign import campaign, chosen, counts, fault, prepared, table
     from faults.scene import BAD
 
     torch.set_num_threads(1)
@@ -35,10 +35,10 @@ def main() -> int:
                 print(f"{number}  {found.kind}  {found.outcome}\n  {found.note}")
             return 0
         until = start + asked.minutes * 60 if asked.minutes else None
-        numbers = range(asked.first, asked.first + asked.faults)
+        numbers = chosen(asked.seed, asked.first, asked.faults, asked.kind)
         found = campaign(known, asked.seed, numbers, asked.workers, until)
     bad = [each for each in found if each.outcome in BAD]
-    for each in bad:
+    for each in found if asked.all else bad:
         print(f"{each.number}  {each.kind}  {each.outcome}\n  {each.note}\n")
     print(table({kind: dict(row) for kind, row in counts(found).items()}))
     print(f"{len(found)} faults, seed {asked.seed}, {time.monotonic() - start:.0f} s")
@@ -65,6 +65,8 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first")
     parser.add_argument("--only", type=int, nargs="+", help="these alone, with what was said")
+    parser.add_argument("--kind", nargs="+", help="faults of these kinds alone")
+    parser.add_argument("--all", action="store_true", help="show the good ones, too")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--minutes", type=float, help="begin none after so long")
     parser.add_argument("--record", type=Path, help="where a JSON record goes")

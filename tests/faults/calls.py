@@ -78,6 +78,7 @@ class Calls:
     ):
         self.folder, self.kinds, self.at, self.again = str(folder), kinds, at, again
         self.effect = EFFECTS[effect]
+        self.ends = effect != "stop"  # the call is not carried out after it
         self.count = 0
         self.names: list[str] = []
         self._lock = threading.RLock()
@@ -95,7 +96,7 @@ class Calls:
         with self._lock:
             number, self.count = self.count, self.count + 1
         if number == self.at or (self.again and 0 <= self.at < number):
-            if half is not None:
+            if half is not None and self.ends:
                 half()
             self.effect()
 

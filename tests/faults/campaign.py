@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import random
@@ -49,6 +50,12 @@ def kind_of(seed: int, number: int) -> str:
     order = list(ORDER)
     rng.shuffle(order)
     return order[number % len(order)]
+
+
+def chosen(seed: int, first: int, count: int, kinds: Sequence[str] | None = None) -> list[int]:
+    """Numbers of faults from `first` on, of some kinds or of all."""
+    numbers = (n for n in itertools.count(first) if not kinds or kind_of(seed, n) in kinds)
+    return list(itertools.islice(numbers, count))
 
 
 ORDER = tuple(kind.name for kind in KINDS.values() for _ in range(kind.weight))

@@ -43,10 +43,11 @@ def _do(holder: Any, key: Any, way: str, rng: random.Random, raw: dict[str, Any]
     elif way == "number" and isinstance(old, int | float) and not isinstance(old, bool):
         holder[key] = old + rng.choice((-1, 1, 1 << 20))
     elif way == "moved":
-        other, place = rng.choice(list(_places(raw)))
-        holder[key] = json.loads(json.dumps(other[place]))
+        alike = [o[p] for o, p in _places(raw) if type(o[p]) is type(old) and o[p] != old]
+        holder[key] = json.loads(json.dumps(rng.choice(alike or [old])))
     else:
-        holder[key] = rng.choice(VALUES)
+        alike = [each for each in VALUES if type(each) is type(old)]
+        holder[key] = rng.choice(alike if alike and rng.random() < 0.7 else VALUES)
     return f"{key}: {str(old)[:40]!r}, {way}"
 
 

@@ -232,9 +232,14 @@ def _outside(scene: Scene) -> dict[str, str]:
 
 
 def odd(scene: Scene) -> Verdict:
-    """A checkpoint that is odd, by mistake or on purpose."""
-    job = scene.pick()
-    name = scene.rng.choice([each for each in job.reads if each != "lossy"] or ["base"])
+    """A checkpoint that is odd, by mistake or on purpose, where no digest tells what it was."""
+    job = scene.pick(
+        where=lambda job: job.name == "merge" or (job.writes and not _reads_archive(job))
+    )
+    names = [
+        each for each in job.reads if each != "lossy" and (job.name, each) != ("merge", "base")
+    ]
+    name = scene.rng.choice(names)
     what = f"{job.name}, {name}: {make_odd(scene.models.folder / name, scene.rng)}"
     return _as_given(scene, job, what)
 

@@ -64,6 +64,7 @@ class Scene:
         self.known, self.folder, self.rng = known, folder, rng
         folder.mkdir(parents=True)
         self.out = folder / "out"
+        self._started = 0
 
     @cached_property
     def models(self) -> Models:
@@ -103,8 +104,9 @@ class Scene:
     def start(
         self, job: Job, calls: Calls | None = None, out: Path | None = None, *more: object
     ) -> Child:
-        name = "answer" if out is None else f"answer-{out.name}"
-        return Child(self.work(job, out, *more), self.folder / name, calls)
+        self._started += 1
+        answer = self.folder / f"answer-{self._started}"
+        return Child(self.work(job, out, *more), answer, calls)
 
     # --- the judge ------------------------------------------------------------------------------------
 
