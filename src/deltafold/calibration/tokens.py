@@ -21,13 +21,25 @@ class TextIds:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         bare = self.ids("a")
-        full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+        full = self._asked("a", add_special_tokens=True)
         begins = tokenizer.bos_token_id is not None and full[:1] == [tokenizer.bos_token_id]
         self.prefix: list[int] = full[:1] if begins and bare[:1] != full[:1] else []
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text alone."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._asked(text, add_special_tokens=False)
+
+    def _asked(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        except Exception as error:  # settings of its files that do not fit show only here
+            raise blamed(
+                error,
+                CheckpointError(
+                    f"The tokenizer in {getattr(self.tokenizer, 'name_or_path', 'the folder')} takes "
+                    f"no text ({first_line(error)}); copy the tokenizer files of its base into it."
+                ),
+            ) from error
 
     def beginning(self, text: str) -> list[int]:
         """Token ids of a text that stands first: they begin with `prefix`, which is added once only.

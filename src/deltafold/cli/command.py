@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -104,7 +103,7 @@ def command(
         if not is_main_process():
             return
         if as_json:
-            print(json.dumps(plain(found)), flush=True)
+            print(as_json(plain(found)), flush=True)
         else:
             show(found, request)
         if after is not None:

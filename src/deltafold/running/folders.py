@@ -11,7 +11,6 @@ from typing import Self
 from deltafold.checkpoint import disk
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import (
-    ClusterError,
     DeltafoldError,
     StorageError,
     StorageWarning,
