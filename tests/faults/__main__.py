@@ -2,6 +2,7 @@
 
 python -m tests.faults --faults 1000 --seed 1
 python -m tests.faults --seed 1 --only 17
+python -m tests.faults --table out/faults.json
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 def main() -> int:
     """Run a campaign, print its table, write its record. 1 if something bad came of a fault."""
     asked = _asked()
+    if asked.table:
+        from faults.campaign import added, table
+
+        print(table(added([json.loads(path.read_text())["outcomes"] for path in asked.table])))
+        return 0
     import torch
     from faults.campaign import campaign, chosen, counts, fault, prepared, table
     from faults.scene import BAD
@@ -69,6 +75,7 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="show the good ones, too")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--minutes", type=float, help="begin none after so long")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of records, no more")
     parser.add_argument("--record", type=Path, help="where a JSON record goes")
     return parser.parse_args()
 

@@ -11,7 +11,7 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -123,7 +123,16 @@ def counts(faults: Iterable[Fault]) -> dict[str, Counter[str]]:
     return found
 
 
-def table(rows: dict[str, dict[str, int]]) -> str:
+def added(several: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, Counter[str]]:
+    """The counts of several records together."""
+    found = counts([])
+    for rows in several:
+        for kind, row in rows.items():
+            found[kind].update(row)
+    return found
+
+
+def table(rows: Mapping[str, Mapping[str, int]]) -> str:
     """The table of a campaign, from `counts` or from a record."""
     lines = [["kind", "faults", *COLUMNS]]
     for kind, row in rows.items():

@@ -43,8 +43,12 @@ class Known:
     calls: dict[tuple[str, tuple[str, ...]], int] = field(default_factory=dict)
 
     def learn(self) -> None:
-        """Run every job once for each kind of calls, in places of their own."""
+        """Run every job in this process, for what it imports; then once for each kind of calls."""
         for job in JOBS.values():
+            place = self.folder / "here"
+            place.mkdir(parents=True)
+            assert carry_out(job, self.models, place / "out").code == 0, job.name
+            shutil.rmtree(place)
             for kinds in (WRITING, READING, READING + WRITING):
                 place = self.folder / f"{job.name} {len(kinds)}".replace(" ", "-")
                 scene = Scene(self, place, random.Random(0))
