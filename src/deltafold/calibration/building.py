@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafold.calibration.models import class_of, config_of, first_line, quiet
+from deltafold.calibration.models import class_of, config_of, quiet
 from deltafold.errors import CheckpointError, MismatchError
+from deltafold.foreign import blamed, first_line
 
 
 def build(folder: Path) -> Any:
@@ -26,8 +27,11 @@ def build(folder: Path) -> Any:
         with torch.device("meta"), quiet():
             model = kind._from_config(config, dtype=torch.float32, **options)
     except Exception as error:  # a config that its own class refuses
-        raise CheckpointError(
-            f"No model can be built from the config of {folder} ({first_line(error)}); check it."
+        raise blamed(
+            error,
+            CheckpointError(
+                f"No model can be built from the config of {folder} ({first_line(error)}); check it."
+            ),
         ) from error
     return model.requires_grad_(False).eval()
 

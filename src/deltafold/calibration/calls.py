@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from deltafold.calibration.models import first_line, quiet
+from deltafold.calibration.models import quiet
 from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.wiring import Weights
 from deltafold.errors import MismatchError
+from deltafold.foreign import blamed, first_line
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Forward:
         try:
             yield
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise self._unfit(first_line(error)) from error
+            raise blamed(error, self._unfit(first_line(error))) from error
 
     def _unfit(self, why: str) -> MismatchError:
         kind = type(self.skeleton.model).__name__

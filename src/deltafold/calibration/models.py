@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from deltafold.checkpoint.json_files import read_config
-from deltafold.errors import CheckpointError, DeltafoldError, MismatchError
+from deltafold.errors import CheckpointError, MismatchError
+from deltafold.foreign import blamed, first_line
 from deltafold.running.neutral import with_values
 
 COMPOSED = "Deltafold"
@@ -50,8 +51,11 @@ def config_of(folder: Path, label: str | None = None) -> Any:
                 folder, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # transformers raises many kinds; the user needs one sentence
-        raise CheckpointError(
-            f"The config of {label} cannot be read by transformers ({first_line(error)}); check it."
+        raise blamed(
+            error,
+            CheckpointError(
+                f"The config of {label} cannot be read by transformers ({first_line(error)}); check it."
+            ),
         ) from error
 
 
@@ -158,12 +162,13 @@ def _loaded(kind: Any, folder: Path | None, label: str, options: dict[str, Any])
     try:
         with quiet(), with_values():
             model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    except DeltafoldError:
-        raise
     except Exception as error:  # the many ways in which a folder can be broken
-        raise CheckpointError(
-            f"{label} cannot be loaded as a {kind.__name__} ({first_line(error)}); check its "
-            "config.json and weight files."
+        raise blamed(
+            error,
+            CheckpointError(
+                f"{label} cannot be loaded as a {kind.__name__} ({first_line(error)}); check its "
+                "config.json and weight files."
+            ),
         ) from error
     check_keys(model, info, label)
     return model
@@ -210,9 +215,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """An error of another library in one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

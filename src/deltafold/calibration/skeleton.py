@@ -24,6 +24,7 @@ from deltafold.calibration.building import build, fill_computed_buffers, find_bl
 from deltafold.calibration.models import load_weights
 from deltafold.calibration.wiring import Group, Weights, wire
 from deltafold.errors import CheckpointError, DeltafoldWarning, MismatchError
+from deltafold.foreign import blamed
 
 
 class Skeleton:
@@ -198,9 +199,12 @@ class Skeleton:
         try:
             made = group.make(self.model, weights)
         except RuntimeError as error:  # tensors of shapes that cannot be stacked
-            raise MismatchError(
-                f"{name} cannot be made from {group.names[0]} and the like ({error}); check that "
-                f"weights and config of {self.folder} belong together."
+            raise blamed(
+                error,
+                MismatchError(
+                    f"{name} cannot be made from {group.names[0]} and the like ({error}); check that "
+                    f"weights and config of {self.folder} belong together."
+                ),
             ) from error
         # A tied parameter goes by the name of its partner.
         return made if name in made else {name: made[group.targets[0]]}

@@ -130,7 +130,7 @@ def read_contents(folder: Path, weight_map: Callable[[Path], dict[str, str]]) ->
 def _walk(folder: Path, found: Contents) -> Iterator[str]:
     """Every visible file; hidden ones keep the accounts of a file system, of git or of the hub."""
     count = 0
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_refuse_unread):
         inside = Path(place).relative_to(folder)
         kept = []
         for name in sorted(each for each in folders if not each.startswith(".")):
@@ -149,6 +149,10 @@ def _walk(folder: Path, found: Contents) -> Iterator[str]:
                 f"{folder} holds more than {MAX_FILES:,} files, so it is no model's folder; give "
                 "the folder that holds the weights."
             )
+
+
+def _refuse_unread(error: OSError) -> None:
+    raise error  # a folder that cannot be listed is not an empty one
 
 
 def _why_not_folder(folder: Path, inside: Path) -> str | None:

@@ -7,7 +7,6 @@ The caller keeps the folder under a working name and renames it when everything 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import threading
@@ -20,7 +19,8 @@ from typing import Any, TypeVar
 from deltafold.checkpoint.contents import INDEX_FILE, SINGLE_FILE, folder_of
 from deltafold.checkpoint.header import build_header
 from deltafold.dtypes import stored_bytes
-from deltafold.errors import StorageError, not_shared
+from deltafold.errors import not_shared
+from deltafold.foreign import unwritten
 from deltafold.lazy import torch
 
 Result = TypeVar("Result")
@@ -41,14 +41,7 @@ def guard_storage(path: Path, action: Callable[[], Result]) -> Result:
     try:
         return action()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StorageError(
-                f"No space left while writing {path}; free some and run the same command again: "
-                "it goes on where it stopped."
-            ) from error
-        raise StorageError(
-            f"{path} cannot be written ({error.strerror}); choose another output."
-        ) from error
+        raise unwritten(error, path) from error
 
 
 def put_file(folder: Path, name: str, data: bytes) -> None:

@@ -23,6 +23,7 @@ from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shar
 from deltafold.checkpoint.beside import write_beside
 from deltafold.checkpoint.json_files import CONFIG_FILE
 from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
+from deltafold.coding.sums import all_finite
 from deltafold.composed.form import OWN, Form, Linear
 from deltafold.composed.modeling import composed_class
 from deltafold.composed.standalone import MODULE, modelling_file, shared_config
@@ -127,7 +128,7 @@ def write_shared(
     def write(each: _Write) -> int:
         name, dtype, shape = each.spec
         tensor = checkpoint.tensor(name) if each.make is None else each.make()
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise NonFiniteError(f"{name} of {checkpoint.label}, composed, holds NaN or infinity.")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, and its entry says {shape}")

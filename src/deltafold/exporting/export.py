@@ -111,7 +111,7 @@ def _open_base(archive: Archive, base: str | Path | None) -> Checkpoint:
     try:
         return open_checkpoint(base or label)
     except CheckpointError as error:
-        if base is not None:
+        if base is not None or error.passing:
             raise
         raise CheckpointError(
             f"{archive.folder} names {label} as its base, which is not found from here; give it "

@@ -64,6 +64,8 @@ def find_places(folder: Path, names: Collection[str]) -> Layout:
             f"({_clause(error)}); use restore instead."
         ) from None
     except CheckpointError as error:
+        if error.passing:
+            raise
         raise CheckpointError(f"No adapter can be made: {error}") from None
     modules = dict(model.named_modules())
     by_parameter: dict[int, list[str]] = {}
