@@ -34,7 +34,7 @@ def test_a_config_inside_another() -> None:
         "text_config": {"num_hidden_layers": 1, "layer_types": ["b"]}, "vision": [1, 2]
     }  # fmt: skip
     assert depth_of({"n_layer": 3}) == 3
-    with pytest.raises(MismatchError, match="does not say how many blocks"):
+    with pytest.raises(MismatchError, match="does not name one number of blocks"):
         depth_of({}, "mine/")
 
 

@@ -278,6 +278,7 @@ def test_the_vocabulary_is_the_longest_table(tmp_path: Path) -> None:
     shapes = {
         "bert.embeddings.token_type_embeddings.weight": (2, 8),
         "bert.embeddings.word_embeddings.weight": (20, 8),
+        "bert.encoder.layers.0.relative_pos_embeddings.weight": (40, 8),
         "classifier.bias": (2,),
         "classifier.weight": (2, 8),
     }

@@ -87,7 +87,6 @@ HYBRID: Rows = {
     "RecurrentGemmaForCausalLM": {},
     "RwkvForCausalLM": {"attention_hidden_size": 64},
     "xLSTMForCausalLM": {},
-    "Zamba2ForCausalLM": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 16, "adapter_rank": 8},
 }
 
 MIXTURES: Rows = {

@@ -202,5 +202,10 @@ def composed_class(base: Any) -> Any:
             super().__init__(config, *args, **kwargs)
             compose(self, config.deltafold)
 
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """What the base's own code fills is filled as in the base: buffers that no file holds."""
+            return False
+
     Composed.__name__ = Composed.__qualname__ = f"Deltafold{base.__name__}"
     return Composed

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from torch import nn
 
 from deltafold.calibration.building import build
+from deltafold.calibration.usage import is_conv1d, is_linear, is_passed_over, looks_up_ids
 from deltafold.calibration.wiring import Group, wire
 from deltafold.errors import CheckpointError, DeltafoldError, MismatchError
 from deltafold.names import role_of
@@ -97,11 +98,11 @@ def _clause(error: DeltafoldError) -> str:
 
 
 def _kind(module: nn.Module) -> Kind:
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return "linear"
-    if isinstance(module, nn.Embedding):
+    if looks_up_ids(module):
         return "embedding"
-    if type(module).__name__ == "Conv1D":  # GPT-2's; importing it would import all of transformers
+    if is_conv1d(module):
         return "conv1d"
     return "none"
 
@@ -114,6 +115,8 @@ def _place(modules: dict[str, nn.Module], parameter: str, group: Group) -> Place
         why = "experts are one parameter to transformers; a pair reaches modules only"
         return Place(path, "none", why=why)
     if kind != "none" and leaf == "weight":
+        if is_passed_over(modules[""], path):
+            return Place(path, "none", why="the model reads its weight past the layer, and a pair with it")
         rest = kind == "embedding" or role in ("embedding", "head")
         return Place(path, kind, rest=rest)
     if kind != "none":

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from deltafold.calibration.building import build, find_blocks
+from deltafold.calibration.usage import is_conv1d, is_linear, is_rewritten, tied_layers
 from deltafold.checkpoint import DTYPES, Checkpoint
 from deltafold.composed.write import Source
 from deltafold.errors import BudgetError, MismatchError
@@ -129,11 +130,12 @@ def _group_size(method: Method, matrix: Matrix, group: int) -> int:
 
 def _matrices(model: nn.Module, names: Sequence[str], source: Source) -> list[Matrix]:
     """Linear layers and stacked experts of the decoder's blocks, in their order."""
-    found = []
+    found, tied = [], tied_layers(model)
     for block, prefix in enumerate(names):
         for path, module in model.get_submodule(prefix).named_modules():
             name = f"{prefix}.{path}"
-            layer = _layer(source, name, module, block)
+            fixed = name in tied or is_rewritten(model, name)
+            layer = None if fixed else _layer(source, name, module, block)
             found += [layer] if layer else []
             for leaf, parameter in module.named_parameters(recurse=False):
                 if f"{name}.{leaf}" in source.stacks and parameter.ndim == 3:
@@ -142,10 +144,10 @@ def _matrices(model: nn.Module, names: Sequence[str], source: Source) -> list[Ma
 
 
 def _layer(source: Source, name: str, module: nn.Module, block: int) -> Matrix | None:
-    transposed = type(module).__name__ == "Conv1D"
+    transposed = is_conv1d(module)
     tensor = source.stored.get(f"{name}.weight")
     role = matrix_role(name)
-    if tensor is None or role == "router" or not (transposed or isinstance(module, nn.Linear)):
+    if tensor is None or role == "router" or not (transposed or is_linear(module)):
         return None
     info = source.checkpoint.tensors[tensor]
     dtype = DTYPES[info.dtype]
