@@ -153,7 +153,7 @@ VISION: Rows = {
     "Dinov2ForImageClassification": {},
     "DINOv3ViTModel": {},
     "DPTForDepthEstimation": {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 16, 16], "fusion_hidden_size": 16},
-    "MobileNetV2ForImageClassification": {},
+    "MobileNetV2ForImageClassification": {"depth_multiplier": 0.1, "finegrained_output": True},
     "PixtralVisionModel": {},
     "RegNetForImageClassification": {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 2, 1], "groups_width": 8},
     "ResNetForImageClassification": {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 2, 1]},

@@ -100,7 +100,7 @@ def moved(model: Any, seed: int) -> Any:
             if parameter.dim() < 2:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
                 continue
-            for matrix in parameter.view(-1, *parameter.shape[-2:]):
+            for matrix in parameter.view(-1, *parameter.shape[-2:]) if parameter.numel() else ():
                 matrix += decaying_delta(tuple(matrix.shape), generator)
     return made.to(torch.bfloat16).eval()
 

@@ -22,6 +22,9 @@ from deltafold.running.neutral import with_values
 
 COMPOSED = "Deltafold"
 """What stands before the class of a composed model, see `composed/standalone.py`."""
+_WITHOUT_TEXT = (
+    "compress, restore, verify, merge, fold, export and factor (--method svd) take it, without text"
+)
 # Buffers that older versions stored and newer ones compute.
 _COMPUTED = re.compile(r"(?:position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 
@@ -84,8 +87,8 @@ def class_of(config: Any, label: str, causal: bool = True) -> Any:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if kind is None and causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise MismatchError(
-            f"{label}: transformers has no causal language model for {config.model_type!r}; compress, "
-            "restore, verify and merge take it, without text."
+            f"{label}: transformers has no causal language model for {config.model_type!r}, so no text "
+            f"can be run through it; {_WITHOUT_TEXT}."
         )
     if kind is None:
         what = f"a {name}, which is no class of transformers for" if name else "no architecture for"
@@ -93,10 +96,10 @@ def class_of(config: Any, label: str, causal: bool = True) -> Any:
             f"{label}: its config names {what} {config.model_type!r}, so no model can be built; "
             "restore it, and load it with its own code."
         )
-    if causal and not _is_causal(kind, config):
+    if causal and not is_causal(kind, config):
         raise MismatchError(
-            f"{label} is a {kind.__name__}, no causal language model, so it cannot be run on text or "
-            "taken apart here; compress, restore, verify and merge take it, without text."
+            f"{label} is a {kind.__name__}, no causal language model, so no text can be run through it "
+            f"here; {_WITHOUT_TEXT}."
         )
     return kind
 
@@ -112,7 +115,8 @@ def _known(name: str, config: Any) -> Any:
     return kind if wanted is None or isinstance(config, wanted) else None
 
 
-def _is_causal(kind: Any, config: Any) -> bool:
+def is_causal(kind: Any, config: Any) -> bool:
+    """Whether models of this class predict the next token of a text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

@@ -33,9 +33,14 @@ def looks_up_ids(module: nn.Module) -> bool:
 
 
 def is_passed_over(model: nn.Module, path: str) -> bool:
-    """Whether the code around a layer reads its weight and never calls it, as Mamba's does `dt_proj`."""
+    """Whether the code around a layer reads its weight and never calls it, as Mamba's does `dt_proj`.
+
+    Or the size of a table, as Whisper's does, which nothing that is put in its place has.
+    """
     parent, _, leaf = path.rpartition(".")
     code = _text(type(model.get_submodule(parent)))
+    if re.search(rf"self\.{re.escape(leaf)}\.(?:num_embeddings|embedding_dim)\b", code):
+        return True
     reads = re.search(rf"self\.{re.escape(leaf)}\.weight\b", code)
     return reads is not None and f"self.{leaf}(" not in code
 

@@ -56,7 +56,7 @@ class Source:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Source:
         """Raises CheckpointError, MismatchError for what transformers cannot build."""
-        model = build(checkpoint.path)
+        model = build(checkpoint.path, causal=False)
         groups = wire(model, checkpoint.own_tensors)
         stored = {name: group.names[0] for name, group in groups.items() if group.converter is None}
         stacks = {

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from deltafold.calibration.building import build, find_blocks
+from deltafold.calibration.building import build, find_blocks, find_stacks
+from deltafold.calibration.models import is_causal
 from deltafold.calibration.usage import is_conv1d, is_linear, is_rewritten, tied_layers
 from deltafold.checkpoint import DTYPES, Checkpoint
 from deltafold.composed.write import Source
@@ -73,8 +74,7 @@ def make_job(checkpoint: Checkpoint, method: Method, request: FactorRequest) -> 
             f"{checkpoint.label} holds quantised weights; factor it unquantised, then quantise."
         )
     source = Source.of(checkpoint)
-    model = build(checkpoint.path)
-    _, names = find_blocks(model, checkpoint.path)
+    model, names = _blocks(checkpoint, method.looks or bool(request.text or request.tasks))
     found = _matrices(model, names, source)
     chosen = {m.module: m for m in found if _is_wanted(m, method)}
     if not chosen:
@@ -104,6 +104,17 @@ def make_job(checkpoint: Checkpoint, method: Method, request: FactorRequest) -> 
     return job
 
 
+def _blocks(checkpoint: Checkpoint, runs: bool) -> tuple[Any, list[str]]:
+    """The model without weights, and its blocks; a model that `runs` on text must be one of language.
+
+    Raises MismatchError, CheckpointError.
+    """
+    model = build(checkpoint.path, causal=runs)
+    if runs or is_causal(type(model), model.config):
+        return model, find_blocks(model, checkpoint.path)[1]
+    return model, find_stacks(model)
+
+
 def _is_centred(request: FactorRequest, method: Method) -> bool:
     return request.centre and method.whitened
 
@@ -120,6 +131,8 @@ def _nothing(label: str, method: Method) -> str:
             f"{label} has no experts that are stacked, and moe is for models with experts; choose "
             "lord."
         )
+    if method.roles is None:
+        return f"{label} has no blocks with linear layers of their own, so there is nothing to factor."
     return f"{label} has no layers that {method.name} factors; choose lord."
 
 
