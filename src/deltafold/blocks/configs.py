@@ -47,11 +47,6 @@ def depth_of(config: Config, label: str = "the model") -> int:
     for name in DEPTHS:
         if isinstance(inside.get(name), int):
             return int(inside[name])
-    if not config:
-        raise MismatchError(
-            f"{label} holds no config.json, which says how many blocks it has; give a whole Hugging "
-            "Face folder."
-        )
     raise MismatchError(
         f"The config of {label} does not name one number of blocks ({', '.join(DEPTHS)}), as that of "
         "a model with an encoder and a decoder, or of several stages, does not; such a model cannot "

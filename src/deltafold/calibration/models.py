@@ -41,6 +41,8 @@ def config_of(folder: Path, label: str | None = None) -> Any:
     model_type = found.get("model_type")
     if model_type not in CONFIG_MAPPING:
         named = "names no model type" if model_type is None else f"is of type {model_type!r}"
+        if isinstance(found.get("_class_name"), str):
+            named = f"is that of a {found['_class_name']} of diffusers"
         code = "; code that lies in the folder is not run" if "auto_map" in found else ""
         raise CheckpointError(
             f"The config of {label} cannot be read: it {named}, and transformers "
@@ -67,7 +69,7 @@ def no_config(folder: Path, label: str) -> str:
     if (folder / "model_index.json").is_file():
         return (
             f"{label} is a pipeline of diffusers and holds no config.json of its own; compress, "
-            "restore and verify take it."
+            "restore, verify and merge take it."
         )
     return f"{label} holds no config.json, which says what model it is; put it there."
 
