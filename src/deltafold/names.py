@@ -24,7 +24,10 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)\.")
 _ROLE_PATTERNS: tuple[tuple[Role, re.Pattern[str]], ...] = (
     (
         "norm",
-        re.compile(r"(norm|ln_|layernorm|ln\d|\.ln\.)[^.]*\.?(weight|bias)?$|norm\d?\.(?!(.*\.)?(linear|proj|emb))", re.I),
+        re.compile(
+            r"(norm|ln_|layernorm|ln\d|\.ln\.)[^.]*\.?(weight|bias)?$|norm\d?\.(?!(.*\.)?(linear|proj|emb))",
+            re.I,
+        ),
     ),
     ("bias", re.compile(r"(^|[._])bias$")),
     ("embedding", re.compile(r"(embed|\bwte\b|\bwpe\b|\bshared\.weight$|word_embeddings)", re.I)),

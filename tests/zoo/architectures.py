@@ -1,8 +1,7 @@
 """The architectures of the zoo: classes of transformers, and what their tiny configs need to be told.
 
 A row is a class. Sizes come from `building.SIZES`; a row holds only what its family needs beside them.
-`takes` says what the model is run on, see `inputs.py`. Rows marked `often` are checked in every run of
-the tests, the others by `make zoo`.
+`takes` says what the model is run on, see `building.inputs`.
 """
 
 from __future__ import annotations
@@ -75,13 +74,30 @@ HYBRID: Rows = {
     "FalconH1ForCausalLM": {},
     "FalconMambaForCausalLM": {},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "mamba", "attention", "mamba"]},
-    "JambaForCausalLM": {"attn_layer_period": 4, "attn_layer_offset": 2, "use_mamba_kernels": False},
-    "KimiLinearForCausalLM": {"num_experts_per_token": 2, "linear_head_dim": 16, "linear_num_heads": 4, "head_dim": 8},
+    "JambaForCausalLM": {
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "use_mamba_kernels": False,
+    },
+    "KimiLinearForCausalLM": {
+        "num_experts_per_token": 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "head_dim": 8,
+    },
     "Lfm2ForCausalLM": {},
     "Mamba2ForCausalLM": {"num_heads": 8, "n_groups": 1, "chunk_size": 16},
     "MambaForCausalLM": {},
     "MiniMaxForCausalLM": {},
-    "NemotronHForCausalLM": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 16, "expand": 1, "chunk_size": 16, "moe_shared_expert_intermediate_size": 32},
+    "NemotronHForCausalLM": {
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+        "ssm_state_size": 16,
+        "expand": 1,
+        "chunk_size": 16,
+        "moe_shared_expert_intermediate_size": 32,
+    },
     "Qwen3_5ForCausalLM": {},
     "Qwen3NextForCausalLM": {},
     "RecurrentGemmaForCausalLM": {},
@@ -110,7 +126,10 @@ ENCODER_DECODER: Rows = {
     "BartForConditionalGeneration": {},
     "BigBirdPegasusForConditionalGeneration": {"attention_type": "original_full"},
     "BlenderbotForConditionalGeneration": {},
-    "LEDForConditionalGeneration": {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
+    "LEDForConditionalGeneration": {
+        "max_encoder_position_embeddings": 64,
+        "max_decoder_position_embeddings": 64,
+    },
     "LongT5ForConditionalGeneration": {},
     "M2M100ForConditionalGeneration": {},
     "MarianMTModel": {},
@@ -144,26 +163,33 @@ ENCODERS: Rows = {
     "XLNetLMHeadModel": {"d_inner": 96},
 }
 
+DEPTHS = {"depths": [1, 1, 2, 1]}
+STAGES = DEPTHS | {"hidden_sizes": [16, 32, 48, 64], "image_size": 64}
+SMALL = DEPTHS | {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32]}
+WINDOWS = DEPTHS | {"embed_dim": 16, "num_heads": [1, 2, 2, 4], "window_size": 2, "patch_size": 2}
 VISION: Rows = {
     "BeitForImageClassification": {},
     "CLIPVisionModel": {},
-    "ConvNextForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1], "image_size": 64},
-    "ConvNextV2ForImageClassification": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1], "image_size": 64},
+    "ConvNextForImageClassification": STAGES,
+    "ConvNextV2ForImageClassification": STAGES,
     "DeiTForImageClassification": {},
     "Dinov2ForImageClassification": {},
     "DINOv3ViTModel": {},
-    "DPTForDepthEstimation": {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 16, 16], "fusion_hidden_size": 16},
+    "DPTForDepthEstimation": {
+        "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 16, 16],
+        "fusion_hidden_size": 16,
+    },
     "MobileNetV2ForImageClassification": {"depth_multiplier": 0.1, "finegrained_output": True},
     "PixtralVisionModel": {},
-    "RegNetForImageClassification": {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 2, 1], "groups_width": 8},
-    "ResNetForImageClassification": {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 2, 1]},
+    "RegNetForImageClassification": SMALL | {"groups_width": 8},
+    "ResNetForImageClassification": SMALL,
     "SegformerForSemanticSegmentation": {
-        "hidden_sizes": [16, 16, 32, 32], "num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1],
-        "decoder_hidden_size": 16,
+        "hidden_sizes": [16, 16, 32, 32], "num_attention_heads": [1, 1, 2, 2],
+        "depths": [1, 1, 1, 1], "decoder_hidden_size": 16,
     },
     "SiglipVisionModel": {},
-    "SwinForImageClassification": {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4], "window_size": 2, "patch_size": 2},
-    "Swinv2ForImageClassification": {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4], "window_size": 2, "patch_size": 2},
+    "SwinForImageClassification": WINDOWS,
+    "Swinv2ForImageClassification": WINDOWS,
     "VideoMAEForVideoClassification": {"num_frames": 4, "tubelet_size": 2},
     "ViTForImageClassification": {},
     "YolosForObjectDetection": {"image_size": [32, 32], "num_detection_tokens": 5},
@@ -172,7 +198,10 @@ VISION: Rows = {
 SOUND = {"conv_kernel": (8, 8)}
 AUDIO: Rows = {
     "ASTForAudioClassification": {"max_length": 64},
-    "EncodecModel": {"hidden_size": 16, "num_filters": 4, "codebook_dim": 16, "codebook_size": 32, "upsampling_ratios": [4, 2]},
+    "EncodecModel": {
+        "hidden_size": 16, "num_filters": 4, "codebook_dim": 16, "codebook_size": 32,
+        "upsampling_ratios": [4, 2],
+    },
     "HubertForCTC": SOUND,
     "ParakeetForCTC": {},
     "SpeechT5ForSpeechToText": SOUND,
@@ -182,7 +211,8 @@ AUDIO: Rows = {
     "WhisperForConditionalGeneration": {},
 }  # fmt: skip
 
-MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+MROPE = {"text_config": {"rope_parameters": ROPE}}
 MULTIMODAL: Rows = {
     "AyaVisionForConditionalGeneration": {},
     "Blip2ForConditionalGeneration": {"image_token_index": 150},

@@ -78,7 +78,11 @@ def _settings(kind: Any, more: dict[str, Any]) -> dict[str, Any]:
         if inside is not None:
             given = more.get(name) or {}
             found[name] = _settings(type(inside), given) | {"model_type": inside.model_type}
-    own = {name: value for name, value in more.items() if name not in found or not isinstance(value, dict)}
+    own = {
+        name: value
+        for name, value in more.items()
+        if name not in found or not isinstance(value, dict)
+    }
     return found | own
 
 
@@ -107,6 +111,8 @@ def build(architecture: Architecture) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "emb" not in name:
                 parameter.mul_(3)
+            elif parameter.dim() == 4 and parameter.numel():  # of a convolution: as large out as in
+                parameter.mul_(parameter[0].numel() ** -0.5 / parameter.std())
     return model
 
 

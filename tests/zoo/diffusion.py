@@ -47,11 +47,15 @@ def flux() -> Shapes:
         more = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
         found |= _linears(f"{prefix}attn.", dict.fromkeys(more, (W, W)))
         found |= {f"{prefix}attn.norm_{each}.weight": (16,) for each in "qk"}
-        found |= _linears(prefix, {"norm1.linear": (6 * W, W), "ff.net.0.proj": (M, W), "ff.net.2": (W, M)})
+        found |= _linears(
+            prefix, {"norm1.linear": (6 * W, W), "ff.net.0.proj": (M, W), "ff.net.2": (W, M)}
+        )
     for number in range(3):
         prefix = f"single_transformer_blocks.{number}."
         found |= _attention(f"{prefix}attn.")
-        found |= _linears(prefix, {"proj_mlp": (M, W), "proj_out": (W, W + M), "norm.linear": (3 * W, W)})
+        found |= _linears(
+            prefix, {"proj_mlp": (M, W), "proj_out": (W, W + M), "norm.linear": (3 * W, W)}
+        )
     return found
 
 
@@ -62,7 +66,9 @@ def sd3() -> Shapes:
 
 def dit() -> Shapes:
     table = {"transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight": (11, W)}
-    return table | _blocks("transformer_blocks", 3, {"norm1.linear": (6 * W, W), "ff.net.0.proj": (M, W)})
+    return table | _blocks(
+        "transformer_blocks", 3, {"norm1.linear": (6 * W, W), "ff.net.0.proj": (M, W)}
+    )
 
 
 def wan() -> Shapes:
@@ -72,7 +78,11 @@ def wan() -> Shapes:
 
 
 def unet() -> Shapes:
-    found = {"conv_in.weight": (32, 4, 3, 3), "conv_in.bias": (32,), "conv_out.weight": (4, 32, 3, 3)}
+    found = {
+        "conv_in.weight": (32, 4, 3, 3),
+        "conv_in.bias": (32,),
+        "conv_out.weight": (4, 32, 3, 3),
+    }
     found |= _linears("time_embedding.", {"linear_1": (M, 32), "linear_2": (M, M)})
     for side in ("down_blocks.0", "up_blocks.1"):
         found |= {f"{side}.resnets.0.conv{n}.weight": (32, 32, 3, 3) for n in (1, 2)}
@@ -94,7 +104,12 @@ def vae() -> Shapes:
 def text_encoder() -> Shapes:
     found = {"text_model.embeddings.token_embedding.weight": (160, W)}
     found["text_model.embeddings.position_embedding.weight"] = (16, W)
-    sizes = {"self_attn.q_proj": (W, W), "self_attn.k_proj": (W, W), "mlp.fc1": (M, W), "mlp.fc2": (W, M)}
+    sizes = {
+        "self_attn.q_proj": (W, W),
+        "self_attn.k_proj": (W, W),
+        "mlp.fc1": (M, W),
+        "mlp.fc2": (W, M),
+    }
     for number in range(2):
         found |= _linears(f"text_model.encoder.layers.{number}.", sizes)
     return found
@@ -132,7 +147,9 @@ def write_diffusion(name: str, folder: Path, seeds: list[int]) -> list[Path]:
         for number, (part, (kind, shapes)) in enumerate(parts.items()):
             _write_part(where / part, kind, shapes(), number, seed)
         if name in PIPELINES:
-            index = {"_class_name": name} | {p: ["diffusers", kind] for p, (kind, _) in parts.items()}
+            index = {"_class_name": name} | {
+                p: ["diffusers", kind] for p, (kind, _) in parts.items()
+            }
             (where / "model_index.json").write_text(json.dumps(index))
             (where / "scheduler").mkdir()
             (where / "scheduler/scheduler_config.json").write_text('{"beta_end": 0.012}')

@@ -67,7 +67,9 @@ def find_stacks(model: nn.Module) -> list[str]:
         inside = any(name.startswith(f"{each}.") for each in lists)
         if isinstance(module, nn.ModuleList) and not inside:
             lists.append(name)
-    return [f"{each}.{number}" for each in lists for number in range(len(model.get_submodule(each)))]
+    return [
+        f"{each}.{number}" for each in lists for number in range(len(model.get_submodule(each)))
+    ]
 
 
 def stored_buffers(model: Any) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from deltafold.running.neutral import with_values
 COMPOSED = "Deltafold"
 """What stands before the class of a composed model, see `composed/standalone.py`."""
 _WITHOUT_TEXT = (
-    "compress, restore, verify, merge, fold, export and factor (--method svd) take it, without text"
+    "compress, restore, verify and merge take it without text, and fold, export and factor "
+    "(--method svd) where its blocks allow it"
 )
 # Buffers that older versions stored and newer ones compute.
 _COMPUTED = re.compile(r"(?:position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias)$")

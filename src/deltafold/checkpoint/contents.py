@@ -112,7 +112,9 @@ def stem_of(files: Iterable[str]) -> str:
     ('diffusion_pytorch_model', 'model', 'model')
     """
     own = [file for file in files if "/" not in file]
-    return next((stem for stem in STEMS if own and all(each.startswith(stem) for each in own)), STEMS[0])
+    return next(
+        (stem for stem in STEMS if own and all(each.startswith(stem) for each in own)), STEMS[0]
+    )
 
 
 def read_contents(folder: Path, weight_map: Callable[[Path], dict[str, str]]) -> Contents:

@@ -82,7 +82,9 @@ def plan_shards(
     return (_plan_own(own, shard_bytes, stem) if own or not kept else {}) | kept
 
 
-def _plan_own(tensors: list[TensorSpec], shard_bytes: int, stem: str) -> dict[str, list[TensorSpec]]:
+def _plan_own(
+    tensors: list[TensorSpec], shard_bytes: int, stem: str
+) -> dict[str, list[TensorSpec]]:
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in tensors:

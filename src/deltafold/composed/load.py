@@ -23,7 +23,8 @@ def is_shared(folder: str | Path) -> bool:
 def load_shared(folder: str | Path, *, causal: bool = False, **from_pretrained: Any) -> Any:
     """The model of a folder that `share` or `factor` wrote; with `causal` one of language.
 
-    Raises CheckpointError, MismatchError. `from_pretrained` takes what `AutoModelForCausalLM.from_pretrained` takes.
+    `from_pretrained` takes what `AutoModelForCausalLM.from_pretrained` takes. Raises CheckpointError,
+    MismatchError.
     """
     where = Path(folder).expanduser()
     config = config_of(where, str(folder))

@@ -126,7 +126,9 @@ def _place(modules: dict[str, nn.Module], parameter: str, group: Group) -> Place
         return Place(path, "none", why=why)
     if kind != "none" and leaf == "weight":
         if is_passed_over(modules[""], path):
-            return Place(path, "none", why="the model reads its weight past the layer, and a pair with it")
+            return Place(
+                path, "none", why="the model reads its weight past the layer, and a pair with it"
+            )
         rest = kind == "embedding" or role in ("embedding", "head")
         return Place(path, kind, rest=rest)
     if kind != "none":

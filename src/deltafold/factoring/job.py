@@ -132,7 +132,9 @@ def _nothing(label: str, method: Method) -> str:
             "lord."
         )
     if method.roles is None:
-        return f"{label} has no blocks with linear layers of their own, so there is nothing to factor."
+        return (
+            f"{label} has no blocks with linear layers of their own, so there is nothing to factor."
+        )
     return f"{label} has no layers that {method.name} factors; choose lord."
 
 
