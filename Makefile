@@ -1,6 +1,7 @@
 # make demo    compress a fine-tune, show what was saved and what it cost
 #              (OPTIONS=--all: by every method)
 # make test    run the tests
+# make zoo     check every architecture, and write the table of docs/checkpoints.md
 # make bench   measure every codec on a real model (hours; goes on where it stopped)
 # make tables  write tables and figures from the records of make bench
 # All work on a fresh clone with nothing but Python 3.11+ and pip: they set up .venv themselves.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test unit check bench tables clean
+.PHONY: demo test unit zoo check bench tables clean
 
 demo: $(VENV)/.test
 	$(BIN)/python demo/run.py $(OPTIONS)
@@ -19,6 +20,10 @@ test: $(VENV)/.test
 
 unit: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+zoo: $(VENV)/.test
+	$(BIN)/python tests/zoo/run.py
+	$(BIN)/python scripts/write_zoo_table.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

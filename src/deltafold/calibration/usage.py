@@ -18,7 +18,8 @@ from torch import nn
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a layer computes x W^T and nothing else; a router may be a linear layer that goes on."""
-    return isinstance(module, nn.Linear) and _computes_a_product(type(module))
+    kind: Any = type(module)
+    return isinstance(module, nn.Linear) and _computes_a_product(kind)
 
 
 @cache
