@@ -62,14 +62,12 @@ def find_blocks(model: Any, folder: Path) -> tuple[list[nn.Module], list[str]]:
 
 def find_stacks(model: nn.Module) -> list[str]:
     """Names of the blocks of a model of any kind, which may have several lists of them."""
-    lists: list[str] = []
+    lists: dict[str, int] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{each}.") for each in lists)
         if isinstance(module, nn.ModuleList) and not inside:
-            lists.append(name)
-    return [
-        f"{each}.{number}" for each in lists for number in range(len(model.get_submodule(each)))
-    ]
+            lists[name] = len(module)
+    return [f"{each}.{number}" for each, depth in lists.items() for number in range(depth)]
 
 
 def stored_buffers(model: Any) -> dict[str, Any]:
