@@ -114,3 +114,29 @@ def test_a_module_given_whole_has_its_buffers(tmp_path: Path) -> None:
     norm = "base_model.model.resnet.embedder.embedder.normalization"
     leaves = ("bias", "num_batches_tracked", "running_mean", "running_var", "weight")
     assert {f"{norm}.{leaf}" for leaf in leaves} <= names
+
+
+@pytest.mark.integration
+def test_a_norm_is_given_by_the_names_that_its_module_has(tmp_path: Path) -> None:
+    """Older files of BERT call them gamma and beta; PEFT asks for weight and bias."""
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertModel
+
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**sizes, intermediate_size=32))
+    for name, change in (("base", 0.0), ("tuned", 0.1)):
+        model.save_pretrained(tmp_path / name)
+        old = {
+            key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): each
+            + change
+            for key, each in read_checkpoint(tmp_path / name).items()
+        }
+        save_file(old, tmp_path / name / "model.safetensors", {"format": "pt"})
+    deltafold.compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "some.delta", "lossless")
+    out = tmp_path / "adapter"
+    record = deltafold.export(tmp_path / "some.delta", out, base=tmp_path / "base", rank=8)
+    given = {row["name"] for row in record["tensors"] if row["how"] == "whole"}
+    assert "embeddings.LayerNorm.gamma" in given
+    names = {key for key in read_checkpoint(out) if "embeddings.LayerNorm" in key}
+    assert {key.rpartition(".")[2] for key in names} == {"weight", "bias"}

@@ -33,12 +33,16 @@ PAIRED: tuple[Kind, ...] = ("linear", "conv1d", "embedding")
 
 @dataclass(frozen=True)
 class Place:
-    """One module that a checkpoint tensor belongs to. `rest`: no projection inside a block."""
+    """One module that a checkpoint tensor belongs to. `rest`: no projection inside a block.
+
+    `leaf` is what the module calls it, where it is given whole: a file may say `gamma` for `weight`.
+    """
 
     module: str
     kind: Kind
     rest: bool = False
     why: str = ""
+    leaf: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def _place(modules: dict[str, nn.Module], parameter: str, group: Group) -> Place
     is_leaf = next(module.children(), None) is None
     held = [*module.parameters(), *module.buffers()]
     if is_leaf and all(each.dim() <= 1 for each in held):
-        return Place(path, "whole", rest=True)
+        return Place(path, "whole", rest=True, leaf=leaf)
     return Place(
         path, "none", rest=role == "router", why="its module is no layer that takes a pair"
     )
