@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from deltafold.calibration.building import decoder_of
 from deltafold.calibration.models import quiet
 from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.wiring import Weights
@@ -75,7 +76,7 @@ class Forward:
             return self._answer(hidden + disturb if disturb else hidden)
 
         with self._stubs(stub), self.sentence(), quiet():
-            decoder = self.skeleton.model.get_decoder()
+            decoder = decoder_of(self.skeleton.model)
             decoder(input_ids=ids.to(self.skeleton.device), use_cache=use_cache)
         shapes = {each.shape for each in entering}
         n_blocks = len(self.skeleton.blocks)

@@ -23,6 +23,10 @@ from deltafold.running.neutral import with_values
 
 COMPOSED = "Deltafold"
 """What stands before the class of a composed model, see `composed/standalone.py`."""
+_WITHOUT_TEXT = (
+    "compress, restore, verify and merge take it without text, and fold, export and factor "
+    "(--method svd) where its blocks allow it"
+)
 # Buffers that older versions stored and newer ones compute.
 _COMPUTED = re.compile(r"(?:position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 
@@ -39,6 +43,8 @@ def config_of(folder: Path, label: str | None = None) -> Any:
     model_type = found.get("model_type")
     if model_type not in CONFIG_MAPPING:
         named = "names no model type" if model_type is None else f"is of type {model_type!r}"
+        if isinstance(found.get("_class_name"), str):
+            named = f"is that of a {found['_class_name']} of diffusers"
         code = "; code that lies in the folder is not run" if "auto_map" in found else ""
         raise CheckpointError(
             f"The config of {label} cannot be read: it {named}, and transformers "
@@ -68,7 +74,7 @@ def no_config(folder: Path, label: str) -> str:
     if (folder / "model_index.json").is_file():
         return (
             f"{label} is a pipeline of diffusers and holds no config.json of its own; compress, "
-            "restore and verify take it."
+            "restore, verify and merge take it."
         )
     return f"{label} holds no config.json, which says what model it is; put it there."
 
@@ -88,8 +94,8 @@ def class_of(config: Any, label: str, causal: bool = True) -> Any:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if kind is None and causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise MismatchError(
-            f"{label}: transformers has no causal language model for {config.model_type!r}; compress, "
-            "restore, verify and merge take it, without text."
+            f"{label}: transformers has no causal language model for {config.model_type!r}, so no text "
+            f"can be run through it; {_WITHOUT_TEXT}."
         )
     if kind is None:
         what = f"a {name}, which is no class of transformers for" if name else "no architecture for"
@@ -97,10 +103,10 @@ def class_of(config: Any, label: str, causal: bool = True) -> Any:
             f"{label}: its config names {what} {config.model_type!r}, so no model can be built; "
             "restore it, and load it with its own code."
         )
-    if causal and not _is_causal(kind, config):
+    if causal and not is_causal(kind, config):
         raise MismatchError(
-            f"{label} is a {kind.__name__}, no causal language model, so it cannot be run on text or "
-            "taken apart here; compress, restore, verify and merge take it, without text."
+            f"{label} is a {kind.__name__}, no causal language model, so no text can be run through it "
+            f"here; {_WITHOUT_TEXT}."
         )
     return kind
 
@@ -116,7 +122,8 @@ def _known(name: str, config: Any) -> Any:
     return kind if wanted is None or isinstance(config, wanted) else None
 
 
-def _is_causal(kind: Any, config: Any) -> bool:
+def is_causal(kind: Any, config: Any) -> bool:
+    """Whether models of this class predict the next token of a text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

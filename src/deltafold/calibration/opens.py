@@ -163,6 +163,8 @@ def check_opens(
     Raises CheckpointError for problems that the checkpoint `before`, which it was made of, has not.
     """
     made = open_bare(folder, kind)
+    if made.unknown and before is not None and not open_bare(before).unknown:
+        made = Opening(problems=(made.unknown,))
     if made.problems:
         known = Opening() if before is None else open_bare(before)
         if new := made.beyond(known):

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafold.calibration.building import build, fill_computed_buffers, find_blocks, stored_buffers
+from deltafold.calibration.building import (
+    build,
+    decoder_of,
+    fill_computed_buffers,
+    find_blocks,
+    stored_buffers,
+)
 from deltafold.calibration.models import load_weights
 from deltafold.calibration.wiring import Group, Weights, wire
 from deltafold.errors import CheckpointError, DeltafoldWarning, MismatchError
@@ -57,7 +63,7 @@ class Skeleton:
             for number, block in enumerate(self.blocks)
             for module in block.modules()
         }
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         inside = {id(module) for module in decoder.modules()}
         aside = [
             module for module in self.model.children()
@@ -86,7 +92,7 @@ class Skeleton:
 
     def outside(self) -> list[str]:
         """Parameters of the decoder outside of its blocks, which make hidden states of ids."""
-        inside = {id(module) for module in self.model.get_decoder().modules()}
+        inside = {id(module) for module in decoder_of(self.model).modules()}
         return [
             name for name, part in self._parts.items()
             if part is None and id(self.model.get_submodule(name.rpartition(".")[0])) in inside

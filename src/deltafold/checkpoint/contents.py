@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +21,8 @@ from deltafold.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+STEMS = ("model", "diffusion_pytorch_model")
+"""What weight files are called by transformers, and by diffusers."""
 ARCHIVE_FILE = "delta.json"
 
 MAX_SIDE_FILE_BYTES = 128_000_000
@@ -101,6 +103,18 @@ def folder_of(file: str) -> str:
     ('2_Dense/', '')
     """
     return file[: file.rfind("/") + 1]
+
+
+def stem_of(files: Iterable[str]) -> str:
+    """What the weight files of a folder, not of those inside it, are called.
+
+    >>> stem_of(["diffusion_pytorch_model.safetensors"]), stem_of(["a.safetensors"]), stem_of([])
+    ('diffusion_pytorch_model', 'model', 'model')
+    """
+    own = [file for file in files if "/" not in file]
+    return next(
+        (stem for stem in STEMS if own and all(each.startswith(stem) for each in own)), STEMS[0]
+    )
 
 
 def read_contents(folder: Path, weight_map: Callable[[Path], dict[str, str]]) -> Contents:
@@ -197,7 +211,7 @@ def _weights(
     folder: Path, files: Collection[str], weight_map: Callable[[Path], dict[str, str]]
 ) -> tuple[str | None, list[str]]:
     """(index, weight files) of one folder, with the same precedence as transformers and diffusers."""
-    for stem in ("model", "diffusion_pytorch_model"):
+    for stem in STEMS:
         single = f"{stem}.safetensors"
         if single in files:
             return None, [single]

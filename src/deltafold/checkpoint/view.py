@@ -22,6 +22,7 @@ from deltafold.checkpoint.contents import (
     folder_of,
     is_plain_path,
     read_contents,
+    stem_of,
 )
 from deltafold.checkpoint.header import TensorInfo, read_header
 from deltafold.checkpoint.json_files import read_config
@@ -90,6 +91,11 @@ class Checkpoint:
         """Tensors of weight files in folders inside, each with its file: a model's other modules."""
         inner = {each: file for each in self.shards if "/" in (file := self.relative(each))}
         return {n: inner[info.file] for n, info in self.tensors.items() if info.file in inner}
+
+    @property
+    def stem(self) -> str:
+        """What the folder's own weight files are called: `model`, or as diffusers calls them."""
+        return stem_of(self.relative(each) for each in self.shards)
 
     @property
     def own_tensors(self) -> dict[str, TensorInfo]:

@@ -122,7 +122,7 @@ def _load_folder(source: str | Path, dtype: torch.dtype | None) -> Any:
     folder = model_folder(source)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     if is_shared(folder):
-        return load_shared(folder, **options)
+        return load_shared(folder, causal=True, **options)
     return load_folder(folder, str(source), **options)
 
 

@@ -174,8 +174,7 @@ def _read_text(
 def _whole_specs(job: ExportJob) -> list[tuple[Item, str, TensorSpec]]:
     found = []
     for item in job.of("whole"):
-        leaf = item.name.rpartition(".")[2]
-        name = whole_name(item.places[0].module, leaf)
+        name = whole_name(item.places[0].module, item.places[0].leaf)
         found.append((item, name, (name, item.tensor.dtype, item.tensor.shape)))
     return found
 

@@ -48,7 +48,8 @@ def check_computes(
                 for model, numbers in ((whole, draft.numbers), (short, list(range(len(draft)))))
             ]
         except DeltafoldError as error:
-            return str(error)
+            said = str(error).replace(str(folder), checkpoint.label)
+            return said.replace(str(checkpoint.path), checkpoint.label)
         _check_cache(short, checkpoint.label)
     one, other = ended
     apart = float((one - other).abs().max())

@@ -48,6 +48,11 @@ def make_job(
     request: FoldRequest,
 ) -> FoldJob:
     """The job. Raises UsageError, BudgetError, MismatchError, each with what would be possible."""
+    if checkpoint.config().get("is_encoder_decoder"):
+        raise MismatchError(
+            f"{checkpoint.label} has an encoder and a decoder, each with blocks of its own; only a model "
+            "with one list of blocks can be folded."
+        )
     layout, units = read_layout(checkpoint)
     blocks, parameters = request.blocks, request.parameters
     protected = _protected(request.protect or (), layout.depth, checkpoint.label)
