@@ -1,15 +1,20 @@
 # make demo    compress a fine-tune, show what was saved and what it cost
 #              (OPTIONS=--all: by every method)
 # make test    run the tests
+# make faults  a thousand faults: kills, full disks, flipped bits, odd files
+#              (FAULTS=2000 SEED=2)
+# make zoo     check every architecture, and write the table of docs/checkpoints.md
 # make bench   measure every codec on a real model (hours; goes on where it stopped)
 # make tables  write tables and figures from the records of make bench
 # All work on a fresh clone with nothing but Python 3.11+ and pip: they set up .venv themselves.
 
 PYTHON ?= python3
+FAULTS ?= 1000
+SEED ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test unit check bench tables clean
+.PHONY: demo test unit zoo check faults bench tables clean
 
 demo: $(VENV)/.test
 	$(BIN)/python demo/run.py $(OPTIONS)
@@ -17,8 +22,16 @@ demo: $(VENV)/.test
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
 
+faults: $(VENV)/.test
+	mkdir -p out
+	$(BIN)/python -m tests.faults --faults $(FAULTS) --seed $(SEED) --record out/faults.json
+
 unit: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+zoo: $(VENV)/.test
+	$(BIN)/python tests/zoo/run.py
+	$(BIN)/python scripts/write_zoo_table.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -632,7 +632,7 @@ def read_manifest(archive: Path) -> dict:
 def restore(archive: Path, base_folder: Path) -> Parts:
     """Every tensor of the fine-tune by name."""
     manifest = read_manifest(archive)
-    assert manifest["format"] == "deltafold-archive" and manifest["format_version"] in (1, 2)
+    assert manifest["format"] == "deltafold-archive" and manifest["format_version"] in (1, 2, 3)
     assert all(entry["version"] == 1 for entry in manifest["codecs"].values())
     payload = read_folder(archive)
     base = read_folder(base_folder)
@@ -717,7 +717,10 @@ def side_files(archive: Path, base_folder: Path) -> dict[str, bytes]:
                 dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT
             )
             reader = zstandard.ZstdDecompressor(dict_data=raw if dictionary else None)
-            data = reader.decompress((archive / "files" / f"{name}.zst").read_bytes())
+            frame = (archive / "files" / f"{name}.zst").read_bytes()
+            if stored == "zstd-base" and manifest["format_version"] > 2:
+                assert hashlib.sha256(frame).hexdigest()[:32] == entry["frame"]
+            data = reader.decompress(frame)
         assert (
             hashlib.sha256(data).hexdigest()[:32] == entry["digest"]
             and len(data) == entry["n_bytes"]

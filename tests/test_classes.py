@@ -96,10 +96,10 @@ def test_what_is_for_language_models_says_so(tmp_path: Path, kind: str) -> None:
     deltafold.compress(base, tuned, archive, "lossless")
     (tuned / "tokenizer.json").write_text("{}")
     name = KINDS[kind][1]
-    options = {"parameters": 0.9, "calibration": "none"}
-    refused(MismatchError, lambda: deltafold.factor(tuned, out, "svd", **options), name)
+    refused(MismatchError, lambda: deltafold.factor(tuned, out, "lord", parameters=0.9), name)
     refused(MismatchError, lambda: deltafold.share(tuned, out, parameters=0.9), name)
-    refused(MismatchError, lambda: deltafold.export(archive, out, base=base), name)
+    options = {"base": base, "runtime": "vllm"}
+    refused(MismatchError, lambda: deltafold.export(archive, out, **options), "causal", "peft")
     refused(MismatchError, lambda: load_folder(tuned), name, "no causal language model")
     nothing_left(out)
     why = deltafold.compress(base, tuned, tmp_path / "auto.delta", file_ratio=2)["calibration"][

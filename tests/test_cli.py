@@ -104,7 +104,7 @@ def test_from_compress_to_restore(cli: Cli, pair: PairFiles, tmp_path: Path) -> 
     assert all(name in told for name in pair.tensors)
     code, told, _ = cli("verify", archive)
     assert code == 0
-    assert f"all parts of {len(pair.tensors)} tensors are whole" in told
+    assert f"all parts of {len(pair.tensors)} tensors and 2 small files are whole" in told
     code, told, _ = cli("verify", archive, "--base", pair.base, "--against", pair.finetuned)
     assert code == 0
     assert f"{len(pair.tensors)} of them equal the fine-tune bit for bit" in told
@@ -302,7 +302,7 @@ def test_text_that_is_not_there(
     [
         (OSError(errno.EIO, "Input/output error", "/mnt/disk"), "/mnt/disk"),
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
-        (MemoryError(), "out of memory"),
+        (MemoryError(), "Out of memory"),
     ],
 )
 def test_failures_of_the_machine(

@@ -358,3 +358,30 @@ def test_the_command_line_names_what_is_left_out(
     done = deltafold("compress", modular.base, modular.finetuned, "-o", out, "-m", "lossless")
     assert done.returncode == 0
     assert "left out" in done.stdout and "optimizer.pt" in done.stdout
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_model_of_diffusers_keeps_its_files_names(tmp_path: Path, sharded: bool) -> None:
+    """Alone in a folder: no index of transformers beside it, and merged it is called the same."""
+    stem = "diffusion_pytorch_model"
+    for n, name in enumerate(("base", "tuned")):
+        tensors = {f"blocks.{k}.to_q.weight": torch.full((64, 64), n + k + 1.0) for k in (0, 1)}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+        if not sharded:
+            save_file(tensors, tmp_path / name / f"{stem}.safetensors", {"format": "pt"})
+            continue
+        weight_map = {}
+        for k, (key, tensor) in enumerate(tensors.items()):
+            file = f"{stem}-0000{k + 1}-of-00002.safetensors"
+            save_file({key: tensor}, tmp_path / name / file, {"format": "pt"})
+            weight_map[key] = file
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (tmp_path / name / f"{stem}.safetensors.index.json").write_text(index)
+    base, tuned, out = tmp_path / "base", tmp_path / "tuned", tmp_path / "some.delta"
+    deltafold.compress(base, tuned, out, "lossless")
+    deltafold.restore(out, base, tmp_path / "restored")
+    assert tree_hashes(tmp_path / "restored") == tree_hashes(tuned)
+    deltafold.merge([tuned], tmp_path / "merged", "average", base=base)
+    names = {each.name for each in (tmp_path / "merged").iterdir()}
+    assert names == {"config.json", f"{stem}.safetensors"}

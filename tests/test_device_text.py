@@ -243,7 +243,9 @@ def test_factor(method: str, llama: tuple[Path, Path], tmp_path: Path) -> None:
         ("mka", {}),
         ("replaceme", {}),
         ("shortgpt", {"closed_form": "through"}),
-        ("linearpatch", {}),
+        ("linearpatch-fit", {}),
+        ("replaceme-cosine", {}),
+        ("come", {}),
     ],
 )
 def test_fold(

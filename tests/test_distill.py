@@ -192,7 +192,8 @@ def run(folders: tuple[Path, Path, Path], out: Path, method: str = "auto", **mor
 
 @pytest.mark.parametrize("method", ["auto", "bitdelta", "lowrank"])
 def test_kl_goes_down(folders: tuple[Path, Path, Path], tmp_path: Path, method: str) -> None:
-    asked = 4.3 if method == "lowrank" else 4.5  # few numbers are left to train at 4.5
+    # Of lowrank few numbers are left to train at 4.5; of bitdelta hardly an error is left there.
+    asked = {"lowrank": 4.3, "bitdelta": 5.0}.get(method, 4.5)
     more = {} if method == "auto" else {"fallback": False}
     record = run(folders, tmp_path / "a.delta", method, file_ratio=asked, **more)
     found = record["distill"]

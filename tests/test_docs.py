@@ -449,6 +449,17 @@ def test_the_table_of_codecs_is_what_the_program_says():
     assert [name for name in names() if f"\n## {name}\n" not in page] == []
 
 
+def test_the_table_of_the_zoo_is_the_records() -> None:
+    """After `make zoo`: python scripts/write_zoo_table.py."""
+    spec = importlib.util.spec_from_file_location("zoo", ROOT / "scripts/write_zoo_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert module.with_table(page, json.loads(module.RECORD.read_text())) == page
+    with pytest.raises(ValueError, match="no kind of refusal"):
+        module.kind_of("It does not want to.")
+
+
 def test_the_manifest_is_sealed_as_the_page_says(tmp_path: Path):
     pair = make_pair(tmp_path)
     deltafold.compress(pair.base, pair.finetuned, tmp_path / "a.delta", "lossless")

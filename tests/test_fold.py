@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from deltafold import fold
 from deltafold.errors import CheckpointError, DeltafoldError, MismatchError, UsageError
 from deltafold.folding.methods import METHODS, PRESETS
+from deltafold.folding.patch import Patcher
 from deltafold.reporting.tables import tables_of
 
 pytestmark = pytest.mark.integration
@@ -275,6 +276,48 @@ def test_replace_me_solves_its_equation(llama: Path, text: Path, tmp_path: Path)
     assert gaps["out"] < 0.9 * gaps["plain"]
 
 
+@pytest.mark.parametrize("method", ["replaceme", "replaceme-cosine", "linearpatch-fit"])
+def test_a_named_patch_is_not_turned_down(
+    method: str, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its paper has it do is done, also where by our measure it does harm."""
+    monkeypatch.setattr(Patcher, "_error", lambda *given: 1e9)
+    record = run(llama, tmp_path / "out", method, text, blocks=2)
+    plain = run(llama, tmp_path / "plain", method, text, blocks=2, rule="drop")
+    (row,) = record["patches"]
+    assert row["kept"] and row["error_after"] == 1e9
+    name = f"model.layers.{row['block']}.mlp.down_proj.weight"
+    assert not torch.equal(weights(tmp_path / "out")[name], weights(tmp_path / "plain")[name])
+    assert plain["removed"] == record["removed"]
+
+
+def test_the_ends_are_protected_in_mka(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Unless another choice is made, none included."""
+    record = run(llama, tmp_path / "two", "mka", text, blocks=2)
+    assert record["settings"]["protect"] == [0, -1]
+    merged = {n for step in record["steps"] for n in (step["kept"], *step["gone"])}
+    assert merged == {1, 2, 3}
+    refused(
+        tmp_path, UsageError, r"at most 2 can go \(2 protected\), not 3", llama, "mka", blocks=3
+    )
+    record = run(llama, tmp_path / "all", "mka", text, blocks=4, protect=[])
+    assert record["kept"] == [0] and record["settings"]["protect"] == []
+
+
+def test_laco_reference_leaves_the_last_block_of_a_group(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    record = run(llama, tmp_path / "out", "laco-reference", text, blocks=2)
+    (step,) = record["steps"]
+    first, last = step["kept"], step["gone"][-1]
+    assert step["gone"] == [first + 1, first + 2] and step["ratio"] is None
+    assert step["score"] > step["threshold"] and step["threshold"] <= 0.75
+    old, new = weights(llama), weights(tmp_path / "out")
+    for name, at in (("mlp.up_proj", last), ("self_attn.o_proj", last), ("input_layernorm", first)):
+        made, wanted = (f"model.layers.{n}.{name}.weight" for n in (first, at))
+        assert torch.equal(new[made], old[wanted])
+
+
 def test_auto_is_block_influence_healed_through(llama: Path, text: Path, tmp_path: Path) -> None:
     auto = run(llama, tmp_path / "auto", "auto", text, blocks=2)
     healed = run(llama, tmp_path / "out", "shortgpt", text, blocks=2, closed_form="through")
@@ -357,7 +400,7 @@ def test_presets_are_not_all_alike(llama: Path, text: Path, tmp_path: Path) -> N
         run(llama, tmp_path / rule, "shortgpt", text, rule=rule, protect=[0, 1, 2, 4])
         hashes.add(tree_hashes(tmp_path / rule)["model.safetensors"])
     assert len(hashes) == 6
-    assert len(PRESETS) == 13
+    assert len(PRESETS) == 15
 
 
 def test_sleb_removes_what_costs_least_perplexity(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def test_the_command(tmp_path: Path, deltafold: Any) -> None:
     assert done.returncode == 0, done.stderr
     assert "1 of 5 blocks gone (20.0% of layers" in done.stdout
     assert "mka (npib, adjacent-pairs, average)" in done.stdout and "which keeps 0." in done.stdout
+    assert "protected: 0, -1" in done.stdout and re.search(r"block \d folded into \d,", done.stdout)
     record = json.loads((tmp_path / "out.record.json").read_text())
     assert record["kind"] == "fold" and record["settings"]["protect"] == [0, -1]
     assert (tmp_path / "why/similarity-00.csv").is_file()

@@ -214,7 +214,7 @@ def test_what_settings_do_not_show_is_seen_at_work(
         return made + self.self_attn.layer_idx
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", numbered)
-    with pytest.raises(MismatchError, match="compute by their number"):
+    with pytest.raises(MismatchError, match="depends on a block's number"):
         folded(tmp_path / "whole", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

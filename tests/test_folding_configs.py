@@ -6,7 +6,7 @@ import pytest
 
 from deltafold.blocks.configs import depth_of, readings, shortened
 from deltafold.blocks.layout import find_layout
-from deltafold.errors import MismatchError, UsageError
+from deltafold.errors import DeltafoldWarning, MismatchError, UsageError
 from deltafold.folding.methods.presets import METHODS, Method
 from deltafold.folding.methods.selection import SELECTIONS
 from deltafold.folding.methods.similarity import SIMILARITIES
@@ -27,6 +27,18 @@ def test_everything_said_of_blocks_follows() -> None:
     assert config["num_hidden_layers"] == 5
 
 
+def test_states_of_a_backbone_follow_the_blocks_they_come_after() -> None:
+    names = ["stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
+    config = {
+        "num_hidden_layers": 5, "stage_names": names, "out_indices": [0, 2, 3, 5],
+        "out_features": ["stem", "stage2", "stage3", "stage5"],
+    }  # fmt: skip
+    made = shortened(config, [0, 1, 4])
+    assert made["stage_names"] == names[:4]
+    assert made["out_indices"] == [0, 2, 3]
+    assert made["out_features"] == ["stem", "stage2", "stage3"]
+
+
 def test_a_config_inside_another() -> None:
     config = {"text_config": {"num_hidden_layers": 2, "layer_types": ["a", "b"]}, "vision": [1, 2]}
     assert depth_of(config) == 2
@@ -34,7 +46,7 @@ def test_a_config_inside_another() -> None:
         "text_config": {"num_hidden_layers": 1, "layer_types": ["b"]}, "vision": [1, 2]
     }  # fmt: skip
     assert depth_of({"n_layer": 3}) == 3
-    with pytest.raises(MismatchError, match="does not say how many blocks"):
+    with pytest.raises(MismatchError, match="does not name one number of blocks"):
         depth_of({}, "mine/")
 
 
@@ -93,6 +105,14 @@ def test_methods_that_cannot_be() -> None:
         with pytest.raises(UsageError, match=words):
             Method.of(*arguments)
     assert Method.of("mka", "cka").preset.similarity == "cka"
+
+
+def test_an_old_name_works_with_a_word() -> None:
+    with pytest.warns(DeltafoldWarning, match="linearpatch is called linearpatch-fit"):
+        made = Method.of("linearpatch")
+    assert made == Method.of("linearpatch-fit")
+    with pytest.warns(DeltafoldWarning, match="for which an ordinary model has no place"):
+        assert Method.of("angular", rule="linear-patch").preset.rule == "linear-patch-fit"
 
 
 def test_numbers_of_all_blocks_are_numbers() -> None:

@@ -13,8 +13,10 @@ from deltafold.folding.methods.healing import (
     folded_in,
     linear_patch,
     replace_me,
+    replace_me_cosine,
     rotation,
 )
+from deltafold.folding.patch import Rows, by_paper
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,11 +30,38 @@ def test_replace_me_by_hand() -> None:
     assert replace_me(made, output, target, 8.0).item() == pytest.approx((1 * 3 + 2 * 5) / 13)
 
 
+def test_named_patches_by_hand() -> None:
+    """As above, with a thousandth of the mean of M'M's diagonal, 5, for lambda.
+
+    LinearPatch in one channel: the states at the cut are multiplied by (3 + 4) / (1 + 1), and the
+    fit is of 3.5 Y - Y + M by M.
+    """
+    made = torch.tensor([[1.0], [2.0]])
+    output, target = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [4.0]])
+    rows = [Rows(made[n:][:1], output[n:][:1], target[n:][:1], torch.zeros(1) > 0) for n in (0, 1)]
+    found = {kind: by_paper(rows, kind)[0].item() for kind in ("replace-me", "linear-patch-fit")}
+    assert found["replace-me"] == pytest.approx((1 * 3 + 2 * 5) / 5.005)
+    assert found["linear-patch-fit"] == pytest.approx((1 * 3.5 + 2 * 4.5) / 5.005)
+
+
 def test_replace_me_finds_a_linear_cut() -> None:
     """The removed blocks added M B: then T = I + B, and output with T in place is the target."""
     made, stream, extra = normal(50, 4), normal(50, 4, seed=1), 0.3 * normal(4, 4, seed=2)
     found = replace_me(made, stream + made, stream + made + made @ extra, 0.0)
     assert torch.allclose(found, torch.eye(4).double() + extra, atol=1e-9)
+
+
+def test_replace_me_cosine_turns_towards_the_target() -> None:
+    """Z - Y + M is M turned by 60 degrees and twice as long: only the direction counts."""
+    c, s = 0.5, math.sqrt(0.75)
+    turn = torch.tensor([[c, s], [-s, c]]).double()
+    made, output = normal(300, 2), normal(300, 2, seed=1)
+    target = output - made + 2 * made @ turn
+    found = replace_me_cosine(made, output, target)
+    near = torch.nn.functional.cosine_similarity(made @ found, made @ turn, dim=1)
+    assert float(near.min()) > 0.999
+    assert torch.linalg.det(found) < 2, "the length is left as it was found"
+    assert torch.equal(found, replace_me_cosine(made, output, target))
 
 
 def test_a_regression_is_its_definition() -> None:

@@ -27,6 +27,8 @@ SHAPES = {
     "mlp.down_proj.bias": (WIDTH,),
     "something.new": (3,),
 }
+KEPT = ("norm.weight", "something.new")
+"""What is neither attention nor MLP."""
 LAYOUT = find_layout({f"layers.{n}.{k}": s for n in range(3) for k, s in SHAPES.items()}, 3)
 UNITS = find_units(LAYOUT, Heads(4, 2, WIDTH))
 
@@ -93,11 +95,44 @@ def test_collapse_adds_differences_to_what_was() -> None:
     made = blend("collapse", block(0), block(1), block(2))
     for local in SHAPES:
         a, b, c = (block(n).read(local) for n in range(3))
+        if local in KEPT:
+            assert torch.equal(made.read(local), a)
+            continue
         assert torch.allclose(made.read(local), b + c - a, atol=1e-6)
         assert not torch.allclose(made.read(local), c, atol=1e-3)
 
 
-@pytest.mark.parametrize("rule", ["drop", "replace-me", "linear-patch"])
+def test_laco_by_hand() -> None:
+    """1 + (4 - 1) + (2 - 1) = 5 in the paper; in the program 1 + (4 - 1) = 4, 4 + (2 - 4) = 2."""
+
+    def one(number: int, value: float) -> Block:
+        tensors = {
+            "mlp.up_proj.weight": torch.tensor([[value]]),
+            "norm.weight": torch.tensor([value]),
+        }
+        return Block(number, tensors.__getitem__, (number,))
+
+    blocks = [one(0, 1.0), one(1, 4.0), one(2, 2.0)]
+    for rule, wanted in (("collapse", 5.0), ("telescope", 2.0)):
+        made = RULES[rule].blend(blocks[0], blocks[1:], 0.5, [])
+        assert made.read("mlp.up_proj.weight").item() == wanted
+        assert made.read("norm.weight").item() == 1.0
+
+
+def test_the_program_of_laco_leaves_the_last_block_under_the_first_norms() -> None:
+    """Written as the program has it: every difference against the sum so far."""
+    made = blend("telescope", block(0), block(1), block(2))
+    for local in SHAPES:
+        kept = block(0).read(local)
+        total = kept.clone()
+        for n in (1, 2):
+            total += block(n).read(local) - total
+        wanted = kept if local in KEPT else total
+        assert torch.allclose(made.read(local), wanted, atol=1e-6), local
+    assert made.parts == (0, 1, 2)
+
+
+@pytest.mark.parametrize("rule", ["drop", "replace-me", "replace-me-cosine", "linear-patch-fit"])
 def test_what_is_dropped_leaves_no_trace(rule: str) -> None:
     kept = block(0)
     assert blend(rule, kept, block(1)) is kept
@@ -146,26 +181,6 @@ def test_averaging_aligned_blocks_is_averaging_where_units_are_in_order() -> Non
     a = block(0)
     made = blend("aligned-average", a, a)
     assert all(torch.allclose(made.read(local), a.read(local), atol=1e-6) for local in SHAPES)
-
-
-def test_concatenating_takes_the_strongest_neurons_of_both() -> None:
-    """Half of each block's neurons are zero: the others stand side by side, so the sums agree."""
-
-    def halved(of: Block, alive: slice) -> Block:
-        def read(local: str) -> torch.Tensor:
-            tensor = of.read(local).clone()
-            if local == "mlp.down_proj.weight":
-                kept = tensor[:, alive].clone()
-                tensor.zero_()[:, alive] = kept
-            return tensor
-
-        return Block(of.number, read, (of.number,))
-
-    a, b = halved(block(0), slice(0, 3)), halved(block(1), slice(2, 5))
-    made = blend("concatenate", a, b)
-    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(9))
-    assert torch.allclose(mlp(made, x), mlp(a, x) + mlp(b, x), atol=1e-5)
-    assert made.read("mlp.up_proj.weight").shape == (NEURONS, WIDTH)
 
 
 def test_fused_and_transposed_tensors_have_the_same_units() -> None:

@@ -36,8 +36,10 @@ class Known:
         return {(i, p): self.costs[10 * i + (p == "mlp")] for i in range(self.n)
                 for p in ("attention", "mlp")}  # fmt: skip
 
-    def closeness(self, step: Step) -> float:
-        return self.near[step.gone]
+    def closeness(self, steps: Sequence[Step]) -> float:
+        gone = tuple(place for step in steps for place in step.gone)
+        self.asked.append(gone)
+        return self.near[gone]
 
 
 def choose(name: str, known: Known, count: int) -> list[Step]:
@@ -130,15 +132,40 @@ def test_joint_ranks_attention_and_mlp_together() -> None:
     assert found == [Step(None, (0,), 0.9, "attention"), Step(None, (1,), 0.8, "mlp")]
 
 
-def test_top_down_accepts_the_first_that_stays_close() -> None:
-    """Windows of three go into the block below them, from the last on."""
-    near = {(3, 4, 5): 0.90, (2, 3, 4): 0.97, (1, 2, 3): 0.99}
-    assert choose("top-down", Known(6, near=near), 4) == [Step(1, (2, 3, 4), 0.97)]
-    near[2, 3, 4] = 0.82
-    near[1, 2, 3] = 0.6
-    # None is above 0.95; at 0.90 none is above, at 0.85 the first.
-    assert choose("top-down", Known(6, near=near), 4) == [Step(2, (3, 4, 5), 0.90)]
-    assert choose("top-down", Known(6, near={(5,): 0.99}), 1) == [Step(4, (5,), 0.99)]
+def test_the_weakest_pair_is_what_both_together_change_least() -> None:
+    """Blocks 1 and 2 of 4 stand between states 1 and 3; their outputs are states 2 and 3."""
+    known = Known(4, matrix=matrix(4, a1_3=0.9, a2_4=0.8, a2_3=0.1, a3_4=0.99))
+    assert choose("weakest-pair", known, 3) == [Step(1, (2,), pytest.approx(0.9))]
+    known.protected = {1}
+    assert choose("weakest-pair", known, 1) == [Step(2, (3,), pytest.approx(0.8))]
+    known.protected = {0, 2}
+    assert choose("weakest-pair", known, 1) == []
+
+
+def test_top_down_sweeps_once_with_one_threshold() -> None:
+    """Groups of four from the last on; after one was folded the next begins two below it."""
+    near = {(7, 8, 9): 0.5, (6, 7, 8): 0.8, (6, 7, 8, 5, 6): 0.0}
+    near |= {(6, 7, 8, 4, 5): 0.72, (6, 7, 8, 3, 4): 0.76}
+    known = Known(10, near=near)
+    # Block 5 takes in 6 to 8; then the group begins at 3 and ends in 4, as two are left to take.
+    assert choose("top-down", known, 5) == [
+        Step(5, (6, 7, 8), 0.8, threshold=0.75), Step(2, (3, 4), 0.76, threshold=0.75)
+    ]  # fmt: skip
+    assert known.asked == [(7, 8, 9), (6, 7, 8), (6, 7, 8, 4, 5), (6, 7, 8, 3, 4)]
+
+
+def test_top_down_takes_the_highest_threshold_that_goes_far_enough() -> None:
+    """At 0.75 only one group is folded; at 0.65 the first group is taken as well, and it is enough."""
+    near = {(4, 5): 0.7, (3, 4): 0.6, (2, 3): 0.55, (1, 2): 0.3}
+    known = Known(6, near=near)
+    assert choose("top-down", known, 2) == [Step(3, (4, 5), 0.7, threshold=0.65)]
+    assert len(known.asked) == len(set(known.asked)), "nothing is measured twice"
+    known = Known(6, {5}, near={(3, 4): -0.2, (2, 3): -0.3, (1, 2): -0.4})
+    assert choose("top-down", known, 2) == [Step(2, (3, 4), -0.2, threshold=-0.25)]
+    # A single block.
+    assert choose("top-down", Known(6, near={(5,): 0.99}), 1) == [
+        Step(4, (5,), 0.99, threshold=0.75)
+    ]
 
 
 def test_runs() -> None:

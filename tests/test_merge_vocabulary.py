@@ -271,3 +271,27 @@ def test_mergekits_words(tmp_path: Path) -> None:
     ):
         path.write_text(head + text)
         assert read_recipe(path)[1].tokenizer == wanted
+
+
+def test_the_vocabulary_is_the_longest_table(tmp_path: Path) -> None:
+    """BERT's table of token types comes first in the file, and has two rows, as its head may."""
+    shapes = {
+        "bert.embeddings.token_type_embeddings.weight": (2, 8),
+        "bert.embeddings.word_embeddings.weight": (20, 8),
+        "bert.encoder.layers.0.relative_pos_embeddings.weight": (40, 8),
+        "classifier.bias": (2,),
+        "classifier.weight": (2, 8),
+    }
+    for n, name in enumerate(("base", "one", "two")):
+        torch.manual_seed(n)
+        (tmp_path / name).mkdir()
+        tensors = {key: torch.randn(shape) for key, shape in shapes.items()}
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text('{"vocab_size": 20}')
+        make_tokenizer().save_pretrained(tmp_path / name)
+    merge([tmp_path / "one", tmp_path / "two"], tmp_path / "out", "average", base=tmp_path / "base")
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"vocab_size": 20}
+    found = state(tmp_path / "out")
+    assert {key: tuple(each.shape) for key, each in found.items()} == shapes
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert all(torch.allclose(found[n], (one[n] + two[n]) / 2, atol=1e-6) for n in shapes)

@@ -70,6 +70,15 @@ def test_what_transformers_does_not_know_is_said(folder: Path, tmp_path: Path) -
     assert check_opens(made, "mine")["why_not"] == "there is no config.json"
 
 
+def test_a_config_that_was_read_before_must_be_read_again(folder: Path, tmp_path: Path) -> None:
+    made = changed(folder, tmp_path / "made")
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"vocab_size": "many"}))
+    assert not check_opens(made, "mine", made)["opened"], "as it was before"
+    with pytest.raises(CheckpointError, match=r"made of mine does not open: .* cannot be read"):
+        check_opens(made, "mine", folder)
+
+
 def test_verbs_say_that_it_opens(folder: Path, tmp_path: Path) -> None:
     record = fold(folder, tmp_path / "folded", "random", blocks=1, calibration="none")
     assert record["checked"]["opened"] and record["checked"]["run"]

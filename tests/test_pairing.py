@@ -363,7 +363,6 @@ def test_a_plain_pair_is_stored_as_ever(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
     archive = there_and_back(tmp_path, pair.base, pair.finetuned)
     raw = json.loads((archive.folder / "delta.json").read_text())
-    assert (
-        raw["format_version"] == 1
-        and "counterpart" not in (archive.folder / "delta.json").read_text()
-    )
+    assert "counterpart" not in (archive.folder / "delta.json").read_text()
+    assert raw["format_version"] == 3  # for the digest of the config's frame alone
+    assert [entry["name"] for entry in raw["files"] if "frame" in entry] == ["config.json"]

@@ -10,9 +10,20 @@ import platform
 
 
 class DeltafoldError(Exception):
-    """Anything that the user can put right. `str(error)` is the sentence shown."""
+    """Anything that the user can put right. `str(error)` is the sentence shown.
+
+    `passing` says that the machine is to blame, not what was given: the same command may get past it
+    later, so unfinished work stays, and nothing takes it for an answer.
+    """
 
     exit_code = 1
+    passing = False
+
+    def __str__(self) -> str:
+        """One line, whatever the names in it are made of: no line feed, nothing that steers a terminal."""
+        return "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__()
+        )
 
 
 class UsageError(DeltafoldError):
@@ -48,17 +59,36 @@ class ResumeError(DeltafoldError):
 class StorageError(DeltafoldError):
     """The disk is full, read-only or out of reach."""
 
+    passing = True
+
+
+class OutOfMemoryError(DeltafoldError):
+    """The machine has too little memory for what runs at once."""
+
+    passing = True
+
 
 class DeviceError(DeltafoldError):
     """A GPU that cannot do the work: its memory runs out."""
+
+    passing = True
 
 
 class ClusterError(DeltafoldError):
     """A cluster that cannot do its part: none answers, a machine lacks a file, all are lost."""
 
+    passing = True
+
 
 class HubError(DeltafoldError):
     """The Hugging Face Hub does not take or give something: no login, no right, no network."""
+
+
+class UnexpectedError(DeltafoldError):
+    """A mistake in deltafold: what was raised is nothing that it knows of."""
+
+    exit_code = 70  # EX_SOFTWARE of sysexits.h
+    passing = True
 
 
 class DeltafoldWarning(UserWarning):

@@ -24,7 +24,10 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)\.")
 _ROLE_PATTERNS: tuple[tuple[Role, re.Pattern[str]], ...] = (
     (
         "norm",
-        re.compile(r"(norm|ln_|layernorm|ln\d|\.ln\.)[^.]*\.?(weight|bias)?$|norm\d?\.", re.I),
+        re.compile(
+            r"(norm|ln_|layernorm|ln\d|\.ln\.)[^.]*\.?(weight|bias)?$|norm\d?\.(?!(.*\.)?(linear|proj|emb))",
+            re.I,
+        ),
     ),
     ("bias", re.compile(r"(^|[._])bias$")),
     ("embedding", re.compile(r"(embed|\bwte\b|\bwpe\b|\bshared\.weight$|word_embeddings)", re.I)),
@@ -78,6 +81,8 @@ def role_of(name: str) -> Role:
 
     >>> role_of("model.layers.0.self_attn.q_proj.weight"), role_of("transformer.wte.weight")
     ('attention', 'embedding')
+    >>> role_of("blocks.0.norm1.weight"), role_of("blocks.0.norm1.linear.weight")  # an adaptive norm's
+    ('norm', 'other')
     """
     for role, pattern in _ROLE_PATTERNS:
         if pattern.search(name):

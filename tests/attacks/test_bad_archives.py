@@ -43,7 +43,7 @@ def copy_tensor(raw: dict[str, Any]) -> None:
 
 # what is edited -> words that the one sentence must hold
 EDITS: dict[str, tuple[Change, tuple[str, ...]]] = {
-    "newer format": (lambda raw: raw.update(format_version=3), ("version 3", "upgrade")),
+    "newer format": (lambda raw: raw.update(format_version=4), ("version 4", "upgrade")),
     "format is text": (lambda raw: raw.update(format_version="x"), ("format_version",)),
     "another format": (lambda raw: raw.update(format="zip"), ("not a deltafold manifest",)),
     "newer codec": (

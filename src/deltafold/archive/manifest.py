@@ -26,9 +26,10 @@ from deltafold.checkpoint.contents import (
 )
 from deltafold.dtypes import BITS, ITEM_BYTES, held_shape, matrix_shape
 from deltafold.errors import ArchiveError
+from deltafold.foreign import unread
 
 FORMAT = "deltafold-archive"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = ARCHIVE_FILE
 MAX_MANIFEST_BYTES = 1 << 30
 _SEAL = re.compile(r',"checksum":"([0-9a-f]{32})"\}\n\Z')
@@ -134,6 +135,20 @@ class SideFile(_Strict):
     stored: Literal["base", "zstd", "zstd-base"]
     """`base`: equals the base's file; `zstd`: a frame; `zstd-base`: the base's file is its dictionary"""
     base: Digest | None = None
+    frame: Digest | None = None  # of the stored bytes, where only the base tells what they hold
+
+    @property
+    def is_stored(self) -> bool:
+        """True if the archive has a file for it."""
+        return self.stored != "base"
+
+    @model_validator(mode="after")
+    def _sound(self) -> SideFile:
+        if self.frame is not None and self.stored != "zstd-base":
+            raise ValueError(
+                f"the small file {self.name} has a digest of a frame that it needs not"
+            )
+        return self
 
 
 class CodecEntry(_Strict):
@@ -157,7 +172,7 @@ class Source(_Strict):
 
 class Manifest(_Strict):
     format: Literal["deltafold-archive"] = "deltafold-archive"
-    format_version: Literal[1, 2] = 1  # see `version_of`
+    format_version: Literal[1, 2, 3] = 1  # see `version_of`
     tool_version: str
     method: str
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -178,10 +193,14 @@ class Manifest(_Strict):
             raise ValueError("a tensor is listed twice")
         _check_files(self.finetuned.files, [entry.name for entry in self.files])
         known = {tensor.name: tensor for tensor in self.tensors}
-        if self.format_version < version_of(self.tensors):
+        if self.format_version < version_of(self.tensors, self.files):
             raise ValueError(
-                f"format version {self.format_version} has no field restored, nor counterpart or newer dtypes"
+                f"format version {self.format_version} has no field frame, restored or counterpart, "
+                "nor newer dtypes, as they are used here"
             )
+        for entry in self.files:
+            if self.format_version > 2 and entry.stored == "zstd-base" and entry.frame is None:
+                raise ValueError(f"the small file {entry.name} has no digest of its frame")
         for tensor in self.tensors:
             target = known.get(tensor.same_as) if tensor.same_as else None
             if tensor.same_as and (
@@ -225,8 +244,10 @@ class Manifest(_Strict):
         return sealed(head[:-1] + ',"tensors":[\n' + ",\n".join(lines) + "\n]")
 
 
-def version_of(tensors: Iterable[Tensor]) -> int:
+def version_of(tensors: Iterable[Tensor], files: Iterable[SideFile]) -> int:
     """The oldest version of the format that can say this: readers of that version then can read it."""
+    if any(entry.frame is not None for entry in files):
+        return 3
     new = any(t.restored is not None or t.counterpart or t.dtype in BITS for t in tensors)
     return 2 if new else 1
 
@@ -286,7 +307,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is damaged or was edited: {where}: {message}; fetch the archive again."
         ) from None
     except OSError as error:
-        raise ArchiveError(f"{path} cannot be read ({error.strerror}); check it.") from None
+        raise unread(error, path, ArchiveError) from None
     except (ValueError, RecursionError) as error:
         raise ArchiveError(
             f"{path} is not valid JSON ({error}); fetch the archive again."

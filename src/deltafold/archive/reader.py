@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from deltafold.checkpoint import (
 from deltafold.checkpoint.contents import MAX_SIDE_FILE_BYTES
 from deltafold.checkpoint.view import as_tensor
 from deltafold.errors import ArchiveError, CheckpointError, not_shared
+from deltafold.foreign import reading, shortage
 from deltafold.lazy import torch
 
 FILES_FOLDER = "files"
@@ -46,23 +48,22 @@ class Archive:
         self.manifest: Manifest = read_manifest(folder)
         self.by_name = {tensor.name: tensor for tensor in self.manifest.tensors}
         self._payload: dict[str, Checkpoint] = {}
-        try:
-            for entry in self.manifest.payload:
-                file = folder / entry.name
-                if not file.is_file():
-                    raise ArchiveError(f"{file} is missing; fetch the archive again.")
-                if file.stat().st_size != entry.n_bytes:
-                    raise ArchiveError(
-                        f"{file} has {file.stat().st_size:,} bytes where the manifest says "
-                        f"{entry.n_bytes:,}; fetch the archive again."
-                    )
+        for entry in self.manifest.payload:
+            file = folder / entry.name
+            size_bytes = _size(file)
+            if size_bytes is None:
+                raise ArchiveError(f"{file} is missing; fetch the archive again.")
+            if size_bytes != entry.n_bytes:
+                raise ArchiveError(
+                    f"{file} has {size_bytes:,} bytes where the manifest says "
+                    f"{entry.n_bytes:,}; fetch the archive again."
+                )
+            with _as_archive(folder):
                 shard = Checkpoint(file)
-                for name in shard.tensors:
-                    if name in self._payload:
-                        raise ArchiveError(f"{folder} stores part {name} twice; fetch it again.")
-                    self._payload[name] = shard
-        except CheckpointError as error:
-            raise ArchiveError(f"The archive {folder} is not whole: {error}") from None
+            for name in shard.tensors:
+                if name in self._payload:
+                    raise ArchiveError(f"{folder} stores part {name} twice; fetch it again.")
+                self._payload[name] = shard
         self._check_parts_listed()
 
     def __reduce__(self) -> tuple[Callable[..., Archive], tuple[Path, str]]:
@@ -105,7 +106,9 @@ class Archive:
         for part, checksum in piece.parts.items():
             name = tensor.part_name(piece, part)
             shard = self._payload[name]
-            info, data = shard.tensors[name], shard.data(name)
+            info = shard.tensors[name]
+            with _as_archive(self.folder):
+                data = shard.data(name)
             digest = TensorDigest(info.dtype, info.shape)
             digest.update(memoryview(data))
             if digest.checksum() != checksum:
@@ -141,20 +144,59 @@ class Archive:
                     f"{file} is missing or differs from the one this archive refers to; "
                     "use the base it was made from."
                 )
-        if entry.stored == "base":
+        if not entry.is_stored:
             return base_data
-        stored = self.folder / FILES_FOLDER / f"{entry.name}.zst"
+        data = _decompress(self._frame(entry), entry, base_data)
+        if data is None or file_digest(data) != entry.digest:
+            raise self._damaged(entry)
+        return data
+
+    def check_side_file(self, entry: SideFile) -> bool:
+        """Check what is stored of a small file, which is not nothing, without the base.
+
+        False where it cannot be told: what is stored is relative to the base's file, and archives
+        before version 3 have no digest of it. That it is there has been checked then. Raises
+        ArchiveError.
+        """
+        if entry.stored == "zstd":
+            self.side_file(entry, None)
+            return True
+        self._frame(entry)
+        return entry.frame is not None
+
+    def _frame(self, entry: SideFile) -> bytes:
+        """What is stored of a small file, with the digest that it has. Raises ArchiveError."""
+        stored = self._place(entry)
         if not stored.is_file():
             raise ArchiveError(f"{stored} is missing; fetch the archive again.")
-        data = _decompress(_content(stored), entry, base_data)
-        if data is None or file_digest(data) != entry.digest:
-            raise ArchiveError(f"{stored} is damaged; fetch the archive again.")
+        data = _content(stored)
+        if entry.frame is not None and file_digest(data) != entry.frame:
+            raise self._damaged(entry)
         return data
+
+    def _place(self, entry: SideFile) -> Path:
+        return self.folder / FILES_FOLDER / f"{entry.name}.zst"
+
+    def _damaged(self, entry: SideFile) -> ArchiveError:
+        return ArchiveError(f"{self._place(entry)} is damaged; fetch the archive again.")
+
+    def strangers(self) -> list[str]:
+        """Files that pass for the archive's own, and that it does not name: remains of another."""
+        named = {self.folder / entry.name for entry in self.manifest.payload}
+        named |= {self._place(entry) for entry in self.manifest.files if entry.is_stored}
+        there = [*self.folder.glob("payload-*"), *(self.folder / FILES_FOLDER).rglob("*")]
+        return sorted(
+            file.relative_to(self.folder).as_posix()
+            for file in there
+            if file.is_file() and file not in named
+        )
 
     @cached_property
     def identity(self) -> str:
         """Digest of the manifest, which holds a checksum of every part."""
-        return file_digest((self.folder / MANIFEST_FILE).read_bytes())
+        file = self.folder / MANIFEST_FILE
+        with reading(file, ArchiveError):
+            return file_digest(file.read_bytes())
 
     @property
     def n_bytes(self) -> int:
@@ -182,9 +224,26 @@ def is_archive(source: str | Path) -> bool:
     return (folder / MANIFEST_FILE).is_file()
 
 
+def _size(file: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    with reading(file, ArchiveError):
+        return file.stat().st_size if file.is_file() else None
+
+
 def _content(file: Path) -> bytes:
     """A small file's bytes; a large one is not read, and matches no digest."""
-    return file.read_bytes() if file.stat().st_size <= MAX_SIDE_FILE_BYTES else b""
+    with reading(file, ArchiveError):
+        return file.read_bytes() if file.stat().st_size <= MAX_SIDE_FILE_BYTES else b""
+
+
+@contextmanager
+def _as_archive(folder: Path) -> Iterator[None]:
+    """What is wrong with a payload file is wrong with the archive."""
+    try:
+        yield
+    except CheckpointError as error:
+        whole = ArchiveError(f"The archive {folder} is not whole: {error}")
+        raise error if error.passing else whole from None
 
 
 def _decompress(frame: bytes, entry: SideFile, base_data: bytes) -> bytes | None:
@@ -197,7 +256,9 @@ def _decompress(frame: bytes, entry: SideFile, base_data: bytes) -> bytes | None
         return zstandard.ZstdDecompressor(dict_data=dictionary).decompress(
             frame, max_output_size=entry.n_bytes
         )
-    except zstandard.ZstdError:
+    except (zstandard.ZstdError, MemoryError) as error:
+        if (lacking := shortage(error)) is not None:
+            raise lacking from error
         return None
 
 

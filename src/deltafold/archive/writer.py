@@ -76,9 +76,9 @@ def encode_side_files(
     base_files = {base.relative(file): file for file in base.side_files}
     entries, frames = [], {}
     for file in finetuned.side_files:
-        name, data = finetuned.relative(file), file.read_bytes()
+        name, data = finetuned.relative(file), finetuned.side_file(file)
         digest = file_digest(data)
-        base_data = base_files[name].read_bytes() if name in base_files else None
+        base_data = base.side_file(base_files[name]) if name in base_files else None
         base_digest = file_digest(base_data) if base_data is not None else None
         if digest == base_digest:
             stored = "base"
@@ -94,6 +94,7 @@ def encode_side_files(
                 digest=digest,
                 stored=stored,  # type: ignore[arg-type]
                 base=base_digest if stored != "zstd" else None,
+                frame=file_digest(frames[name]) if stored == "zstd-base" else None,
             )
         )
     return tuple(entries), frames

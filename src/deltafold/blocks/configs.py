@@ -5,6 +5,7 @@ layer_types        [s, s, s, s, full]   kept 0 1 4 ->   [s, s, full]
 max_window_layers  3                    kept 0 1 4 ->   2       the first blocks, counted
 mlp_only_layers    [1, 4]               kept 0 1 4 ->   [1, 2]  numbers of blocks
 attention_types    [[[g, l], 2], [[g], 1]]              ->   [[[g, l, g], 1]]
+out_features       [stage2, stage5]     kept 0 1 4 ->   [stage2, stage3]
 
 What a config leaves out, transformers works out from the number of blocks and the number of each
 (every sixth block attends to all). `derived` holds what it worked out for the whole model; lists of it
@@ -26,6 +27,7 @@ _ALSO_DEPTHS = ("num_blocks", "decoder_layers")
 _INSIDE = ("text_config", "llm_config", "language_config")
 _COUNTS_FIRST = ("max_window_layers", "first_k_dense_replace")
 _COUNTS_LAST = ("num_kv_shared_layers",)
+_STAGES = ("stage_names", "out_features", "out_indices")
 _NUMBERS = ("_layers", "_layer_ids", "_layer_idx", "_layers_idx", "_indices", "_idxs")
 _NO_LIST_OF_BLOCKS = ("token_id", "token_ids", "architectures", "torch_dtype", "dtype")
 
@@ -46,8 +48,9 @@ def depth_of(config: Config, label: str = "the model") -> int:
         if isinstance(inside.get(name), int):
             return int(inside[name])
     raise MismatchError(
-        f"The config of {label} does not say how many blocks it has ({', '.join(DEPTHS)}); "
-        "give a whole Hugging Face folder."
+        f"The config of {label} does not name one number of blocks ({', '.join(DEPTHS)}), as that of "
+        "a model with an encoder and a decoder, or of several stages, does not; such a model cannot "
+        "be folded."
     )
 
 
@@ -65,7 +68,9 @@ def shortened(
         if inside.get(key) is None and _is_of_blocks(key, value, depth):
             inside[key] = deepcopy(value)
     for key, value in list(inside.items()):
-        if key in DEPTHS or (key in _ALSO_DEPTHS and value == depth):
+        if key in _STAGES:
+            inside[key] = _stages(value, kept)
+        elif key in DEPTHS or (key in _ALSO_DEPTHS and value == depth):
             inside[key] = len(kept)
         elif _is_count(value):
             if key in _COUNTS_FIRST:
@@ -86,7 +91,7 @@ def readings(config: Config, made: Config, kept: Sequence[int]) -> Iterator[Conf
     for key, now in text_config(made).items():
         value = old.get(key)
         others: list[Any] = []
-        if key in DEPTHS or key.endswith(_NO_LIST_OF_BLOCKS) or value is None:
+        if key in (*DEPTHS, *_STAGES) or key.endswith(_NO_LIST_OF_BLOCKS) or value is None:
             continue
         if isinstance(value, list):
             if len(value) == depth:
@@ -101,6 +106,21 @@ def readings(config: Config, made: Config, kept: Sequence[int]) -> Iterator[Conf
                 other = deepcopy(made)
                 text_config(other)[key] = each
                 yield other
+
+
+def _stages(value: Any, kept: Sequence[int]) -> Any:
+    """States that a backbone gives: 0 or `stem` before the blocks, 3 or `stage3` after three of them."""
+    if not isinstance(value, list):
+        return value
+
+    def follows(each: Any) -> Any:
+        text = str(each).removeprefix("stage")
+        if not text.isdigit():
+            return each
+        number = _first(int(text), kept)
+        return number if _is_count(each) else f"stage{number}" if number else "stem"
+
+    return list(dict.fromkeys(follows(each) for each in value))
 
 
 def _is_count(value: Any) -> bool:

@@ -75,8 +75,8 @@ def _portrait(block: nn.Module) -> dict[str, Any]:
 def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module itself holds beside tensors and modules: numbers, words, functions."""
     for name, value in vars(module).items():
-        if name.startswith("_") or name in ("training", "name_or_path"):
-            continue
+        if name.startswith("_") or name in ("training", "name_or_path") or "drop" in name:
+            continue  # what is dropped is dropped in training only
         if value is None or isinstance(value, _SIMPLE):
             yield name, value
         elif isinstance(value, list | tuple) and all(isinstance(v, _SIMPLE) for v in value):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from deltafold.calibration.usage import is_conv1d, is_linear, is_rewritten, tied_layers
 from deltafold.errors import MismatchError
 from deltafold.names import role_of
 
@@ -97,7 +98,7 @@ def read_structure(
         str(model.config.model_type),
         tuple(names),
         tuple(
-            tuple(_layers(block, name, heads, groups))
+            tuple(_layers(model, block, name, heads, groups))
             for block, name in zip(blocks, names, strict=True)
         ),
         any(
@@ -110,19 +111,19 @@ def read_structure(
     )
 
 
-def _layers(block: nn.Module, name: str, heads: int, groups: int) -> list[Layer]:
-    from transformers.pytorch_utils import Conv1D
-
-    found = []
+def _layers(model: Any, block: nn.Module, name: str, heads: int, groups: int) -> list[Layer]:
+    found, tied = [], tied_layers(model)
     for local, module in block.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or _GATE.search(local):
+        if not (is_linear(module) or is_conv1d(module)) or _GATE.search(local):
+            continue
+        if f"{name}.{local}" in tied or is_rewritten(model, f"{name}.{local}"):
             continue
         role = role_of(f"{name}.{local}.weight")
         part = "attention" if role == "attention" else "mlp" if role in ("mlp", "expert") else None
         if part is None:
             continue
-        transposed = isinstance(module, Conv1D)
-        o, i = module.weight.shape[::-1] if transposed else module.weight.shape
+        transposed, weight = is_conv1d(module), module.get_parameter("weight")
+        o, i = weight.shape[::-1] if transposed else weight.shape
         rows = _rows(local, int(o), heads, groups)
         found.append(
             Layer(local, part, (int(o), int(i)), rows, transposed, module.bias is not None)

@@ -8,26 +8,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafold.calibration.models import class_of, config_of, first_line, quiet
+from deltafold.calibration.models import class_of, config_of, quiet
 from deltafold.errors import CheckpointError, MismatchError
+from deltafold.foreign import blamed, first_line
 
 
-def build(folder: Path) -> Any:
-    """The model of a folder's config on the meta device. Raises CheckpointError, MismatchError."""
+def build(folder: Path, causal: bool = True) -> Any:
+    """The model of a folder's config on the meta device; with `causal` one of language.
+
+    Raises CheckpointError, MismatchError.
+    """
     config = config_of(folder)
     if getattr(config, "quantization_config", None):
         raise MismatchError(
             f"{folder} holds quantised weights; calibration needs them in floating point."
         )
-    kind = class_of(config, str(folder))
+    kind = class_of(config, str(folder), causal)
     # Experts one by one: only then does each matrix meet its own inputs.
     options = {"experts_implementation": "eager"} if _has_experts(kind) else {}
     try:
         with torch.device("meta"), quiet():
             model = kind._from_config(config, dtype=torch.float32, **options)
     except Exception as error:  # a config that its own class refuses
-        raise CheckpointError(
-            f"No model can be built from the config of {folder} ({first_line(error)}); check it."
+        raise blamed(
+            error,
+            CheckpointError(
+                f"No model can be built from the config of {folder} ({first_line(error)}); check it."
+            ),
         ) from error
     return model.requires_grad_(False).eval()
 
@@ -37,11 +44,16 @@ def _has_experts(kind: Any) -> bool:
     return bool(can is not None and can())
 
 
+def decoder_of(model: Any) -> Any:
+    """The part of a model that holds its blocks: some call their last layer, the head, a decoder."""
+    found = model.get_decoder()
+    return model.base_model if isinstance(found, nn.Linear) else found
+
+
 def find_blocks(model: Any, folder: Path) -> tuple[list[nn.Module], list[str]]:
     """The decoder's blocks in order, and their names."""
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    decoder = model.get_decoder()
-    for module in decoder.modules():
+    for module in decoder_of(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             blocks = list(module)
             paths = {id(each): name for name, each in model.named_modules()}
@@ -50,6 +62,16 @@ def find_blocks(model: Any, folder: Path) -> tuple[list[nn.Module], list[str]]:
         f"{folder}: no list of {depth} blocks is found in a {type(model).__name__}, so it cannot "
         "be run or taken apart block by block; compress takes it with --calibration none."
     )
+
+
+def find_stacks(model: nn.Module) -> list[str]:
+    """Names of the blocks of a model of any kind, which may have several lists of them."""
+    lists: dict[str, int] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{each}.") for each in lists)
+        if isinstance(module, nn.ModuleList) and not inside:
+            lists[name] = len(module)
+    return [f"{each}.{number}" for each, depth in lists.items() for number in range(depth)]
 
 
 def stored_buffers(model: Any) -> dict[str, Any]:

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from deltafold.calibration.models import first_line, quiet
+from deltafold.calibration.building import decoder_of
+from deltafold.calibration.models import quiet
 from deltafold.calibration.skeleton import Skeleton
 from deltafold.calibration.wiring import Weights
 from deltafold.errors import MismatchError
+from deltafold.foreign import blamed, first_line
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Forward:
             return self._answer(hidden + disturb if disturb else hidden)
 
         with self._stubs(stub), self.sentence(), quiet():
-            decoder = self.skeleton.model.get_decoder()
+            decoder = decoder_of(self.skeleton.model)
             decoder(input_ids=ids.to(self.skeleton.device), use_cache=use_cache)
         shapes = {each.shape for each in entering}
         n_blocks = len(self.skeleton.blocks)
@@ -154,7 +156,7 @@ class Forward:
         try:
             yield
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise self._unfit(first_line(error)) from error
+            raise blamed(error, self._unfit(first_line(error))) from error
 
     def _unfit(self, why: str) -> MismatchError:
         kind = type(self.skeleton.model).__name__

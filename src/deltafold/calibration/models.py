@@ -17,11 +17,16 @@ from typing import Any
 import torch
 
 from deltafold.checkpoint.json_files import read_config
-from deltafold.errors import CheckpointError, DeltafoldError, MismatchError
+from deltafold.errors import CheckpointError, MismatchError
+from deltafold.foreign import blamed, first_line
 from deltafold.running.neutral import with_values
 
 COMPOSED = "Deltafold"
 """What stands before the class of a composed model, see `composed/standalone.py`."""
+_WITHOUT_TEXT = (
+    "compress, restore, verify and merge take it without text, and fold, export and factor "
+    "(--method svd) where its blocks allow it"
+)
 # Buffers that older versions stored and newer ones compute.
 _COMPUTED = re.compile(r"(?:position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 
@@ -38,6 +43,8 @@ def config_of(folder: Path, label: str | None = None) -> Any:
     model_type = found.get("model_type")
     if model_type not in CONFIG_MAPPING:
         named = "names no model type" if model_type is None else f"is of type {model_type!r}"
+        if isinstance(found.get("_class_name"), str):
+            named = f"is that of a {found['_class_name']} of diffusers"
         code = "; code that lies in the folder is not run" if "auto_map" in found else ""
         raise CheckpointError(
             f"The config of {label} cannot be read: it {named}, and transformers "
@@ -50,8 +57,11 @@ def config_of(folder: Path, label: str | None = None) -> Any:
                 folder, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # transformers raises many kinds; the user needs one sentence
-        raise CheckpointError(
-            f"The config of {label} cannot be read by transformers ({first_line(error)}); check it."
+        raise blamed(
+            error,
+            CheckpointError(
+                f"The config of {label} cannot be read by transformers ({first_line(error)}); check it."
+            ),
         ) from error
 
 
@@ -64,7 +74,7 @@ def no_config(folder: Path, label: str) -> str:
     if (folder / "model_index.json").is_file():
         return (
             f"{label} is a pipeline of diffusers and holds no config.json of its own; compress, "
-            "restore and verify take it."
+            "restore, verify and merge take it."
         )
     return f"{label} holds no config.json, which says what model it is; put it there."
 
@@ -84,8 +94,8 @@ def class_of(config: Any, label: str, causal: bool = True) -> Any:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if kind is None and causal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise MismatchError(
-            f"{label}: transformers has no causal language model for {config.model_type!r}; compress, "
-            "restore, verify and merge take it, without text."
+            f"{label}: transformers has no causal language model for {config.model_type!r}, so no text "
+            f"can be run through it; {_WITHOUT_TEXT}."
         )
     if kind is None:
         what = f"a {name}, which is no class of transformers for" if name else "no architecture for"
@@ -93,10 +103,10 @@ def class_of(config: Any, label: str, causal: bool = True) -> Any:
             f"{label}: its config names {what} {config.model_type!r}, so no model can be built; "
             "restore it, and load it with its own code."
         )
-    if causal and not _is_causal(kind, config):
+    if causal and not is_causal(kind, config):
         raise MismatchError(
-            f"{label} is a {kind.__name__}, no causal language model, so it cannot be run on text or "
-            "taken apart here; compress, restore, verify and merge take it, without text."
+            f"{label} is a {kind.__name__}, no causal language model, so no text can be run through it "
+            f"here; {_WITHOUT_TEXT}."
         )
     return kind
 
@@ -112,7 +122,8 @@ def _known(name: str, config: Any) -> Any:
     return kind if wanted is None or isinstance(config, wanted) else None
 
 
-def _is_causal(kind: Any, config: Any) -> bool:
+def is_causal(kind: Any, config: Any) -> bool:
+    """Whether models of this class predict the next token of a text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -158,12 +169,13 @@ def _loaded(kind: Any, folder: Path | None, label: str, options: dict[str, Any])
     try:
         with quiet(), with_values():
             model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    except DeltafoldError:
-        raise
     except Exception as error:  # the many ways in which a folder can be broken
-        raise CheckpointError(
-            f"{label} cannot be loaded as a {kind.__name__} ({first_line(error)}); check its "
-            "config.json and weight files."
+        raise blamed(
+            error,
+            CheckpointError(
+                f"{label} cannot be loaded as a {kind.__name__} ({first_line(error)}); check its "
+                "config.json and weight files."
+            ),
         ) from error
     check_keys(model, info, label)
     return model
@@ -210,9 +222,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """An error of another library in one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

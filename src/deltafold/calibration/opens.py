@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from deltafold.calibration.models import class_of, config_of, first_line, quiet, unused
+from deltafold.calibration.models import class_of, config_of, quiet, unused
 from deltafold.calibration.wiring import wire
 from deltafold.checkpoint import DTYPES, Checkpoint
 from deltafold.errors import CheckpointError, DeltafoldError
+from deltafold.foreign import first_line, shortage
 
 NAMED = 20
 """As many problems are named in a record."""
@@ -64,6 +65,8 @@ def open_bare(folder: Path, kind: Any = None) -> Opening:
                 for name, info in tensors.items()
             }
     except DeltafoldError as error:
+        if error.passing:
+            raise
         return Opening(problems=(str(error),))
     if not config:
         return Opening("there is no config.json")
@@ -73,6 +76,8 @@ def open_bare(folder: Path, kind: Any = None) -> Opening:
         read = config_of(folder, "the model")
         kind = kind or class_of(read, "the model", causal=False)
     except DeltafoldError as error:
+        if error.passing:
+            raise
         return Opening(str(error).rstrip("."))
     return _opened(kind, read, state)
 
@@ -88,6 +93,8 @@ def _opened(kind: Any, config: Any, state: dict[str, torch.Tensor]) -> Opening:
     except ImportError as error:
         return Opening(f"a package is missing ({first_line(error)})")
     except Exception as error:  # of any part of transformers
+        if (lacking := shortage(error)) is not None:
+            raise lacking from error
         return Opening(problems=(f"it does not open ({first_line(error)})",))
 
 
@@ -156,6 +163,8 @@ def check_opens(
     Raises CheckpointError for problems that the checkpoint `before`, which it was made of, has not.
     """
     made = open_bare(folder, kind)
+    if made.unknown and before is not None and not open_bare(before).unknown:
+        made = Opening(problems=(made.unknown,))
     if made.problems:
         known = Opening() if before is None else open_bare(before)
         if new := made.beyond(known):

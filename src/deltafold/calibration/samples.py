@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.calibration.batches import Sample
-from deltafold.calibration.models import first_line
 from deltafold.calibration.tokens import Encoder
 from deltafold.coding.counter import derive_key, subset
 from deltafold.errors import DeltafoldError, UsageError
+from deltafold.foreign import blamed, first_line, unread
 
 CHARACTERS_A_TOKEN = 6
 """Windows of a plain text are cut this long for each token wanted, then to the token."""
@@ -189,9 +189,12 @@ def _chat(messages: object, encoder: Encoder, where: str) -> Sample | None:
     try:
         return encoder.chat(messages)
     except Exception as error:  # templates are programs, and fail in their own ways
-        raise SampleError(
-            f"{where}: the fine-tune's chat template does not take these messages "
-            f"({first_line(error)}); give prompts and answers instead."
+        raise blamed(
+            error,
+            SampleError(
+                f"{where}: the fine-tune's chat template does not take these messages "
+                f"({first_line(error)}); give prompts and answers instead."
+            ),
         ) from error
 
 
@@ -209,9 +212,7 @@ def _decode(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise SampleError(
-            f"{path} cannot be read ({error.strerror or error}); check the path."
-        ) from None
+        raise unread(error, path, SampleError) from None
     except UnicodeDecodeError as error:
         raise SampleError(
             f"{path} is not UTF-8 (byte {error.start:,} cannot be read); save it as UTF-8."
@@ -232,9 +233,12 @@ def _data_set(source: str) -> tuple[int, Callable[[int], Row], Callable[[int], s
         rows: Sequence[Row] = datasets.load_dataset(name, split=split or "train")
         total = len(rows)
     except Exception as error:  # the library raises many kinds; the user needs one sentence
-        raise SampleError(
-            f"{source} cannot be loaded ({first_line(error)}); check the name, the split "
-            "(datasets:NAME:SPLIT) and your network."
+        raise blamed(
+            error,
+            SampleError(
+                f"{source} cannot be loaded ({first_line(error)}); check the name, the split "
+                "(datasets:NAME:SPLIT) and your network."
+            ),
         ) from error
 
     def row(number: int) -> Row:

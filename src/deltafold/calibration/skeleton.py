@@ -20,10 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafold.calibration.building import build, fill_computed_buffers, find_blocks, stored_buffers
+from deltafold.calibration.building import (
+    build,
+    decoder_of,
+    fill_computed_buffers,
+    find_blocks,
+    stored_buffers,
+)
 from deltafold.calibration.models import load_weights
 from deltafold.calibration.wiring import Group, Weights, wire
 from deltafold.errors import CheckpointError, DeltafoldWarning, MismatchError
+from deltafold.foreign import blamed
 
 
 class Skeleton:
@@ -56,7 +63,7 @@ class Skeleton:
             for number, block in enumerate(self.blocks)
             for module in block.modules()
         }
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         inside = {id(module) for module in decoder.modules()}
         aside = [
             module for module in self.model.children()
@@ -85,7 +92,7 @@ class Skeleton:
 
     def outside(self) -> list[str]:
         """Parameters of the decoder outside of its blocks, which make hidden states of ids."""
-        inside = {id(module) for module in self.model.get_decoder().modules()}
+        inside = {id(module) for module in decoder_of(self.model).modules()}
         return [
             name for name, part in self._parts.items()
             if part is None and id(self.model.get_submodule(name.rpartition(".")[0])) in inside
@@ -198,9 +205,12 @@ class Skeleton:
         try:
             made = group.make(self.model, weights)
         except RuntimeError as error:  # tensors of shapes that cannot be stacked
-            raise MismatchError(
-                f"{name} cannot be made from {group.names[0]} and the like ({error}); check that "
-                f"weights and config of {self.folder} belong together."
+            raise blamed(
+                error,
+                MismatchError(
+                    f"{name} cannot be made from {group.names[0]} and the like ({error}); check that "
+                    f"weights and config of {self.folder} belong together."
+                ),
             ) from error
         # A tied parameter goes by the name of its partner.
         return made if name in made else {name: made[group.targets[0]]}

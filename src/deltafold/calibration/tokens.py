@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.calibration.batches import Sample
-from deltafold.calibration.models import first_line
 from deltafold.errors import CheckpointError
+from deltafold.foreign import blamed, first_line, shortage
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
@@ -21,13 +21,25 @@ class TextIds:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         bare = self.ids("a")
-        full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+        full = self._asked("a", add_special_tokens=True)
         begins = tokenizer.bos_token_id is not None and full[:1] == [tokenizer.bos_token_id]
         self.prefix: list[int] = full[:1] if begins and bare[:1] != full[:1] else []
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text alone."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._asked(text, add_special_tokens=False)
+
+    def _asked(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        except Exception as error:  # settings of its files that do not fit show only here
+            raise blamed(
+                error,
+                CheckpointError(
+                    f"The tokenizer in {getattr(self.tokenizer, 'name_or_path', 'the folder')} takes "
+                    f"no text ({first_line(error)}); copy the tokenizer files of its base into it."
+                ),
+            ) from error
 
     def beginning(self, text: str) -> list[int]:
         """Token ids of a text that stands first: they begin with `prefix`, which is added once only.
@@ -91,7 +103,9 @@ class Encoder(TextIds):
             return None
         try:
             text = self._template([{"role": "user", "content": mark}], True)
-        except Exception:  # templates are programs, and fail in their own ways
+        except Exception as error:  # templates are programs, and fail in their own ways
+            if (lacking := shortage(error)) is not None:
+                raise lacking from error
             return None
         before, found, after = text.partition(mark)
         return (before, after) if found and before else None
@@ -116,9 +130,12 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each kind of tokenizer fails in its own way
-        raise CheckpointError(
-            f"The tokenizer in {folder} cannot be loaded ({first_line(error)}); "
-            "copy the tokenizer files of its base into it."
+        raise blamed(
+            error,
+            CheckpointError(
+                f"The tokenizer in {folder} cannot be loaded ({first_line(error)}); "
+                "copy the tokenizer files of its base into it."
+            ),
         ) from error
 
 
@@ -129,7 +146,9 @@ def end_ids(folder: Path, tokenizer: Any) -> list[int]:
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     try:
         configured = GenerationConfig.from_pretrained(folder).eos_token_id
-    except (OSError, ValueError):  # most often there is no such file
+    except (OSError, ValueError) as error:  # most often there is no such file
+        if (lacking := shortage(error)) is not None:
+            raise lacking from error
         configured = None
     if configured is not None:
         ids += configured if isinstance(configured, list) else [configured]

@@ -20,7 +20,7 @@ def write_beside(checkpoint: Checkpoint, folder: Path, changed: Mapping[str, byt
     for file in checkpoint.side_files:
         name = checkpoint.relative(file)
         if not is_own_index(name):
-            put_file(folder, name, changed[name] if name in changed else file.read_bytes())
+            put_file(folder, name, changed[name] if name in changed else checkpoint.side_file(file))
 
 
 def copy_beside(folder: Path, target: Path, replace: bool = False) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +21,8 @@ from deltafold.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+STEMS = ("model", "diffusion_pytorch_model")
+"""What weight files are called by transformers, and by diffusers."""
 ARCHIVE_FILE = "delta.json"
 
 MAX_SIDE_FILE_BYTES = 128_000_000
@@ -103,6 +105,18 @@ def folder_of(file: str) -> str:
     return file[: file.rfind("/") + 1]
 
 
+def stem_of(files: Iterable[str]) -> str:
+    """What the weight files of a folder, not of those inside it, are called.
+
+    >>> stem_of(["diffusion_pytorch_model.safetensors"]), stem_of(["a.safetensors"]), stem_of([])
+    ('diffusion_pytorch_model', 'model', 'model')
+    """
+    own = [file for file in files if "/" not in file]
+    return next(
+        (stem for stem in STEMS if own and all(each.startswith(stem) for each in own)), STEMS[0]
+    )
+
+
 def read_contents(folder: Path, weight_map: Callable[[Path], dict[str, str]]) -> Contents:
     """What a folder holds. `weight_map` reads an index. Raises CheckpointError."""
     found = Contents()
@@ -130,7 +144,7 @@ def read_contents(folder: Path, weight_map: Callable[[Path], dict[str, str]]) ->
 def _walk(folder: Path, found: Contents) -> Iterator[str]:
     """Every visible file; hidden ones keep the accounts of a file system, of git or of the hub."""
     count = 0
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_refuse_unread):
         inside = Path(place).relative_to(folder)
         kept = []
         for name in sorted(each for each in folders if not each.startswith(".")):
@@ -149,6 +163,10 @@ def _walk(folder: Path, found: Contents) -> Iterator[str]:
                 f"{folder} holds more than {MAX_FILES:,} files, so it is no model's folder; give "
                 "the folder that holds the weights."
             )
+
+
+def _refuse_unread(error: OSError) -> None:
+    raise error  # a folder that cannot be listed is not an empty one
 
 
 def _why_not_folder(folder: Path, inside: Path) -> str | None:
@@ -193,7 +211,7 @@ def _weights(
     folder: Path, files: Collection[str], weight_map: Callable[[Path], dict[str, str]]
 ) -> tuple[str | None, list[str]]:
     """(index, weight files) of one folder, with the same precedence as transformers and diffusers."""
-    for stem in ("model", "diffusion_pytorch_model"):
+    for stem in STEMS:
         single = f"{stem}.safetensors"
         if single in files:
             return None, [single]

@@ -105,7 +105,7 @@ class Later:
         self._turn = threading.Condition()
         self._busy = self._ended = False
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     def add(self, path: Path) -> None:
         """Sync a file before long, and the folders on the way to it."""
@@ -117,7 +117,7 @@ class Later:
             self._turn.notify_all()
 
     def flush(self) -> None:
-        """Return when all that was added is on the disk. Raises OSError, also what came before."""
+        """Return when all that was added is on the disk. Raises what failed, also before: OSError."""
         self._sync_waiting()
         with self._turn:
             self._turn.wait_for(lambda: not self._busy)
@@ -129,7 +129,7 @@ class Later:
         """Sync what waits, as far as that goes, or forget it, and end."""
         with self._turn:
             self._waiting = self._waiting if sync else []
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # what was not synced is looked at when it is taken up
             self.flush()
         with self._turn:
             self._ended = True
@@ -148,7 +148,7 @@ class Later:
             taken, self._waiting, self._busy = self._waiting, [], True
         try:
             sync_named(taken, self.root)
-        except OSError as error:
+        except Exception as error:  # told to whoever asks for what was synced, not by this thread
             self._error = error
         finally:
             with self._turn:

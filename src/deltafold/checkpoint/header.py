@@ -17,6 +17,7 @@ from typing import Any
 
 from deltafold.dtypes import ITEM_BYTES, matrix_shape, stored_bytes
 from deltafold.errors import CheckpointError
+from deltafold.foreign import unread
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format
 
@@ -73,7 +74,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             f"{path} is missing; copy it there, or download the checkpoint again."
         ) from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check it.") from None
+        raise unread(error, path, CheckpointError) from None
     try:
         header = json.loads(raw, object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", {})

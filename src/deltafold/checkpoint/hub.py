@@ -10,6 +10,7 @@ from deltafold.checkpoint.kinds import refuse_other_kinds
 from deltafold.checkpoint.store import Remote, is_address, shown
 from deltafold.checkpoint.view import SIDE_FILE_PATTERNS, Checkpoint
 from deltafold.errors import CheckpointError
+from deltafold.foreign import blamed
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 ARCHIVE_PATTERNS = ("delta.json", "payload-*.safetensors", "files/*.zst")
@@ -70,7 +71,7 @@ def _downloaded(hub_id: str, patterns: Sequence[str]) -> Path:
             snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns))
         )
     except Exception as error:  # the hub client raises many kinds; the user needs one sentence
-        raise CheckpointError(_why_not(hub_id, error)) from error
+        raise blamed(error, CheckpointError(_why_not(hub_id, error))) from error
 
 
 def _why_not(hub_id: str, error: Exception) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.errors import CheckpointError
+from deltafold.foreign import first_line, unread
 
 CONFIG_FILE = "config.json"
 
@@ -21,7 +22,7 @@ def parse_object(data: bytes | str, what: str) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise CheckpointError(
-            f"{what} cannot be read: it is not valid JSON ({_first_line(error)}); put a proper one in its place."
+            f"{what} cannot be read: it is not valid JSON ({first_line(error)}); put a proper one in its place."
         ) from None
     if not isinstance(found, dict):
         held = {list: "a list", type(None): "null", str: "a text", bool: "a truth value"}
@@ -39,13 +40,9 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check it.") from None
+        raise unread(error, path, CheckpointError) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a folder; empty if there is none. Raises CheckpointError."""
     return read_object(folder / CONFIG_FILE) or {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

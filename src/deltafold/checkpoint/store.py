@@ -33,6 +33,7 @@ from deltafold.errors import (
     StorageWarning,
     UsageError,
 )
+from deltafold.foreign import blamed
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?!/)(.+)")
 LAST = ("delta.json", "config.json", "adapter_config.json")
@@ -193,14 +194,15 @@ class Remote:
         """What a store raises, as one sentence."""
         try:
             yield
-        except DeltafoldError:
-            raise
         except FileNotFoundError:
             raise kind(f"{self.address} does not exist; check the address.") from None
         except Exception as error:
-            raise kind(
-                f"{self.address}: the store does not answer as it should ({_words(error)}); check "
-                "address, network and credentials."
+            raise blamed(
+                error,
+                kind(
+                    f"{self.address}: the store does not answer as it should ({_words(error)}); check "
+                    "address, network and credentials."
+                ),
             ) from error
 
 

@@ -22,12 +22,14 @@ from deltafold.checkpoint.contents import (
     folder_of,
     is_plain_path,
     read_contents,
+    stem_of,
 )
 from deltafold.checkpoint.header import TensorInfo, read_header
 from deltafold.checkpoint.json_files import read_config
 from deltafold.checkpoint.kinds import refuse_archive
 from deltafold.dtypes import DTYPES, held_shape
 from deltafold.errors import CheckpointError, not_shared
+from deltafold.foreign import reading
 from deltafold.lazy import torch
 
 # What downloads ask for, and what a push replaces. A pattern without a slash is for any folder.
@@ -91,6 +93,11 @@ class Checkpoint:
         return {n: inner[info.file] for n, info in self.tensors.items() if info.file in inner}
 
     @property
+    def stem(self) -> str:
+        """What the folder's own weight files are called: `model`, or as diffusers calls them."""
+        return stem_of(self.relative(each) for each in self.shards)
+
+    @property
     def own_tensors(self) -> dict[str, TensorInfo]:
         """Tensors of the folder's own weight files, which are those that its config speaks of."""
         inner = self.inner_files
@@ -114,7 +121,8 @@ class Checkpoint:
     def _descriptor(self, file: Path) -> int:
         with self._lock:
             if file not in self._files:
-                self._files[file] = os.open(file, os.O_RDONLY)
+                with reading(file, CheckpointError):
+                    self._files[file] = os.open(file, os.O_RDONLY)
             return self._files[file]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -138,7 +146,9 @@ class Checkpoint:
     def _data(self, info: TensorInfo, start: int, stop: int) -> bytearray:
         buffer = bytearray(stop - start)
         view, offset = memoryview(buffer), info.start_bytes + start
-        _read_into(self._descriptor(info.file), view, offset, info)
+        descriptor = self._descriptor(info.file)
+        with reading(info.file, CheckpointError):
+            _read_into(descriptor, view, offset, info)
         return buffer
 
     def row_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -164,6 +174,11 @@ class Checkpoint:
         """Config, tokenizer, templates, code: all that is small beside the weights, by name."""
         return [self.path / name for name in self._contents.beside]
 
+    def side_file(self, file: Path) -> bytes:
+        """The content of one of them. Raises CheckpointError where it cannot be read."""
+        with reading(file, CheckpointError):
+            return file.read_bytes()
+
     @property
     def left_out(self) -> list[dict[str, object]]:
         """Files that are not taken along, each with the reason, as records hold them."""
@@ -186,14 +201,15 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         for shard in self.shards:
-            stat = shard.stat()
+            with reading(shard, CheckpointError):
+                stat = shard.stat()
             digest.update(f"{self.relative(shard)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         for info in self.tensors.values():
             digest.update(f"{info.name} {info.dtype} {info.shape} {info.start_bytes}\n".encode())
             for start, stop in _sampled(info.n_bytes):
                 digest.update(self._data(info, start, stop))
         for file in self.side_files:
-            digest.update(self.relative(file).encode() + file.read_bytes())
+            digest.update(self.relative(file).encode() + self.side_file(file))
         return digest.hexdigest()[:32]
 
     def config(self) -> dict[str, Any]:
@@ -254,7 +270,8 @@ def _contents(path: Path, label: str) -> Contents:
             f"{path} is the hub's cache of a repository; give one of the folders in "
             f"{path / 'snapshots'}."
         )
-    found = read_contents(path, _weight_map)
+    with reading(path, CheckpointError):
+        found = read_contents(path, _weight_map)
     if not found.weights:
         raise CheckpointError(f"{path} holds no .safetensors file; {_hint(found)}.")
     for name in found.weights:
@@ -309,7 +326,9 @@ def _refuse_other_file(path: Path) -> None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        mapping = json.loads(index.read_text())["weight_map"]
+        with reading(index, CheckpointError):
+            text = index.read_bytes()
+        mapping = json.loads(text)["weight_map"]
         names = set(mapping.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(

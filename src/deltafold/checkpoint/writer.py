@@ -7,7 +7,6 @@ The caller keeps the folder under a working name and renames it when everything 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import threading
@@ -17,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deltafold.checkpoint.contents import INDEX_FILE, SINGLE_FILE, folder_of
+from deltafold.checkpoint.contents import STEMS, folder_of, stem_of
 from deltafold.checkpoint.header import build_header
 from deltafold.dtypes import stored_bytes
-from deltafold.errors import StorageError, not_shared
+from deltafold.errors import not_shared
+from deltafold.foreign import unwritten
 from deltafold.lazy import torch
 
 Result = TypeVar("Result")
@@ -41,14 +41,7 @@ def guard_storage(path: Path, action: Callable[[], Result]) -> Result:
     try:
         return action()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StorageError(
-                f"No space left while writing {path}; free some and run the same command again: "
-                "it goes on where it stopped."
-            ) from error
-        raise StorageError(
-            f"{path} cannot be written ({error.strerror}); choose another output."
-        ) from error
+        raise unwritten(error, path) from error
 
 
 def put_file(folder: Path, name: str, data: bytes) -> None:
@@ -63,11 +56,15 @@ def put_file(folder: Path, name: str, data: bytes) -> None:
 
 
 def plan_shards(
-    tensors: list[TensorSpec], shard_bytes: int, inner: Mapping[str, str] | None = None
+    tensors: list[TensorSpec],
+    shard_bytes: int,
+    inner: Mapping[str, str] | None = None,
+    stem: str = STEMS[0],
 ) -> dict[str, list[TensorSpec]]:
     """Split tensors, in order, into shards of at most `shard_bytes` (a larger tensor stands alone).
 
-    Those that are in `inner` stay in the file, of a folder inside, that it names.
+    Those that are in `inner` stay in the file, of a folder inside, that it names. Names of the others
+    begin with `stem`.
     """
     inner = inner or {}
     kept: dict[str, list[TensorSpec]] = {}
@@ -75,10 +72,12 @@ def plan_shards(
         if spec[0] in inner:
             kept.setdefault(inner[spec[0]], []).append(spec)
     own = [spec for spec in tensors if spec[0] not in inner]
-    return (_plan_own(own, shard_bytes) if own or not kept else {}) | kept
+    return (_plan_own(own, shard_bytes, stem) if own or not kept else {}) | kept
 
 
-def _plan_own(tensors: list[TensorSpec], shard_bytes: int) -> dict[str, list[TensorSpec]]:
+def _plan_own(
+    tensors: list[TensorSpec], shard_bytes: int, stem: str
+) -> dict[str, list[TensorSpec]]:
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in tensors:
@@ -89,9 +88,9 @@ def _plan_own(tensors: list[TensorSpec], shard_bytes: int) -> dict[str, list[Ten
         groups[-1].append(spec)
         filled += size
     if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
+        return {f"{stem}.safetensors": groups[0]}
     total = len(groups)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, start=1)}
+    return {f"{stem}-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, start=1)}
 
 
 class CheckpointWriter:
@@ -182,7 +181,8 @@ class CheckpointWriter:
             guard_storage(self.folder, partial(os.fsync, descriptor))
         self.close()
         own = {file: specs for file, specs in self.layout.items() if "/" not in file}
-        if indexed and list(own) not in ([], [SINGLE_FILE]):
+        single = f"{stem_of(own)}.safetensors"
+        if indexed and list(own) not in ([], [single]):
             weight_map = {spec[0]: file for file, specs in own.items() for spec in specs}
             total = sum(
                 stored_bytes(dtype, shape) for specs in own.values() for _, dtype, shape in specs
@@ -192,7 +192,8 @@ class CheckpointWriter:
                 "weight_map": dict(sorted(weight_map.items())),
             }
             text = json.dumps(index, indent=2) + "\n"
-            guard_storage(self.folder, lambda: (self.folder / INDEX_FILE).write_text(text))
+            path = self.folder / f"{single}.index.json"
+            guard_storage(path, lambda: path.write_text(text))
 
     def close(self) -> None:
         with self._lock:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import shlex
 import signal
 import sys
+import traceback
 from typing import NoReturn
 
 import typer
@@ -31,7 +33,7 @@ from deltafold.cli.restore import restore
 from deltafold.cli.serve import serve
 from deltafold.cli.share import share
 from deltafold.cli.verify import verify
-from deltafold.errors import DeltafoldError
+from deltafold.foreign import told
 from deltafold.running.record import COMMAND
 from deltafold.version import __version__
 
@@ -88,29 +90,28 @@ def _stop() -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: errors become one sentence on stderr and an exit code."""
+    """Entry point: whatever is raised becomes one sentence on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     COMMAND.set(shlex.join(["deltafold", *sys.argv[1:]]))
     # Python looks for garbage once more when it ends: a second's work, in all that torch brings.
     atexit.register(gc.freeze)
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except DeltafoldError as error:
-        print(f"deltafold: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # what Ctrl-C has become on its way through typer
             _stop()
         raise
     except KeyboardInterrupt:
         _stop()
-    except OSError as error:
-        where = error.filename or "A file"
-        print(f"deltafold: {where} cannot be used ({error.strerror}).", file=sys.stderr)
-        sys.exit(1)
-    except MemoryError:
-        print(
-            "deltafold: out of memory; lower --memory or --workers, or use a larger machine.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+    except BrokenPipeError:  # whoever reads stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        if os.environ.get("DELTAFOLD_TRACEBACK"):
+            traceback.print_exc()
+        found = told(error)
+        print(f"deltafold: {found}", file=sys.stderr)
+        sys.exit(found.exit_code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -16,6 +15,7 @@ import typer
 
 from deltafold.cli.parameters import former_name, no_markup, options_as_parameters, parameters
 from deltafold.errors import UsageError, nearest
+from deltafold.foreign import blamed, first_line
 from deltafold.running.record import is_main_process
 from deltafold.running.request import Request, default_of, flag_of, joined, options_of
 
@@ -103,7 +103,7 @@ def command(
         if not is_main_process():
             return
         if as_json:
-            print(json.dumps(plain(found)), flush=True)
+            print(as_json(plain(found)), flush=True)
         else:
             show(found, request)
         if after is not None:
@@ -172,9 +172,9 @@ def _from_file(path: Path | None, kind: type[Request], extras: Extras) -> dict[s
 
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as settings ({error}).") from None
+        raise blamed(error, UsageError(f"{path} cannot be read as settings ({error}).")) from None
     except Exception as error:  # yaml's own
-        raise UsageError(f"{path} is no YAML ({str(error).splitlines()[0]}).") from None
+        raise blamed(error, UsageError(f"{path} is no YAML ({first_line(error)}).")) from None
     if not isinstance(found, dict):
         raise UsageError(f"{path} must hold options by their names, like `blocks: 6`.")
     known = extras.names() | names_in_files(kind)

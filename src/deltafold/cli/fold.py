@@ -27,6 +27,39 @@ def _show_plan(result: dict[str, Any]) -> None:
     say(f"  {what}, {asked['parameter_share']:.1%} of {result['parameters']:,} parameters")
 
 
+def _merge_lines(result: dict[str, Any]) -> list[str]:
+    """What went into what; nothing for methods that only drop."""
+    if not result["method"]["merges"]:
+        return []
+    protected = result["settings"]["protect"]
+    lines = [f"  protected: {', '.join(map(str, protected))}"] if protected else []
+    for step in result["steps"]:
+        gone = ", ".join(map(str, step["gone"]))
+        if step["kept"] is None:
+            lines.append(f"  block {gone} dropped: none before it is left to take it in")
+            continue
+        share = "" if step["ratio"] is None else f", which keeps {step['ratio']:.2f}"
+        lines.append(f"  block {gone} folded into {step['kept']}{share}")
+    return lines
+
+
+def _patch_lines(result: dict[str, Any]) -> list[str]:
+    """What was fitted into the blocks that are left, or that nothing was."""
+    lines = []
+    healed = [row for row in result["patches"] if row["kind"] == "heal"]
+    for row in result["patches"]:
+        if row["kind"] != "heal":
+            lines.append(f"  block {row['block']} takes over what was cut, by {row['kind']}")
+    if healed:
+        kept = sum(row["kept"] for row in healed)
+        lines.append(f"  {kept} of {len(healed)} least-squares patches kept")
+    if result.get("unhealed_because"):
+        lines.append(
+            f"  nothing was healed: {result['unhealed_because']}; --steps 30 trains what is left"
+        )
+    return lines
+
+
 def _show(result: dict[str, Any], request: FoldRequest) -> None:
     if request.dry_run:
         _show_plan(result)
@@ -42,19 +75,16 @@ def _show(result: dict[str, Any], request: FoldRequest) -> None:
         f"({removed['layer_share']:.1%} of layers, {removed['parameter_share']:.1%} of parameters): "
         + (", ".join(map(str, removed["blocks"])) or "none")
     )
-    for step in result["steps"]:
-        if step.get("ratio") is not None:
-            gone = ", ".join(map(str, step["gone"]))
-            say(f"  block {gone} folded into {step['kept']}, which keeps {step['ratio']:.2f}")
+    for line in _merge_lines(result):
+        say(line)
     if result["silenced"]:
         parts = ", ".join(f"{row['part']} of {row['block']}" for row in result["silenced"])
         say(
             f"  silent, but still stored ({result['silenced_parameter_share']:.1%} of parameters): "
             f"{parts}"
         )
-    healed = [row for row in result["patches"] if row["kept"]]
-    if result["patches"]:
-        say(f"  {len(healed)} of {len(result['patches'])} least-squares patches kept")
+    for line in _patch_lines(result):
+        say(line)
     if "healing" in result:
         healing = result["healing"]
         first, best = healing["exams"][0]["kl"], min(each["kl"] for each in healing["exams"])

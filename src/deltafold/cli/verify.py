@@ -9,10 +9,22 @@ from deltafold.restoring.request import VerifyRequest
 
 
 def _show(found: dict[str, Any], request: VerifyRequest) -> None:
+    from rich.markup import escape
+
     from deltafold.cli.show import duration, say
 
     archive, base = request.archive, request.base
-    say(f"{archive}: all parts of {found['tensors_checked']} tensors are whole")
+    say(
+        f"{archive}: all parts of {found['tensors_checked']} tensors and {found['files_checked']} "
+        "small files are whole"
+    )
+    if unchecked := found["files_unchecked"]:
+        say(
+            f"  not checked: {escape(', '.join(unchecked))}, stored relative to the base's; an archive "
+            "of this older format has no digest of it, so give --base"
+        )
+    if strangers := found["strangers"]:
+        say(f"  not part of the archive: {escape(', '.join(strangers))}; remove it")
     if base is None:
         say("  give --base to check that everything decodes")
     else:

@@ -15,6 +15,7 @@ from typing import Any
 from deltafold.codecs import delta_codec, exact_codec, get, names
 from deltafold.codecs.base import DeltaCodec, Parts, Settings, VariableCodec, parts_bytes
 from deltafold.coding.counter import derive_key
+from deltafold.coding.sums import all_finite
 from deltafold.dtypes import folded
 from deltafold.errors import UsageError, nearest
 from deltafold.lazy import torch
@@ -73,7 +74,7 @@ class TensorCodec:
             return Encoded(self.name, shape, settings, parts)
         if base is not None:
             raise UsageError(f"{self.name} encodes a delta; give tensor - base, and no base.")
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or not all_finite(tensor):
             raise UsageError(f"{self.name} encodes finite floating-point numbers only.")
         codec, matrix = delta_codec(self.name, self.settings), DenseMatrix(_matrix(tensor).float())
         target = self.share * 2 * tensor.numel()

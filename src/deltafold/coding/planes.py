@@ -16,6 +16,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from deltafold.dtypes import DTYPES
+from deltafold.foreign import shortage
 from deltafold.lazy import torch
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -109,7 +110,7 @@ def inflate(part: torch.Tensor, expected_bytes: int) -> bytes:
             raise ValueError(f"a compressed part does not hold the promised {expected_bytes} bytes")
         return zstandard.ZstdDecompressor().decompress(frame, max_output_size=expected_bytes)
     except zstandard.ZstdError as error:
-        raise ValueError(f"a compressed part is damaged ({error})") from None
+        raise shortage(error) or ValueError(f"a compressed part is damaged ({error})") from None
 
 
 def inflate_any(part: torch.Tensor, most_bytes: int) -> bytes:
@@ -117,7 +118,7 @@ def inflate_any(part: torch.Tensor, most_bytes: int) -> bytes:
     try:
         size = zstandard.frame_content_size(part.numpy().tobytes())
     except zstandard.ZstdError as error:
-        raise ValueError(f"a compressed part is damaged ({error})") from None
+        raise shortage(error) or ValueError(f"a compressed part is damaged ({error})") from None
     if not 0 <= size <= most_bytes:
         raise ValueError(f"a compressed part holds more than {most_bytes} bytes")
     return inflate(part, size)

@@ -36,6 +36,14 @@ def rounded_sum(base: torch.Tensor, change: torch.Tensor, dtype: torch.dtype) ->
     return total.to(dtype)
 
 
+def all_finite(x: torch.Tensor) -> bool:
+    """True if no value is infinite or NaN; of any dtype, also those of 8 bits, which torch cannot ask."""
+    if not x.is_floating_point():
+        return True
+    parts = x.reshape(-1).split(_VALUES)
+    return all(bool((p.float() if p.itemsize == 1 else p).isfinite().all()) for p in parts)
+
+
 def squared(x: torch.Tensor) -> float:
     """Sum of squares of what is finite, any shape, in fp64, where even that would overflow 1e300."""
     found = float(x.float().square().sum(dtype=torch.float64))

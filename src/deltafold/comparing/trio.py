@@ -98,7 +98,9 @@ class Trio:
             tuned = load_tokenizer(self.sources["fine-tune"])
             try:
                 base = load_tokenizer(self.sources["base"])
-            except CheckpointError:
+            except CheckpointError as error:
+                if error.passing:
+                    raise
                 base = tuned
         return {"base": base, "fine-tune": tuned, "restored": tuned}
 

@@ -20,14 +20,15 @@ def is_shared(folder: str | Path) -> bool:
         return False
 
 
-def load_shared(folder: str | Path, **from_pretrained: Any) -> Any:
-    """The model of a folder that `share` or `factor` wrote. Raises CheckpointError, MismatchError.
+def load_shared(folder: str | Path, *, causal: bool = False, **from_pretrained: Any) -> Any:
+    """The model of a folder that `share` or `factor` wrote; with `causal` one of language.
 
-    `from_pretrained` takes what `AutoModelForCausalLM.from_pretrained` takes.
+    `from_pretrained` takes what `AutoModelForCausalLM.from_pretrained` takes. Raises CheckpointError,
+    MismatchError.
     """
     where = Path(folder).expanduser()
     config = config_of(where, str(folder))
     read_form({KEY: config.deltafold}, str(folder))
-    kind = composed_class(class_of(config, str(folder)))
+    kind = composed_class(class_of(config, str(folder), causal))
     options = {"config": config, "dtype": "auto"} | from_pretrained
     return load_composed(kind, where, str(folder), **options).eval()

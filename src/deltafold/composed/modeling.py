@@ -75,6 +75,13 @@ class ComposedLinear(nn.Module):
             return self.anchor[0].weight
         return self._parameters.get("weight")
 
+    def __getattr__(self, name: str) -> Any:
+        """W in the layer's dtype to whoever reads `weight` instead of calling the layer, as Mamba does."""
+        if name != "weight" or "weight" in self._parameters:
+            return super().__getattr__(name)
+        held = next(self.delta.parameters(), None)
+        return self.dense_weight() if held is None else self.dense_weight().to(held.dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(.., in) -> (.., out)"""
         weight, bias = self.base_weight(), None if self.scale is not None else self.bias
@@ -194,6 +201,11 @@ def composed_class(base: Any) -> Any:
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             compose(self, config.deltafold)
+
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """What the base's own code fills is filled as in the base: buffers that no file holds."""
+            return False
 
     Composed.__name__ = Composed.__qualname__ = f"Deltafold{base.__name__}"
     return Composed

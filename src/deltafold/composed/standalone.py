@@ -19,12 +19,25 @@ def modelling_file(base: type) -> str:
     )
 
 
+def _auto_class(base: type) -> str:
+    """The class of transformers that opens models of this class: AutoModelForCausalLM, AutoModel, ..."""
+    from transformers.models.auto import modeling_auto
+
+    if base.__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "AutoModelForCausalLM"
+    for name, each in sorted(vars(modeling_auto).items()):
+        known = getattr(getattr(each, "_model_mapping", None), "_model_mapping", None)
+        if name.startswith("AutoModelFor") and base.__name__ in dict(known or {}).values():
+            return name
+    return "AutoModel"
+
+
 def shared_config(config: dict[str, Any], form: Form, base: type) -> dict[str, Any]:
     """The config of the composed model: the form, and where its class is found."""
     name = f"Deltafold{base.__name__}"
     return {
         **config,
         "architectures": [name],
-        "auto_map": {"AutoModelForCausalLM": f"{MODULE}.{name}"},
+        "auto_map": {_auto_class(base): f"{MODULE}.{name}"},
         KEY: form.to_json(),
     }

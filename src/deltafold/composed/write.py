@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 
 from deltafold.calibration.building import build
+from deltafold.calibration.models import quiet
 from deltafold.calibration.opens import check_opens
 from deltafold.calibration.wiring import wire
 from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shards
 from deltafold.checkpoint.beside import write_beside
 from deltafold.checkpoint.json_files import CONFIG_FILE
 from deltafold.checkpoint.writer import TensorSpec, guard_storage, put_file
+from deltafold.coding.sums import all_finite
 from deltafold.composed.form import OWN, Form, Linear
 from deltafold.composed.modeling import composed_class
 from deltafold.composed.standalone import MODULE, modelling_file, shared_config
@@ -40,18 +43,21 @@ class Source:
     """A base checkpoint, the class of its model, and the tensor that each parameter is stored in.
 
     `stored` leaves out parameters that are made of several tensors. Of those, `stacks` has stacked
-    experts: their tensors by expert, then by rows.
+    experts: their tensors by expert, then by rows. `renamed` are tensors that the composed model's own
+    class knows by their parameter's name only: what transformers renames for a class by its name, it
+    does not rename for another class.
     """
 
     checkpoint: Checkpoint
     kind: type
     stored: dict[str, str]
     stacks: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Source:
         """Raises CheckpointError, MismatchError for what transformers cannot build."""
-        model = build(checkpoint.path)
+        model = build(checkpoint.path, causal=False)
         groups = wire(model, checkpoint.own_tensors)
         stored = {name: group.names[0] for name, group in groups.items() if group.converter is None}
         stacks = {
@@ -59,7 +65,7 @@ class Source:
             for name, group in groups.items()
             if group.converter is not None and group.is_experts
         }
-        return cls(checkpoint, type(model), stored, stacks)
+        return cls(checkpoint, type(model), stored, stacks, _renamed(model, stored))
 
     def tensor_of(self, parameter: str) -> str:
         """The checkpoint tensor of a parameter. Raises MismatchError."""
@@ -73,6 +79,19 @@ class Source:
     def dtype_of(self, module: str) -> str:
         """Dtype, as in headers, of a layer's weight: its factors are stored in the same."""
         return self.checkpoint.tensors[self.tensor_of(f"{module}.weight")].dtype
+
+
+def _renamed(model: Any, stored: dict[str, str]) -> dict[str, str]:
+    """Of the tensors that are called otherwise than their parameters those not found by a composed class."""
+    others = {tensor: name for name, tensor in stored.items() if tensor != name}
+    if not others:
+        return {}
+    config = deepcopy(model.config)
+    config.deltafold = Form().to_json()
+    with torch.device("meta"), quiet():
+        known = wire(composed_class(type(model))._from_config(config), others)
+    found = {name for group in known.values() for name in group.names}
+    return {tensor: name for tensor, name in others.items() if tensor not in found}
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ def write_shared(
     def write(each: _Write) -> int:
         name, dtype, shape = each.spec
         tensor = checkpoint.tensor(name) if each.make is None else each.make()
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise NonFiniteError(f"{name} of {checkpoint.label}, composed, holds NaN or infinity.")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, and its entry says {shape}")
@@ -192,7 +211,17 @@ def _shared(
             _Write((name, dtype, shape), partial(tensors, name))
             for name, shape in entry.tensors(path)
         ]
-    return [*_copies(source, gone, replaced), *new]
+    copies = _copies(source, gone, replaced)
+    return [*(_called(source, each) for each in copies), *new]
+
+
+def _called(source: Source, each: _Write) -> _Write:
+    """The same tensor under the name that the composed model's class has for it."""
+    name, dtype, shape = each.spec
+    if name not in source.renamed:
+        return each
+    make = each.make or partial(source.checkpoint.tensor, name)
+    return _Write((source.renamed[name], dtype, shape), make)
 
 
 def _dense(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deltafold.checkpoint import Checkpoint
 from deltafold.codecs import get
 from deltafold.compressing.request import CompressRequest
-from deltafold.errors import DeltafoldError, StorageError, UsageError
+from deltafold.errors import DeltafoldError, UsageError
 from deltafold.lazy import torch
 from deltafold.linalg.matrices import Fisher
 
@@ -113,9 +113,9 @@ def _usual(request: CompressRequest, finetuned: Checkpoint) -> Evidence:
         from deltafold.calibration.gather import Sampling
 
         return Evidence(GENERAL, information=_weigh(request, finetuned, Sampling(GENERAL)))
-    except StorageError:
-        raise
     except (DeltafoldError, ImportError) as error:
+        if isinstance(error, DeltafoldError) and error.passing:
+            raise  # another archive would come of it
         return Evidence(why=f"the fine-tune cannot be run: {error}")
 
 

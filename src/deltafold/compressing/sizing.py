@@ -91,7 +91,7 @@ def draft_manifest(job: CompressJob, plan: Plan) -> Manifest:
     removed = {name: _removed_digest(job, name) for name in pair.removed}
     tensors = tuple(_manifest_tensor(job, tensor, files) for tensor in plan.tensors)
     return Manifest(
-        format_version=version_of(tensors),  # type: ignore[arg-type]
+        format_version=version_of(tensors, job.side_files[0]),  # type: ignore[arg-type]
         tool_version=__version__,
         method=job.method,
         seed=job.seed,

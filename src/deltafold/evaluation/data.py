@@ -14,6 +14,7 @@ from typing import Any
 
 from deltafold.archive import file_digest
 from deltafold.errors import DeltafoldError, UsageError
+from deltafold.foreign import unread
 
 
 class TaskError(DeltafoldError):
@@ -100,9 +101,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TaskError(
-            f"{path} cannot be read ({error.strerror or error}); check the path."
-        ) from None
+        raise unread(error, path, TaskError) from None
 
 
 def _decode(path: Path, raw: bytes) -> str:

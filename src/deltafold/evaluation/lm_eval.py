@@ -18,6 +18,7 @@ from typing import Any
 from deltafold.errors import DeltafoldError, UsageError, nearest
 from deltafold.evaluation.estimate import Figure
 from deltafold.evaluation.segments import Subject
+from deltafold.foreign import blamed, first_line
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,12 @@ class Harness:
                     log_samples=False,
                 )
         except Exception as error:  # data sets out of reach, tasks that do not fit the model, ...
-            raise DeltafoldError(
-                f"lm-eval stopped on {student.label} ({type(error).__name__}: {error}); "
-                "check the task, its data and your network."
+            raise blamed(
+                error,
+                DeltafoldError(
+                    f"lm-eval stopped on {student.label} ({first_line(error)}); "
+                    "check the task, its data and your network."
+                ),
             ) from error
         samples = results.get("n-samples", {})
         return {

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from deltafold.archive import is_archive
-from deltafold.calibration.models import first_line, load_folder, no_config
+from deltafold.calibration.models import load_folder, no_config
 from deltafold.checkpoint import local_folder
 from deltafold.checkpoint.kinds import refuse_other_kinds
 from deltafold.composed.load import is_shared, load_shared
 from deltafold.errors import CheckpointError, UsageError, nearest
 from deltafold.evaluation.segments import Subject
+from deltafold.foreign import blamed, first_line, shortage
 from deltafold.running.devices import AUTO, CPU, resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,9 +65,12 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each kind of tokenizer fails in its own way
-        raise CheckpointError(
-            f"The tokenizer in {source} cannot be loaded ({first_line(error)}); "
-            "copy the tokenizer files of its base into it."
+        raise blamed(
+            error,
+            CheckpointError(
+                f"The tokenizer in {source} cannot be loaded ({first_line(error)}); "
+                "copy the tokenizer files of its base into it."
+            ),
         ) from error
 
 
@@ -118,7 +122,7 @@ def _load_folder(source: str | Path, dtype: torch.dtype | None) -> Any:
     folder = model_folder(source)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     if is_shared(folder):
-        return load_shared(folder, **options)
+        return load_shared(folder, causal=True, **options)
     return load_folder(folder, str(source), **options)
 
 
@@ -129,7 +133,9 @@ def end_token_ids(source: str | Path, tokenizer: Any) -> list[int]:
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     try:
         configured = GenerationConfig.from_pretrained(local_folder(source)).eos_token_id
-    except (OSError, ValueError):  # most often there is no such file
+    except (OSError, ValueError) as error:  # most often there is no such file
+        if (lacking := shortage(error)) is not None:
+            raise lacking from error
         configured = None
     if configured is not None:
         ids += configured if isinstance(configured, list) else [configured]

@@ -17,6 +17,18 @@ _VLLM_EMBEDDINGS = {
     "mistral", "mixtral", "nemotron", "phimoe", "qwen3", "qwen3_moe", "solar",
 }  # fmt: skip
 
+# Layers that PEFT (0.21) refuses to adapt, and the model types in which it does: their kernels read the
+# weights themselves.
+_PEFT_KERNELS = {"out_proj", "conv1d"}
+_PEFT_MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+
+# Layers that PEFT (0.21), on transformers 5, takes for parts of the experts, which are one parameter there:
+# it looks at their last names, by the family of mixtures that a model type belongs to.
+_PEFT_EXPERTS = {
+    "mixtral": {"gate", "w1", "w2", "w3"},
+    "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
+}
+
 
 def check_runtime(name: str) -> None:
     """Raises UsageError for a runtime that is not known."""
@@ -45,6 +57,11 @@ def vllm_rank(rank: int) -> int:
 
 def refusal(engine: str, place: Place, layout: Layout) -> str:
     """Why an engine does not take a delta at this place; empty if it does."""
+    leaf = place.module.rpartition(".")[2]
+    if engine == "peft" and layout.model_type in _PEFT_MAMBA and leaf in _PEFT_KERNELS:
+        return f"PEFT does not let adapters change {leaf} of {layout.model_type} models"
+    if engine == "peft" and leaf in _PEFT_EXPERTS.get(_mixture(layout.model_type), ()):
+        return f"PEFT takes {leaf} of {layout.model_type} models for a part of the experts"
     if engine == "vllm":
         if place.kind == "whole":
             return "vLLM takes pairs only"
@@ -58,3 +75,13 @@ def refusal(engine: str, place: Place, layout: Layout) -> str:
         if place.rest and layout.tied:
             return "llama.cpp cannot add to an embedding that is the head too"
     return ""
+
+
+def _mixture(model_type: str) -> str:
+    """The family of mixtures that a model type belongs to, as PEFT asks transformers; empty for none."""
+    try:
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+    except ImportError:  # another version of transformers: its inner parts are no promise
+        return ""
+    found = {"mixtral": "mixtral", **_MODEL_TO_CONVERSION_PATTERN}.get(model_type, "")
+    return str(found)

@@ -111,7 +111,7 @@ def _open_base(archive: Archive, base: str | Path | None) -> Checkpoint:
     try:
         return open_checkpoint(base or label)
     except CheckpointError as error:
-        if base is not None:
+        if base is not None or error.passing:
             raise
         raise CheckpointError(
             f"{archive.folder} names {label} as its base, which is not found from here; give it "
@@ -174,8 +174,7 @@ def _read_text(
 def _whole_specs(job: ExportJob) -> list[tuple[Item, str, TensorSpec]]:
     found = []
     for item in job.of("whole"):
-        leaf = item.name.rpartition(".")[2]
-        name = whole_name(item.places[0].module, leaf)
+        name = whole_name(item.places[0].module, item.places[0].leaf)
         found.append((item, name, (name, item.tensor.dtype, item.tensor.shape)))
     return found
 

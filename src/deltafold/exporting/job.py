@@ -88,6 +88,11 @@ def make_job(
     origin, base = base, fitted_base(archive, base)
     _check_class(archive, base)
     layout = find_places(base.path, list(origin.tensors))
+    if not layout.causal and runtime != "peft":
+        raise MismatchError(
+            f"{base.label} is no causal language model, and {runtime} takes adapters of such only; export "
+            "for peft, or use restore."
+        )
     layout.places.update(_places_of_renamed(archive, layout))
     items = tuple(_item(tensor, base, layout, runtime, rest) for tensor in archive.manifest.tensors)
     items = tuple(_with_module(item, items) for item in items)

@@ -69,7 +69,7 @@ def adapter_config(
     others = {_pattern(module): rank for module, rank in sorted(ranks.items()) if rank != usual}
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if layout.causal else None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": usual,

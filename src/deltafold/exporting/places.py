@@ -20,7 +20,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from deltafold.calibration.building import build
+from deltafold.calibration.building import build, stored_buffers
+from deltafold.calibration.models import is_causal
+from deltafold.calibration.usage import is_conv1d, is_linear, is_passed_over, looks_up_ids
 from deltafold.calibration.wiring import Group, wire
 from deltafold.errors import CheckpointError, DeltafoldError, MismatchError
 from deltafold.names import role_of
@@ -31,17 +33,21 @@ PAIRED: tuple[Kind, ...] = ("linear", "conv1d", "embedding")
 
 @dataclass(frozen=True)
 class Place:
-    """One module that a checkpoint tensor belongs to. `rest`: no projection inside a block."""
+    """One module that a checkpoint tensor belongs to. `rest`: no projection inside a block.
+
+    `leaf` is what the module calls it, where it is given whole: a file may say `gamma` for `weight`.
+    """
 
     module: str
     kind: Kind
     rest: bool = False
     why: str = ""
+    leaf: str = ""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of every tensor, and all module names that could take a pair."""
+    """The places of every tensor, and what each module of the model is to a pair."""
 
     places: dict[str, list[Place]]
     modules: dict[str, Kind]
@@ -49,6 +55,7 @@ class Layout:
     embedding: str  # the module that looks up the embeddings of input ids
     model_type: str
     config: dict[str, Any]
+    causal: bool = True
 
 
 def find_places(folder: Path, names: Collection[str]) -> Layout:
@@ -57,19 +64,21 @@ def find_places(folder: Path, names: Collection[str]) -> Layout:
     Raises MismatchError where transformers knows no such model, CheckpointError without a config.
     """
     try:
-        model = build(folder)
+        model = build(folder, causal=False)
     except MismatchError as error:
         raise MismatchError(
             f"An adapter needs to know the modules of {folder}, and they cannot be told "
             f"({_clause(error)}); use restore instead."
         ) from None
     except CheckpointError as error:
+        if error.passing:
+            raise
         raise CheckpointError(f"No adapter can be made: {error}") from None
     modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | stored_buffers(model)
     by_parameter: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         by_parameter.setdefault(id(parameter), []).append(name)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     places: dict[str, list[Place]] = {name: [] for name in names}
     for group in {id(group): group for group in wire(model, names).values()}.values():
         for source in group.names:
@@ -84,12 +93,20 @@ def find_places(folder: Path, names: Collection[str]) -> Layout:
     kinds = {path: _kind(module) for path, module in modules.items()}
     return Layout(
         places,
-        {path: kind for path, kind in kinds.items() if kind in PAIRED},
+        kinds,
         tied,
-        next((p for p, m in modules.items() if m is model.get_input_embeddings()), ""),
+        next((p for p, m in modules.items() if m is _embedding(model)), ""),
         str(model.config.model_type),
         model.config.to_dict(),
+        is_causal(type(model), model.config),
     )
+
+
+def _embedding(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # of a model that reads no ids
+        return model
 
 
 def _clause(error: DeltafoldError) -> str:
@@ -97,11 +114,11 @@ def _clause(error: DeltafoldError) -> str:
 
 
 def _kind(module: nn.Module) -> Kind:
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return "linear"
-    if isinstance(module, nn.Embedding):
+    if looks_up_ids(module):
         return "embedding"
-    if type(module).__name__ == "Conv1D":  # GPT-2's; importing it would import all of transformers
+    if is_conv1d(module):
         return "conv1d"
     return "none"
 
@@ -114,13 +131,18 @@ def _place(modules: dict[str, nn.Module], parameter: str, group: Group) -> Place
         why = "experts are one parameter to transformers; a pair reaches modules only"
         return Place(path, "none", why=why)
     if kind != "none" and leaf == "weight":
+        if is_passed_over(modules[""], path):
+            return Place(
+                path, "none", why="the model reads its weight past the layer, and a pair with it"
+            )
         rest = kind == "embedding" or role in ("embedding", "head")
         return Place(path, kind, rest=rest)
     if kind != "none":
         return Place(path, "none", rest=True, why="the bias of a layer that takes a pair")
     is_leaf = next(module.children(), None) is None
-    if is_leaf and all(each.dim() <= 1 for each in module.parameters()):
-        return Place(path, "whole", rest=True)
+    held = [*module.parameters(), *module.buffers()]
+    if is_leaf and all(each.dim() <= 1 for each in held):
+        return Place(path, "whole", rest=True, leaf=leaf)
     return Place(
         path, "none", rest=role == "router", why="its module is no layer that takes a pair"
     )

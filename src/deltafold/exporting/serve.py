@@ -24,6 +24,7 @@ from deltafold.errors import DeltafoldError, UsageError
 from deltafold.exporting.engines import VLLM_RANKS, vllm_rank
 from deltafold.exporting.kept import Adapter, check_names, find_adapter
 from deltafold.exporting.request import ServeRequest
+from deltafold.foreign import blamed
 from deltafold.running.engine import Progress
 
 HOW_TO_INSTALL = (
@@ -150,8 +151,11 @@ def adapter_rank(adapter: Adapter) -> int:
         config = json.loads((adapter.folder / "adapter_config.json").read_text())
         return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"The config of the adapter {adapter.folder} cannot be read ({error!r}); check it."
+        raise blamed(
+            error,
+            UsageError(
+                f"The config of the adapter {adapter.folder} cannot be read ({error!r}); check it."
+            ),
         ) from None
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from deltafold.calibration.building import build, find_blocks
+from deltafold.calibration.building import build, find_blocks, find_stacks
+from deltafold.calibration.models import is_causal
+from deltafold.calibration.usage import is_conv1d, is_linear, is_rewritten, tied_layers
 from deltafold.checkpoint import DTYPES, Checkpoint
 from deltafold.composed.write import Source
 from deltafold.errors import BudgetError, MismatchError
@@ -72,8 +74,7 @@ def make_job(checkpoint: Checkpoint, method: Method, request: FactorRequest) -> 
             f"{checkpoint.label} holds quantised weights; factor it unquantised, then quantise."
         )
     source = Source.of(checkpoint)
-    model = build(checkpoint.path)
-    _, names = find_blocks(model, checkpoint.path)
+    model, names = _blocks(checkpoint, method.looks or bool(request.text or request.tasks))
     found = _matrices(model, names, source)
     chosen = {m.module: m for m in found if _is_wanted(m, method)}
     if not chosen:
@@ -103,6 +104,17 @@ def make_job(checkpoint: Checkpoint, method: Method, request: FactorRequest) -> 
     return job
 
 
+def _blocks(checkpoint: Checkpoint, runs: bool) -> tuple[Any, list[str]]:
+    """The model without weights, and its blocks; a model that `runs` on text must be one of language.
+
+    Raises MismatchError, CheckpointError.
+    """
+    model = build(checkpoint.path, causal=runs)
+    if runs or is_causal(type(model), model.config):
+        return model, find_blocks(model, checkpoint.path)[1]
+    return model, find_stacks(model)
+
+
 def _is_centred(request: FactorRequest, method: Method) -> bool:
     return request.centre and method.whitened
 
@@ -119,6 +131,10 @@ def _nothing(label: str, method: Method) -> str:
             f"{label} has no experts that are stacked, and moe is for models with experts; choose "
             "lord."
         )
+    if method.roles is None:
+        return (
+            f"{label} has no blocks with linear layers of their own, so there is nothing to factor."
+        )
     return f"{label} has no layers that {method.name} factors; choose lord."
 
 
@@ -129,11 +145,12 @@ def _group_size(method: Method, matrix: Matrix, group: int) -> int:
 
 def _matrices(model: nn.Module, names: Sequence[str], source: Source) -> list[Matrix]:
     """Linear layers and stacked experts of the decoder's blocks, in their order."""
-    found = []
+    found, tied = [], tied_layers(model)
     for block, prefix in enumerate(names):
         for path, module in model.get_submodule(prefix).named_modules():
             name = f"{prefix}.{path}"
-            layer = _layer(source, name, module, block)
+            fixed = name in tied or is_rewritten(model, name)
+            layer = None if fixed else _layer(source, name, module, block)
             found += [layer] if layer else []
             for leaf, parameter in module.named_parameters(recurse=False):
                 if f"{name}.{leaf}" in source.stacks and parameter.ndim == 3:
@@ -142,10 +159,10 @@ def _matrices(model: nn.Module, names: Sequence[str], source: Source) -> list[Ma
 
 
 def _layer(source: Source, name: str, module: nn.Module, block: int) -> Matrix | None:
-    transposed = type(module).__name__ == "Conv1D"
+    transposed = is_conv1d(module)
     tensor = source.stored.get(f"{name}.weight")
     role = matrix_role(name)
-    if tensor is None or role == "router" or not (transposed or isinstance(module, nn.Linear)):
+    if tensor is None or role == "router" or not (transposed or is_linear(module)):
         return None
     info = source.checkpoint.tensors[tensor]
     dtype = DTYPES[info.dtype]

@@ -19,11 +19,11 @@ import torch
 from deltafold.blocks.configs import Config
 from deltafold.blocks.layout import Read
 from deltafold.calibration import Sample, StreamedModel, make_batches
-from deltafold.calibration.models import first_line
 from deltafold.checkpoint import Checkpoint, open_checkpoint
 from deltafold.errors import DeltafoldError, DeltafoldWarning, MismatchError
 from deltafold.folding.config import narrowed, numbers_in_words, put_config
 from deltafold.folding.methods.draft import Block, Draft
+from deltafold.foreign import first_line
 
 TOKENS, SAMPLES, WINDOW = 48, 2, 8
 TOLERANCE = 1e-4
@@ -48,7 +48,8 @@ def check_computes(
                 for model, numbers in ((whole, draft.numbers), (short, list(range(len(draft)))))
             ]
         except DeltafoldError as error:
-            return str(error)
+            said = str(error).replace(str(folder), checkpoint.label)
+            return said.replace(str(checkpoint.path), checkpoint.label)
         _check_cache(short, checkpoint.label)
     one, other = ended
     apart = float((one - other).abs().max())

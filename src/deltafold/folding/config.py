@@ -40,7 +40,7 @@ class _Whole:
     """The whole model without weights, and what a config makes of its kept blocks."""
 
     def __init__(self, checkpoint: Checkpoint, kept: Sequence[int], scratch: Path):
-        self.model = build(checkpoint.path)
+        self.model = build(checkpoint.path, causal=False)
         _, self.names = find_blocks(self.model, checkpoint.path)
         self.kept, self.folder = kept, scratch / "config"
         self.derived: Config = self.model.config.get_text_config(decoder=True).to_dict()
@@ -49,7 +49,7 @@ class _Whole:
         """What would not be as it was; the error where no model can be built of the config."""
         put_config(config, self.folder)
         try:
-            short = build(self.folder)
+            short = build(self.folder, causal=False)
             find_blocks(short, self.folder)
             return differences(self.model, short, self.names, self.kept)
         except DeltafoldError as error:
@@ -76,7 +76,8 @@ def folded_config(checkpoint: Checkpoint, kept: Sequence[int], scratch: Path) ->
             best = config, found
     if best is None:
         raise MismatchError(
-            f"Blocks {numbers_in_words(kept)} of {checkpoint.label} cannot be a model of their own: {failure}"
+            f"Blocks {numbers_in_words(kept)} of {checkpoint.label} cannot be a model of their own: "
+            + str(failure).replace(str(whole.folder), "what is left")
         )
     config, found = best
     while found:
@@ -85,7 +86,7 @@ def folded_config(checkpoint: Checkpoint, kept: Sequence[int], scratch: Path) ->
             raise _refusal(checkpoint.label, kept, found)
         config, found = better
     put_config(config, whole.folder)
-    short = build(whole.folder)
+    short = build(whole.folder, causal=False)
     grown = grown_tensors(whole.model, short, checkpoint, len(whole.names), kept)
     return Shortened(config, None, grown)
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from deltafold.blocks.units import Units
 from deltafold.calibration.probe import Probe
 from deltafold.calibration.stream import Pass
 from deltafold.errors import MismatchError
-from deltafold.folding.methods.draft import Draft
+from deltafold.folding.methods.draft import Draft, Shown
 from deltafold.folding.methods.presets import Method
 from deltafold.folding.methods.selection import Part, Step
 from deltafold.folding.methods.similarity import ABSENCES, SIMILARITIES, cosines
 from deltafold.folding.request import Pool
 from deltafold.folding.states import States
+from deltafold.folding.watching import At, find_norms, module_of, watched
 
 
 class DraftEvidence:
@@ -112,15 +114,48 @@ class DraftEvidence:
             found[position, "attention"], found[position, "mlp"] = (each / count for each in both)
         return found
 
-    def closeness(self, step: Step) -> float:
-        """Mean cosine of the last hidden states to the model's, on the probe's samples.
+    def shown(self, place: int, units: Sequence[Units]) -> Shown:
+        """What the calibration text shows of the block at a place."""
+        block, layout = self.draft.blocks[place], self.draft.layout
+        model = self.states.model.with_weights(self.draft.tensor)
+        source = At(self.done, place)
+        both = Pass(self.done.batches, self.done.calls, self.done.stores[place : place + 2])
+        near = float(self.states.matrix(SIMILARITIES["cosine"], both, self.pool)[0, 1])
+        outputs = {
+            kind.name: module
+            for kind in units
+            if (module := module_of(model, layout, block.number, kind.outputs[0].local)) is not None
+        }
+        totals: dict[str, torch.Tensor] = {}
+        count = 0
+        walk = watched(model, block.number, list(outputs.values()), source)
+        for number, seen in enumerate(walk):
+            real = self.done.batches[number].real
+            count += int(real.sum())
+            for name, inputs in zip(outputs, seen.inputs, strict=True):
+                found = inputs[real].double().abs().sum(0)
+                totals[name] = totals[name] + found if name in totals else found
+        activity = {
+            kind.name: (totals[kind.name] / count).view(kind.count, -1)
+            for kind in units
+            if kind.name in totals
+        }
+        norms = find_norms(model, layout, block.number, source).before
+        return Shown(max(0.0, 1 - near), activity, norms)
 
-        After the last norm, as the model hands them out: before it a few large channels are all that
-        a cosine sees, and blocks folded into ruins look alike.
+    def closeness(self, steps: Sequence[Step]) -> float:
+        """Mean over the probe's samples of the cosine of all their last hidden states to the model's.
+
+        Steps name places of this draft and are carried out in order. A sample's states are one long
+        vector, as LaCo's program has it. They are those after the last norm, as the model hands them
+        out: before it a few large channels are all that a cosine sees, and blocks folded into ruins
+        look alike.
         """
         probe = self._probe()
         whole = Draft.of(self.draft.layout, self.draft.source)
-        draft = self._carried(self.draft, step)
+        draft = self.draft
+        for step in steps:
+            draft = self._carried(draft, placed(self.draft, draft, step))
         if self._started is None:
             self._started = probe.model.with_weights(whole.tensor).forward(probe.batches)
         model = probe.model.with_weights(draft.tensor)
@@ -131,8 +166,16 @@ class DraftEvidence:
             model.last_norm() as normed,
         ):
             for place, batch in enumerate(probe.batches):
-                ends = (each.last[place][batch.real] for each in (self._started, done))
-                pair = torch.stack([normed(each).float().cpu() for each in ends])
-                total += float(cosines(pair)[0, 1].sum())
-                count += pair.shape[1]
+                for row, length in enumerate(batch.lengths):
+                    ends = (each.last[place][row, :length] for each in (self._started, done))
+                    pair = torch.stack([normed(each).float().cpu().flatten() for each in ends])
+                    total += float(cosines(pair[:, None])[0, 1].sum())
+                    count += 1
         return total / count
+
+
+def placed(before: Draft, now: Draft, step: Step) -> Step:
+    """A step whose places are counted in `now`, of which it was chosen `before`."""
+    at = {number: place for place, number in enumerate(now.numbers)}
+    keep = None if step.keep is None else at[before.numbers[step.keep]]
+    return Step(keep, tuple(at[before.numbers[place]] for place in step.gone))

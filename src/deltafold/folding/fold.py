@@ -37,7 +37,10 @@ fold = front("fold", FoldRequest, run_fold)
 
 def _run(request: FoldRequest) -> Record:
     chosen = Method.of(request.method, request.similarity, request.selection, request.rule)
-    request = request.but(closed_form=request.closed_form or chosen.preset.closed_form)
+    request = request.but(
+        closed_form=request.closed_form or chosen.preset.closed_form,
+        protect=chosen.preset.protect if request.protect is None else request.protect,
+    )
     check_quantize(request.quantize)
     if not request.dry_run:
         check_explain(request.explain)

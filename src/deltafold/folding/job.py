@@ -48,9 +48,14 @@ def make_job(
     request: FoldRequest,
 ) -> FoldJob:
     """The job. Raises UsageError, BudgetError, MismatchError, each with what would be possible."""
+    if checkpoint.config().get("is_encoder_decoder"):
+        raise MismatchError(
+            f"{checkpoint.label} has an encoder and a decoder, each with blocks of its own; only a model "
+            "with one list of blocks can be folded."
+        )
     layout, units = read_layout(checkpoint)
     blocks, parameters = request.blocks, request.parameters
-    protected = _protected(request.protect, layout.depth, checkpoint.label)
+    protected = _protected(request.protect or (), layout.depth, checkpoint.label)
     # A block that is kept must stand before those that it takes in.
     takes_in = method.rule.patch != "none" or (
         method.rule.merges and method.chooser.removes in ("any", "stretch")
@@ -112,7 +117,9 @@ def _count(
         if blocks < 1:
             raise UsageError(f"{blocks} blocks is nothing to fold; give at least 1.")
         if blocks > most:
-            raise UsageError(f"{can}, not {blocks}; ask for fewer.")
+            raise UsageError(
+                f"{can}, not {blocks}; ask for fewer{', or --protect fewer' if protected else ''}."
+            )
         return blocks
     assert parameters is not None
     if not 0 < parameters < 1:

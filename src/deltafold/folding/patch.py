@@ -5,14 +5,15 @@
                         ^ cut                            z' = what entered block 5 in the model
 
 Patches go from the first cut on, each on the states that the patches before it lead to. `replace-me`
-and `linear-patch` fit the papers' matrix T, which follows the MLP's result. Healing fits changes of
-the projections themselves (`fold_heal.py`), or T where experts share a result; `through` also heals
+and `replace-me-cosine` fit their paper's matrix T, which follows the MLP's result; `linear-patch-fit`
+fits T so that the block's output is as LinearPatch's matrix would make it. Healing fits changes of
+the projections themselves (`heal.py`), or T where experts share a result; `through` also heals
 the blocks after a cut, so that errors do not pile up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,22 +23,29 @@ from deltafold.blocks.layout import is_transposed
 from deltafold.calibration.probe import is_held
 from deltafold.calibration.stream import Pass
 from deltafold.errors import MismatchError
-from deltafold.folding.heal import Healer, Mean
+from deltafold.folding.ends import Mean
+from deltafold.folding.heal import Healer
 from deltafold.folding.methods.draft import Block, Draft
 from deltafold.folding.methods.healing import (
     Regression,
     folded_in,
     linear_patch,
     replace_me,
+    replace_me_cosine,
 )
 from deltafold.folding.states import States
 from deltafold.running.engine import Progress, Step
 
+Row = dict[str, Any]
 Reach = Literal["cut", "through"]
-Kind = Literal["replace-me", "linear-patch", "heal"]
+Kind = Literal["replace-me", "replace-me-cosine", "linear-patch-fit", "heal"]
 
 REPLACE_ME_RIDGE = 1e-3
 """lambda of ReplaceMe, as a share of the mean of M'M's diagonal."""
+
+
+FOLDED = 0.1
+"""Of a change, what it may miss where a matrix was folded in: products in bf16 miss some."""
 
 
 @dataclass
@@ -95,6 +103,14 @@ class Patcher:
             entering.close()
         return draft, rows
 
+    def why_nothing(self, rows: Sequence[Row]) -> str:
+        """Why healing changed nothing, given its rows."""
+        if not rows:
+            return "no block stands before a cut"
+        if not all(self.healer.ends.known.values()):
+            return "what is added to a projection does not reach the hidden states as it is"
+        return "no change made the error on held-out samples smaller"
+
     def _tell(self, kind: Kind, number: int, done: int, total: int) -> None:
         if self.progress:
             self.progress(Step(kind, f"block {number}", float(done), float(total), 0))
@@ -105,27 +121,42 @@ class Patcher:
     def _patch(
         self, draft: Draft, place: int, target: int, entering: Pass, kind: Kind
     ) -> tuple[Draft, Pass | None, dict[str, Any]]:
-        """The patched draft and what leaves the block then. A patch that does harm is undone.
+        """The patched draft and what leaves the block then.
 
-        That happens where a norm follows the down projection: then no matrix can be folded in.
-        Without a patch nothing is said of what leaves the block.
+        A paper's patch is what its formula says, for better or worse; healing that does harm is
+        undone. Without a patch nothing is said of what leaves the block. Raises MismatchError where
+        a paper's matrix cannot be folded in, since a norm follows the down projection.
         """
         block = draft.blocks[place]
         before = Mean()
         rows = self._rows(draft, block.number, target, entering, before)
-        made, ridge = (
-            self._healed(block, rows) if kind == "heal" else self._by_paper(block, rows, kind)
-        )
+        parts = [] if kind == "heal" else list(rows)
+        follow, ridge = self._healed(block, rows) if kind == "heal" else by_paper(parts, kind)
         row = {"block": block.number, "kind": kind, "ridge": ridge, "error_before": before.value}
-        if made is block:
+        if follow is None:
             return draft, None, row | {"error_after": before.value, "kept": False}
-        tried = draft.with_block(made)
+        tried = draft.with_block(self._followed(block, follow))
         found = self._run(tried, entering, block.number)
         after = self._error(found, target)
-        if not after < before.value and kind != "linear-patch":
+        if kind != "heal":
+            self._check_folded(parts[0], follow, found.last[0][entering.batches[0].real], kind)
+        elif not after < before.value:
             found.close()
             return draft, None, row | {"error_after": before.value, "kept": False}
         return tried, found, row | {"error_after": after, "kept": True}
+
+    def _check_folded(
+        self, rows: Rows, follow: torch.Tensor, found: torch.Tensor, kind: Kind
+    ) -> None:
+        """Raises MismatchError unless the block does what it did with T after its MLP."""
+        wanted = rows.x @ (follow.float() - torch.eye(len(follow)))
+        gap = found - rows.output - wanted
+        if not float(gap.norm()) <= FOLDED * float(wanted.norm().clamp_min(1e-30)):
+            raise MismatchError(
+                f"{self.model.checkpoint.label}: a norm follows the down projection, so no matrix "
+                f"after it, as {kind} has it, can be folded in; take --rule drop with --closed-form "
+                "through, which heals such a model."
+            )
 
     def _error(self, leaving: Pass, target: int) -> float:
         """Mean of |out - z|^2 / |z|^2 over real tokens: of samples held out, if there are any."""
@@ -175,7 +206,10 @@ class Patcher:
             for place in range(len(entering.batches)):
                 yield whole.last[place] - quiet.last[place], whole.last[place]
 
-    def _healed(self, block: Block, found: Iterator[Rows]) -> tuple[Block, float | None]:
+    def _healed(
+        self, block: Block, found: Iterable[Rows]
+    ) -> tuple[torch.Tensor | None, float | None]:
+        """(T (w, w), its ridge); None where nothing helps, or an MLP was dropped."""
         regression: Regression | None = None
         for rows in found:
             regression = regression or Regression(rows.x.shape[1], rows.output.shape[1])
@@ -187,25 +221,11 @@ class Patcher:
         assert regression is not None
         matrices = self._matrices()
         if not any(bool(block.read(local).any()) for local in matrices):
-            return block, None  # an MLP that was dropped stays so
+            return None, None  # an MLP that was dropped stays so
         fit = regression.fit()
         if fit.ridge is None:
-            return block, None
-        eye = torch.eye(len(fit.solution), dtype=torch.float64)
-        return self._followed(block, eye + fit.solution), fit.ridge
-
-    def _by_paper(
-        self, block: Block, found: Iterator[Rows], kind: Kind
-    ) -> tuple[Block, float | None]:
-        parts = list(found)
-        made, output, wanted = (
-            torch.cat([getattr(each, name) for each in parts]) for name in ("x", "output", "target")
-        )
-        if kind == "linear-patch":
-            wanted = (output.double() @ linear_patch(output, wanted)).float()
-        size = float((made.double() ** 2).sum() / made.shape[1])
-        follow = replace_me(made, output, wanted, REPLACE_ME_RIDGE * size)
-        return self._followed(block, follow), REPLACE_ME_RIDGE
+            return None, None
+        return torch.eye(len(fit.solution), dtype=torch.float64) + fit.solution, fit.ridge
 
     def _followed(self, block: Block, follow: torch.Tensor) -> Block:
         """The block with a matrix T (w, w) after its MLP: folded into all its down projections."""
@@ -227,3 +247,16 @@ class Patcher:
                 "nothing can be fitted there; use --closed-form none."
             )
         return found
+
+
+def by_paper(parts: Sequence[Rows], kind: Kind) -> tuple[torch.Tensor, float | None]:
+    """(T (w, w), its ridge): what a paper has follow the MLP before a cut."""
+    made, output, wanted = (
+        torch.cat([getattr(each, name) for each in parts]) for name in ("x", "output", "target")
+    )
+    if kind == "replace-me-cosine":
+        return replace_me_cosine(made, output, wanted), None
+    if kind == "linear-patch-fit":
+        wanted = (output.double() @ linear_patch(output, wanted)).float()
+    size = float((made.double() ** 2).sum() / made.shape[1])
+    return replace_me(made, output, wanted, REPLACE_ME_RIDGE * size), REPLACE_ME_RIDGE

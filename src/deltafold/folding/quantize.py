@@ -18,7 +18,6 @@ from deltafold.calibration.models import (
     check_keys,
     class_of,
     config_of,
-    first_line,
     load_folder,
     quiet,
 )
@@ -26,6 +25,7 @@ from deltafold.checkpoint.beside import copy_beside
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import DeltafoldError, UsageError, nearest
 from deltafold.folding.request import QUANTISERS
+from deltafold.foreign import blamed, first_line
 
 GROUP = 32
 
@@ -72,9 +72,12 @@ def quantize_folder(folder: Path, target: Path, kind: str) -> None:
             check_keys(model, info, str(folder))
             guard_storage(target, lambda: model.save_pretrained(target))
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
-        raise DeltafoldError(
-            f"torchao cannot quantise this model to {kind} ({first_line(error)}); fold it without "
-            "--quantize."
+        raise blamed(
+            error,
+            DeltafoldError(
+                f"torchao cannot quantise this model to {kind} ({first_line(error)}); fold it without "
+                "--quantize."
+            ),
         ) from error
     copy_beside(folder, target)
 

@@ -53,9 +53,10 @@ class FoldRequest(Running, Sampled, Scored, Seeded, OneModel):
         "Which go: adjacent-pairs, contiguous, lowest, greedy, ...", default=None
     )
     rule: str | None = option("What stays instead: drop, average, replace-me, ...", default=None)
-    protect: Sequence[int] = option(
-        "Blocks to leave alone, e.g. 0,1,-1.", default=(), parse=parse_numbers
-    )
+    protect: Sequence[int] | None = option(
+        "Blocks to leave alone, e.g. 0,1,-1. Default: the method's.",
+        default=None, parse=parse_numbers,
+    )  # fmt: skip
     closed_form: str | None = option(
         "Heal by least squares: none, at each cut, or through the rest. Default: the method's.",
         default=None, choices=HEALINGS, noun="healing",

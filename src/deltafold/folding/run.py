@@ -64,6 +64,7 @@ class FoldRun:
             method.uses_matrix
             or method.chooser.needs != "nothing"
             or method.rule.patch != "none"
+            or method.rule.looks
             or request.closed_form != "none"
             or request.steps
         )
@@ -134,4 +135,6 @@ class FoldRun:
             for kind, reach in kinds:
                 folded.draft, rows = patcher.patched(folded.draft, kind, reach)
                 folded.patches += rows
+                if kind == "heal" and not any(row["kept"] for row in rows):
+                    folded.notes["unhealed_because"] = patcher.why_nothing(rows)
         return folded

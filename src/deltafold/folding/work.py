@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ import torch
 from deltafold.calibration.probe import Probe
 from deltafold.coding.counter import derive_key
 from deltafold.errors import MismatchError
-from deltafold.folding.evidence import DraftEvidence
+from deltafold.folding.evidence import DraftEvidence, placed
 from deltafold.folding.job import FoldJob
-from deltafold.folding.methods.draft import Draft
+from deltafold.folding.methods.draft import Draft, Shown
 from deltafold.folding.methods.mka import reference_ratio
 from deltafold.folding.methods.selection import Step
 from deltafold.folding.methods.similarity import SIMILARITIES
@@ -90,7 +90,8 @@ class BlockFolder:
             chosen = self.job.method.chooser.choose(evidence, left)
             if self.job.method.uses_matrix:
                 evidence.alike()
-            ratios = [self._ratio(evidence, step) for step in chosen]
+            shown = self._shown(evidence, chosen)
+            ratios = [self._ratio(evidence, step, shown) for step in chosen]
         finally:
             evidence.close()
         if evidence.has_matrix:
@@ -100,14 +101,8 @@ class BlockFolder:
             return
         for step, ratio in zip(chosen, ratios, strict=True):
             done.steps.append(self._row(draft, step, ratio))
-            done.draft = self._carried(done.draft, self._placed(draft, done.draft, step), ratio)
-
-    @staticmethod
-    def _placed(before: Draft, now: Draft, step: Step) -> Step:
-        """A step whose places are counted in `now`, of which it was chosen `before`."""
-        at = {number: place for place, number in enumerate(now.numbers)}
-        keep = None if step.keep is None else at[before.numbers[step.keep]]
-        return Step(keep, tuple(at[before.numbers[place]] for place in step.gone))
+            now = placed(draft, done.draft, step)
+            done.draft = self._carried(_with_shown(done.draft, shown), now, ratio)
 
     def _carried(self, draft: Draft, step: Step, ratio: float) -> Draft:
         """The draft after a step: what goes is blended into what is kept."""
@@ -118,11 +113,25 @@ class BlockFolder:
             draft = draft.with_block(blended)
         return draft.without([block.number for block in gone])
 
-    def _ratio(self, evidence: DraftEvidence, step: Step) -> float:
-        """The kept block's share: by the similarity of the outputs, as the program has it, or half."""
+    def _shown(self, evidence: DraftEvidence, chosen: list[Step]) -> dict[int, Shown]:
+        """What text shows of the blocks that are merged, by number; for rules that look at it."""
+        if not self.job.method.rule.looks:
+            return {}
+        places = {p for step in chosen if step.keep is not None for p in (step.keep, *step.gone)}
+        numbers = evidence.draft.numbers
+        return {numbers[place]: evidence.shown(place, self.job.units) for place in sorted(places)}
+
+    def _ratio(self, evidence: DraftEvidence, step: Step, shown: Mapping[int, Shown]) -> float:
+        """The kept block's share: by influence, by the similarity of the outputs, as the program has
+        it, or half.
+        """
         preset = self.job.method.preset
         if not self.job.method.rule.merges or step.keep is None:
             return 1.0
+        if shown:
+            numbers = evidence.draft.numbers
+            found = [shown[numbers[place]].influence for place in (step.keep, *step.gone)]
+            return found[0] / sum(found) if sum(found) else 1 / len(found)
         if not evidence.has_matrix:
             return HALF
         if preset.ratio == "reference":
@@ -132,12 +141,13 @@ class BlockFolder:
         return min(1.0, max(0.0, float(evidence.alike()[step.keep + 1, step.gone[-1] + 1])))
 
     def _row(self, draft: Draft, step: Step, ratio: float) -> Row:
-        numbers = draft.numbers
+        numbers, rule = draft.numbers, self.job.method.rule
         return {
             "kept": None if step.keep is None else numbers[step.keep],
             "gone": [numbers[place] for place in step.gone],
-            "ratio": ratio if self.job.method.rule.merges and step.keep is not None else None,
+            "ratio": ratio if (rule.weighs or rule.looks) and step.keep is not None else None,
             "score": step.score,
+            **({} if step.threshold is None else {"threshold": step.threshold}),
         }
 
     def _enough(self, ranked: list[Step]) -> list[Step]:
@@ -177,3 +187,9 @@ class BlockFolder:
             self.request.progress(
                 ProgressStep("fold", f"{done} of {total} blocks", float(done), float(total), 0)
             )
+
+
+def _with_shown(draft: Draft, shown: Mapping[int, Shown]) -> Draft:
+    """The draft whose blocks know what text showed of them."""
+    blocks = (b.with_shown(shown[b.number]) if b.number in shown else b for b in draft.blocks)
+    return replace(draft, blocks=tuple(blocks))

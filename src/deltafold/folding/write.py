@@ -10,6 +10,7 @@ from deltafold.checkpoint import DTYPES, Checkpoint, CheckpointWriter, plan_shar
 from deltafold.checkpoint.beside import write_beside
 from deltafold.checkpoint.json_files import CONFIG_FILE
 from deltafold.checkpoint.writer import guard_storage
+from deltafold.coding.sums import all_finite
 from deltafold.errors import NonFiniteError
 from deltafold.folding.config import Shortened, config_bytes
 from deltafold.folding.methods.draft import Draft
@@ -59,7 +60,7 @@ def write_draft(
         tensor = draft.tensor(old)
         if old in found.grown:
             tensor = found.grown[old].cut(tensor)
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise NonFiniteError(f"{old} of {checkpoint.label}, folded, holds NaN or infinity.")
         writer.write(name, tensor.to(DTYPES[checkpoint.tensors[old].dtype]).contiguous())
 

@@ -90,12 +90,13 @@ def settle_inputs(base: Source, models: Sequence[Source], recipe: Recipe) -> Inp
 
 
 def _embedding(source: Source) -> str | None:
-    """The table of input embeddings."""
-    found = [
-        name for name, (_, shape) in source.headers.items()
-        if role_of(name) == "embedding" and len(shape) == 2 and not _POSITIONS.search(name)
-    ]  # fmt: skip
-    return found[0] if found else None
+    """The table of input embeddings: the longest, as others are looked up by types or languages."""
+    found = {
+        name: shape[0] for name, (_, shape) in source.headers.items()
+        if role_of(name) == "embedding" and len(shape) == 2
+        and not _POSITIONS.search(name) and block_of(name) is None
+    }  # fmt: skip
+    return max(found, key=lambda name: found[name]) if found else None
 
 
 def _settle_heads(

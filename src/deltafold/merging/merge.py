@@ -7,7 +7,7 @@ one name, whatever the models' size; random choices follow from seed, tensor and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from deltafold.archive import TensorDigest
 from deltafold.calibration.opens import check_opens
 from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards, tensor_bytes
 from deltafold.checkpoint.beside import is_own_index
-from deltafold.checkpoint.writer import put_file
+from deltafold.checkpoint.writer import TensorSpec, put_file
 from deltafold.lazy import torch
 from deltafold.merging.inputs import Inputs, settle_inputs
 from deltafold.merging.recipe import Recipe
@@ -80,8 +80,10 @@ def merge_models(request: MergeRequest, wish: Wish) -> Record:
             chosen, content["search"] = wish.choose(formed)
             recipe = wish.candidates[chosen]
             content["recipe"] = recipe.to_json()
-        inner = ground.inner_files
-        work = TensorMerge(tensors, recipe, workspace, request.shard_bytes, formed, inner)
+        plan = partial(
+            plan_shards, shard_bytes=request.shard_bytes, inner=ground.inner_files, stem=ground.stem
+        )
+        work = TensorMerge(tensors, recipe, workspace, formed, plan)
         work.run(run.resources, ground.metadata or {"format": "pt"})
         checked = check_opens(work.folder, ground.label, ground.path)
         run.publish(FOLDER)
@@ -125,20 +127,15 @@ class TensorMerge:
         tensors: Tensors,
         recipe: Recipe,
         workspace: Workspace,
-        shard_bytes: int,
         formed: Formed | None,
-        inner: Mapping[str, str],
+        plan: Callable[[list[TensorSpec]], dict[str, list[TensorSpec]]],
     ):
         self.tensors, self.recipe, self.formed = tensors, recipe, formed
         self.inputs, self.workspace = tensors.inputs, workspace
         self.figures: list[dict[str, Any]] = []
         self.names = list(self.inputs.layout)
         self.folder = workspace.kept_folder(FOLDER)
-        self.layout = plan_shards(
-            [(n, dtype, shape) for n, (dtype, shape) in self.inputs.layout.items()],
-            shard_bytes,
-            inner,
-        )
+        self.layout = plan([(n, dtype, shape) for n, (dtype, shape) in self.inputs.layout.items()])
 
     def run(self, resources: Resources, metadata: dict[str, str]) -> None:
         """Merge every tensor that is not done yet, and write the files beside the weights."""

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from deltafold.errors import UsageError, nearest
+from deltafold.foreign import unread
 from deltafold.merging import mergekit
 from deltafold.merging.recipe import Model, Recipe, Value
 
@@ -35,7 +36,7 @@ def read_recipe(path: str | Path) -> tuple[str, Recipe]:
         text = Path(path).read_text(encoding="utf-8")
         found = yaml.safe_load(text)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); check the path.") from None
+        raise unread(error, path, UsageError) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         told = " ".join(str(error).split())
         raise UsageError(f"{path} is not YAML: {told}") from None

@@ -61,7 +61,7 @@ class CheckpointSource:
 
     def side_files(self) -> Iterator[tuple[str, bytes]]:
         for path in self.checkpoint.side_files:
-            yield self.checkpoint.relative(path), path.read_bytes()
+            yield self.checkpoint.relative(path), self.checkpoint.side_file(path)
 
     def fingerprint(self) -> object:
         return self.checkpoint.fingerprint()

@@ -15,7 +15,7 @@ import torch
 
 from deltafold.checkpoint import DTYPES
 from deltafold.coding.counter import derive_key
-from deltafold.coding.sums import rounded_sum
+from deltafold.coding.sums import all_finite, rounded_sum
 from deltafold.errors import NonFiniteError
 from deltafold.merging.inputs import Inputs
 from deltafold.merging.methods import CONSENSUS, SPARSIFIERS
@@ -160,7 +160,7 @@ def _constants(theirs: torch.Tensor, ground: torch.Tensor) -> torch.Tensor | Non
 
 
 def _finite(tensor: torch.Tensor, source: Source, name: str) -> torch.Tensor:
-    if not all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(CHUNK)):
+    if not all_finite(tensor):
         raise NonFiniteError(f"{name} of {source.label} holds NaN or infinite values.")
     return tensor
 

@@ -103,11 +103,11 @@ def _config(
     data: bytes, models: Sequence[Mapping[str, bytes]], settled: Settled, owner: int | None
 ) -> bytes:
     """The base's config with the rows of the merged vocabulary; unchanged bytes where they agree."""
-    config = json.loads(data)
+    config = parse_object(data, "config.json of the base")
     inner = config["text_config"] if "vocab_size" in config.get("text_config", {}) else config
     wanted: dict[str, Any] = {"vocab_size": settled.rows}
     if owner is not None and "config.json" in models[owner]:
-        theirs = json.loads(models[owner]["config.json"])
+        theirs = parse_object(models[owner]["config.json"], "config.json of the tokenizer's owner")
         wanted |= {key: theirs[key] for key in SPECIAL_IDS if key in theirs}
     if all(inner.get(key) == value for key, value in wanted.items()):
         return data
@@ -117,7 +117,7 @@ def _config(
 
 def untied(data: bytes) -> bytes:
     """A config that says that head and embedding are two."""
-    config = json.loads(data)
+    config = parse_object(data, "config.json of the base")
     config["tie_word_embeddings"] = False
     if "tie_word_embeddings" in config.get("text_config", {}):
         config["text_config"]["tie_word_embeddings"] = False
@@ -126,12 +126,16 @@ def untied(data: bytes) -> bytes:
 
 def _add_tokens(files: Files, models: Sequence[Mapping[str, bytes]], settled: Settled) -> None:
     """Put the new tokens into the base's tokenizer files, under their new numbers."""
-    tokenizer = json.loads(files["tokenizer.json"])
-    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
-    plain = json.loads(files["added_tokens.json"]) if "added_tokens.json" in files else None
+    tokenizer = parse_object(files["tokenizer.json"], "tokenizer.json of the base")
+    settings = parse_object(
+        files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json of the base"
+    )
+    plain = None
+    if "added_tokens.json" in files:
+        plain = parse_object(files["added_tokens.json"], "added_tokens.json of the base")
     tokenizer.setdefault("added_tokens", [])
     for text, number, row, place in settled.new:
-        entries = json.loads(models[number]["tokenizer.json"])["added_tokens"]
+        entries = parse_object(models[number]["tokenizer.json"], "tokenizer.json")["added_tokens"]
         entry = next(each for each in entries if each["id"] == row and each["content"] == text)
         tokenizer["added_tokens"].append(entry | {"id": place})
         if "added_tokens_decoder" in settings:

@@ -19,6 +19,7 @@ from deltafold.checkpoint.hub import (
     unreachable,
 )
 from deltafold.errors import DeltafoldError, HubError, UsageError
+from deltafold.foreign import blamed
 from deltafold.publishing.card import card, license_of
 from deltafold.publishing.request import PushRequest
 from deltafold.restoring.named import names_of
@@ -49,10 +50,8 @@ def run_push(request: PushRequest) -> dict[str, Any]:
         text = card(name, parcel.archive, parcel.base, known, chosen)
     try:
         return _send(name, branch or None, parcel, text, request.private, request.message)
-    except DeltafoldError:
-        raise
     except Exception as error:  # the hub client raises many kinds; the user needs one sentence
-        raise HubError(_why_not(name, error)) from error
+        raise blamed(error, HubError(_why_not(name, error))) from error
 
 
 push_to_hub = front("push_to_hub", PushRequest, run_push)

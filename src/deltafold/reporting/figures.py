@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltafold.errors import StorageError, UsageError
+from deltafold.foreign import shortage
 from deltafold.reporting.drawings import (
     delta_cosines,
     error_by_block,
@@ -95,6 +96,6 @@ def _save(figure: Figure, path: Path) -> None:
         )
         working.replace(path)
     except OSError as error:
-        raise StorageError(
+        raise shortage(error, path) or StorageError(
             f"{path} cannot be written ({error.strerror}); choose another."
         ) from None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deltafold.errors import StorageError, UsageError
+from deltafold.foreign import blamed, shortage
 from deltafold.reporting.table import Table
 
 
@@ -30,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             working.unlink(missing_ok=True)
-        raise StorageError(
+        raise shortage(error, path) or StorageError(
             f"{path} cannot be written ({error.strerror}); choose another."
         ) from None
 
@@ -47,8 +48,8 @@ def rewrite_block(path: Path, marker: str, text: str) -> None:
         with path.open(encoding="utf-8", newline="") as file:
             page_text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} cannot be read as text ({error}); give a Markdown file."
+        raise blamed(
+            error, UsageError(f"{path} cannot be read as text ({error}); give a Markdown file.")
         ) from None
     for mark in (begin, end):
         if page_text.count(mark) != 1:

@@ -23,7 +23,8 @@ from deltafold.codecs.base import DeltaCodec
 from deltafold.coding.counter import derive_key
 from deltafold.coding.sums import rounded_sum
 from deltafold.dtypes import ITEM_BYTES, held_shape
-from deltafold.errors import ArchiveError, MismatchError, UsageError, nearest
+from deltafold.errors import ArchiveError, DeltafoldError, MismatchError, UsageError, nearest
+from deltafold.foreign import shortage
 from deltafold.lazy import torch
 from deltafold.restoring.named import give_base
 from deltafold.running.neutral import undisturbed
@@ -80,8 +81,9 @@ def _check_piece(archive: Archive, tensor: Tensor, piece: Piece) -> None:
         raise ValueError("an exact piece is absurdly large")
 
 
-def _damaged(archive: Archive, tensor: Tensor, error: Exception) -> ArchiveError:
-    return ArchiveError(
+def _damaged(archive: Archive, tensor: Tensor, error: Exception) -> DeltafoldError:
+    """What to raise where decoding fails; memory that runs out is not the archive's fault."""
+    return shortage(error) or ArchiveError(
         f"Tensor {tensor.name} of {archive.folder} cannot be decoded "
         f"({error or type(error).__name__}); fetch the archive again."
     )

@@ -10,6 +10,7 @@ from deltafold.archive import Archive, Tensor, TensorDigest
 from deltafold.archive.manifest import Manifest
 from deltafold.calibration.opens import open_bare
 from deltafold.checkpoint import CheckpointWriter, open_checkpoint, plan_shards
+from deltafold.checkpoint.contents import stem_of
 from deltafold.checkpoint.writer import TensorSpec, put_file
 from deltafold.dtypes import stored_bytes
 from deltafold.restoring.decode import check_codecs, checked_rows, named_tensors
@@ -104,7 +105,8 @@ def _layout(manifest: Manifest, wanted: list[Tensor], request: RestoreRequest) -
     files = list(layout)
     if request.shard_bytes is not None:
         inner = {t.name: files[t.file] for t in wanted if "/" in files[t.file]}
-        return plan_shards([_spec(tensor) for tensor in wanted], request.shard_bytes, inner)
+        specs = [_spec(tensor) for tensor in wanted]
+        return plan_shards(specs, request.shard_bytes, inner, stem_of(files))
     for tensor in wanted:
         layout[files[tensor.file]].append(_spec(tensor))
     return layout

@@ -66,9 +66,7 @@ def run_verify(request: VerifyRequest) -> Record:
             for t in opened.manifest.tensors
         ]
         run_tasks("verify", tasks, request.workers, request.memory_bytes, request.progress)
-        for entry in opened.manifest.files:
-            if base_checkpoint or entry.stored == "zstd":
-                opened.side_file(entry, base_checkpoint)
+        files = _check_files(opened, base_checkpoint)
     return {
         "record_version": RECORD_VERSION,
         "kind": "verify",
@@ -76,6 +74,7 @@ def run_verify(request: VerifyRequest) -> Record:
         "base": str(base) if base else None,
         "against": str(against) if against else None,
         "tensors_checked": len(results),
+        **files,
         **_summary(results),
         "tensors": [{"name": name, **results[name]} for name in sorted(results)],
         "seconds": meter.seconds,
@@ -86,6 +85,24 @@ def run_verify(request: VerifyRequest) -> Record:
 
 
 verify = front("verify", VerifyRequest, run_verify)
+
+
+def _check_files(archive: Archive, base: Checkpoint | None) -> dict[str, Any]:
+    """Every small file, or as much of it as the archive holds; and what else lies in the folder."""
+    checked, unchecked = 0, []
+    for entry in archive.manifest.files:
+        if base is not None:
+            archive.side_file(entry, base)
+            checked += 1
+        elif entry.is_stored and archive.check_side_file(entry):
+            checked += 1
+        elif entry.is_stored:
+            unchecked.append(entry.name)
+    return {
+        "files_checked": checked,
+        "files_unchecked": unchecked,
+        "strangers": archive.strangers(),
+    }
 
 
 def _check_same_tensors(archive: Archive, tuned: Checkpoint) -> None:

@@ -28,6 +28,7 @@ from functools import cache
 from typing import Any
 
 from deltafold.errors import ClusterError, DeltafoldError, UsageError, nearest
+from deltafold.foreign import blamed
 from deltafold.running.devices import place
 from deltafold.running.engine import Progress, Tally, Task, default_workers, trim
 from deltafold.version import __version__
@@ -92,10 +93,13 @@ def _connect(workers: int | None, memory_bytes: int | None) -> None:
         _check_answers(address)
         ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"No Ray cluster can be joined at RAY_ADDRESS={address} ({_first_sentence(error)}); start one "
-            "with `ray start`, also on this machine, give its HOST:PORT, and set RAY_AUTH_MODE=token if it "
-            "asks for a token; or unset RAY_ADDRESS."
+        raise blamed(
+            error,
+            ClusterError(
+                f"No Ray cluster can be joined at RAY_ADDRESS={address} ({_first_sentence(error)}); "
+                "start one with `ray start`, also on this machine, give its HOST:PORT, and set "
+                "RAY_AUTH_MODE=token if it asks for a token; or unset RAY_ADDRESS."
+            ),
         ) from None
 
 
@@ -112,9 +116,12 @@ def _start(workers: int | None, memory_bytes: int | None, quiet: dict[str, Any])
             **quiet,
         )
     except Exception as error:  # a start that fails or takes too long is a bare Exception
-        raise ClusterError(
-            f"Ray does not start on this machine ({_first_sentence(error)}); try again when it is less "
-            "busy, or leave out --engine ray."
+        raise blamed(
+            error,
+            ClusterError(
+                f"Ray does not start on this machine ({_first_sentence(error)}); try again when it is "
+                "less busy, or leave out --engine ray."
+            ),
         ) from error
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from deltafold.errors import DeviceError, UsageError
+from deltafold.foreign import gpu_full
 from deltafold.running.neutral import neutral
 
 if TYPE_CHECKING:
@@ -349,7 +350,4 @@ def one_sentence(chosen: Place) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{chosen.name} has too little memory free for this model, beside what else runs there; "
-            "give a smaller --memory, fewer --workers or --device cpu."
-        ) from error
+        raise gpu_full(chosen.name) from error

@@ -11,7 +11,6 @@ from typing import Self
 from deltafold.checkpoint import disk
 from deltafold.checkpoint.writer import guard_storage
 from deltafold.errors import (
-    ClusterError,
     DeltafoldError,
     StorageError,
     StorageWarning,
@@ -82,10 +81,9 @@ class WorkFolder:
         return False
 
     def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
-        hopeless = kind is not None and issubclass(kind, DeltafoldError)
-        if hopeless and not self.keeps and not issubclass(kind, StorageError | ClusterError):  # type: ignore[arg-type]
+        if isinstance(error, DeltafoldError) and not error.passing and not self.keeps:
             with contextlib.suppress(OSError):
                 self._remove()
         self._release()

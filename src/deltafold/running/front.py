@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from deltafold.checkpoint.store import address_of, is_address, output_of
 from deltafold.errors import UsageError, nearest
+from deltafold.foreign import in_sentences
 from deltafold.running.common import Running
 from deltafold.running.devices import computing
 from deltafold.running.neutral import as_at_start
@@ -84,7 +85,8 @@ def carry_out(request: Any, run: Callable[[Any], T]) -> T:
 
     The record of such an output speaks of the address; it lies beside it, or where `record` says.
     """
-    with as_at_start(), computing(request.device if isinstance(request, Running) else None):
+    device = request.device if isinstance(request, Running) else None
+    with in_sentences(), as_at_start(), computing(device):
         output = getattr(request, "output", None)
         if output is None or not is_address(output):
             return run(request)

@@ -7,6 +7,7 @@ holds times, which differ from run to run, while an archive of the same inputs h
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 
 from deltafold.checkpoint import sealed
 from deltafold.errors import DeltafoldError, StorageError, StorageWarning, UsageError
+from deltafold.foreign import unread
 from deltafold.running import devices
 from deltafold.running.memory import total_memory_bytes
 from deltafold.version import __version__
@@ -55,7 +57,7 @@ def write_record(record: Record, path: Path) -> None:
         record.setdefault("command", command)
     if (found := devices.to_record()) is not None:
         record["device"] = found
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    text = as_json(record, indent=1) + "\n"
     try:
         sealed.put(path, [text.encode()])
     except StorageError as error:
@@ -63,6 +65,19 @@ def write_record(record: Record, path: Path) -> None:
         raise StorageError(
             f"The record {path} cannot be written ({reason}); give another path for it."
         ) from error
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A record as JSON, which has neither infinity nor NaN: what was measured so is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def write_afterwards(record: Record, path: Path, output: Path) -> None:
@@ -85,7 +100,9 @@ def read_record(path: Path) -> Record:
         record = json.loads(found.read_text())
         if record["record_version"] > RECORD_VERSION:
             raise DeltafoldError(f"{found} was written by a newer deltafold; upgrade to read it.")
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise unread(error, found, DeltafoldError) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DeltafoldError(
             f"{found} is not a record ({error!r}); run the command again."
         ) from None

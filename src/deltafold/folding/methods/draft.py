@@ -11,29 +11,50 @@ before a tensor is read, nothing is kept after, and no draft changes: candidates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from deltafold.blocks.layout import Layout, Read
+from deltafold.folding.methods.norms import Norm
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What text showed of a block.
+
+    `influence` is block influence, 1 - cos of what enters and what leaves. `activity` holds, by kind
+    of unit, the mean absolute value of each channel that units hand to their output matrix (count,
+    channels of a unit). `norms` are those that matrices read, by the matrices' local names.
+    """
+
+    influence: float
+    activity: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    norms: Mapping[str, Norm] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Block:
     """What stands in one place. `parts` are the blocks of the model that went into it.
 
-    `changed` is False while its tensors are the model's own.
+    `changed` is False while its tensors are the model's own. `shown` is there only for rules that
+    look at text.
     """
 
     number: int
     read: Read
     parts: tuple[int, ...]
     changed: bool = False
+    shown: Shown | None = None
 
     def with_tensors(self, read: Read, parts: Sequence[int] = ()) -> Block:
         """The block with other tensors, in which also `parts` have a share."""
-        return replace(self, read=read, parts=(*self.parts, *parts), changed=True)
+        return replace(self, read=read, parts=(*self.parts, *parts), changed=True, shown=None)
+
+    def with_shown(self, shown: Shown | None) -> Block:
+        """The block with what text showed of it."""
+        return replace(self, shown=shown)
 
     def with_tensor(self, name: str, tensor: torch.Tensor) -> Block:
         """The block with one tensor replaced, by one of the same shape."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
-from deltafold.errors import UsageError, nearest
+from deltafold.errors import DeltafoldWarning, UsageError, nearest
 from deltafold.folding.methods.rules import RULES, Rule
 from deltafold.folding.methods.selection import SELECTIONS, Chooser
 from deltafold.folding.methods.similarity import ABSENCES, SIMILARITIES
@@ -15,7 +17,8 @@ class Preset:
     """A method. `ratio` says where a kept block's share of a weighted sum comes from.
 
     `similarity`: the value for the pair. `reference`: what MKA's program takes.
-    `closed_form` is the healing where none is asked for: `none`, `cut` or `through`.
+    `closed_form` is the healing where none is asked for: `none`, `cut` or `through`; `protect` are
+    the blocks left alone where nothing is said of them, from the last if negative.
     """
 
     similarity: str
@@ -24,27 +27,32 @@ class Preset:
     ratio: str = "similarity"
     paper: str = ""
     closed_form: str = "none"
+    protect: tuple[int, ...] = ()
 
 
 AUTO = "auto"
 PRESETS: dict[str, Preset] = {
     AUTO: Preset("cosine", "lowest", "drop", closed_form="through"),
-    "mka": Preset("npib", "adjacent-pairs", "average", paper="2406.16330"),
+    "mka": Preset("npib", "adjacent-pairs", "average", paper="2406.16330", protect=(0, -1)),
     "mka-reference": Preset(
         "npib-reference", "last-pair", "average-matrices", "reference", "2406.16330"
     ),
     "shortgpt": Preset("cosine", "lowest", "drop", paper="2403.03853"),
     "angular": Preset("angular", "contiguous", "drop", paper="2403.17887"),
     "laco": Preset("cosine", "top-down", "collapse", paper="2402.11187"),
+    "laco-reference": Preset("cosine", "top-down", "telescope", paper="2402.11187"),
     "jointdrop": Preset("cosine", "joint", "drop", paper="2406.15786"),
     "sleb": Preset("perplexity", "greedy", "drop", paper="2402.09025"),
     "reverse": Preset("cosine", "last", "drop"),
     "random": Preset("cosine", "random", "drop"),
     "replaceme": Preset("cosine", "contiguous", "replace-me", paper="2505.02819"),
-    "linearpatch": Preset("cosine", "contiguous", "linear-patch", paper="2505.24680"),
-    "come": Preset("cosine", "adjacent-pairs", "concatenate", paper="2510.15304"),
+    "replaceme-cosine": Preset("cosine", "contiguous", "replace-me-cosine", paper="2505.02819"),
+    "linearpatch-fit": Preset("cosine", "contiguous", "linear-patch-fit", paper="2505.24680"),
+    "come": Preset("angular", "weakest-pair", "concatenate", paper="2510.15304"),
 }
 METHODS = tuple(PRESETS)
+OLD_NAMES = {"linearpatch": "linearpatch-fit", "linear-patch": "linear-patch-fit"}
+"""Rows that have another name now, which says what they do."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Method:
         rule: str | None = None,
     ) -> Method:
         known = list(METHODS)
+        name, rule = _renamed(name), rule and _renamed(rule)
         if name not in known:
             raise UsageError(f"There is no method {name!r}; {nearest(name, known)}")
         tables = (
@@ -70,7 +79,7 @@ class Method:
             ("selection", selection, list(SELECTIONS)),
             ("rule", rule, list(RULES)),
         )
-        changed = {}
+        changed: dict[str, Any] = {}
         for field, value, rows in tables:
             if value is None:
                 continue
@@ -97,7 +106,7 @@ class Method:
         )
         return by_matrix or (self.preset.ratio == "reference" and self.rule.merges)
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """Name, rows, and where ratios come from; for the record."""
         preset = self.preset
         return {
@@ -106,6 +115,7 @@ class Method:
             "selection": preset.selection,
             "rule": preset.rule,
             "ratio": preset.ratio,
+            "merges": self.rule.merges,
         }
 
     def check(self) -> None:
@@ -125,3 +135,16 @@ class Method:
             raise UsageError(
                 f"The selection {preset.selection} folds blocks together; take the rule collapse or average."
             )
+
+
+def _renamed(name: str) -> str:
+    """A row's name as it is now, with a word where that is another."""
+    if name not in OLD_NAMES:
+        return name
+    warnings.warn(
+        f"{name} is called {OLD_NAMES[name]}: LinearPatch multiplies the hidden states at the cut, "
+        "for which an ordinary model has no place, and this row fits that by the down projection.",
+        DeltafoldWarning,
+        stacklevel=3,
+    )
+    return OLD_NAMES[name]

@@ -14,8 +14,9 @@ from typing import Literal
 import torch
 
 from deltafold.blocks.align import match
-from deltafold.blocks.layout import is_output, part_of
+from deltafold.blocks.layout import part_of
 from deltafold.blocks.units import Units, features, rearranged
+from deltafold.folding.methods.concatenation import concatenate
 from deltafold.folding.methods.draft import Block
 
 Blend = Callable[[Block, Sequence[Block], float, Sequence[Units]], Block]
@@ -49,11 +50,19 @@ def average_matrices(
 
 
 def collapse(keep: Block, gone: Sequence[Block], share: float, units: Sequence[Units]) -> Block:
-    """theta_l + sum_k (theta_l+k - theta_l): LaCo (arXiv 2402.11187), eq. 2.
+    """theta_l + sum_k (theta_l+k - theta_l) of attention and MLP: LaCo (arXiv 2402.11187), eq. 2.
 
-    Each difference is against theta_l as it was, so that no block cancels another.
+    Each difference is against theta_l as it was. Norms are the lower block's.
     """
-    return _summed(keep, gone, 1.0 - len(gone), [1.0] * len(gone))
+    return _parted(keep, _summed(keep, gone, 1.0 - len(gone), [1.0] * len(gone)), gone)
+
+
+def telescope(keep: Block, gone: Sequence[Block], share: float, units: Sequence[Units]) -> Block:
+    """Attention and MLP of the last block under the norms of the first: what LaCo's program does.
+
+    It takes each difference against the sum so far, so that all but the last block's weights cancel.
+    """
+    return _parted(keep, gone[-1], gone)
 
 
 def aligned(block: Block, to: Block, units: Sequence[Units]) -> Block:
@@ -71,45 +80,6 @@ def aligned_average(
     return average(keep, [aligned(block, keep, units) for block in gone], share, units)
 
 
-def concatenate(keep: Block, gone: Sequence[Block], share: float, units: Sequence[Units]) -> Block:
-    """The strongest units of all blocks side by side: CoMe (arXiv 2510.15304), section 3.
-
-    A unit's strength is the product of the norms of what it reads and of what it writes; the paper
-    also weighs by activations. Output biases add up, as the sub-layers' sums do; the rest stays.
-    """
-    blocks = [keep, *gone]
-    chosen = {kind.name: _strongest(kind, blocks) for kind in units}
-
-    def read(local: str) -> torch.Tensor:
-        tensor = keep.read(local)
-        for kind in units:
-            for each in kind.all_slices:
-                if each.local == local:
-                    every = [each.parts(b.read(local).float(), kind.count) for b in blocks]
-                    tensor = each.put(tensor.float(), torch.cat(every)[chosen[kind.name]])
-        if local.endswith("bias") and is_output(local):
-            for block in gone:
-                tensor = tensor.float() + block.read(local).float()
-        return tensor
-
-    return keep.with_tensors(read, _parts(gone))
-
-
-def _strongest(kind: Units, blocks: Sequence[Block]) -> torch.Tensor:
-    """Numbers of the `count` strongest units, ascending, block after block."""
-    strengths = []
-    for block in blocks:
-        reads = torch.cat(
-            [s.parts(block.read(s.local).float(), kind.count) for s in kind.slices], dim=1
-        )
-        writes = torch.cat(
-            [s.parts(block.read(s.local).float(), kind.count) for s in kind.outputs], dim=1
-        )
-        strengths.append(reads.double().norm(dim=1) * writes.double().norm(dim=1))
-    order = torch.cat(strengths).argsort(descending=True, stable=True)
-    return order[: kind.count].sort().values
-
-
 def _summed(keep: Block, gone: Sequence[Block], share: float, shares: Sequence[float]) -> Block:
     def read(local: str) -> torch.Tensor:
         first = keep.read(local)
@@ -119,6 +89,15 @@ def _summed(keep: Block, gone: Sequence[Block], share: float, shares: Sequence[f
         for block, weight in zip(gone, shares, strict=True):
             out.add_(block.read(local).float(), alpha=weight)
         return out
+
+    return keep.with_tensors(read, _parts(gone))
+
+
+def _parted(keep: Block, other: Block, gone: Sequence[Block]) -> Block:
+    """The kept block with attention and MLP of `other`, biases too; norms and the like are its own."""
+
+    def read(local: str) -> torch.Tensor:
+        return (keep if part_of(local) == "other" else other).read(local)
 
     return keep.with_tensors(read, _parts(gone))
 
@@ -136,22 +115,28 @@ class Rule:
     """A row of the table.
 
     `merges` says that what goes lives on in the kept block, so that there must be one. `patch`
-    says what the kept block is fitted to afterwards, in closed form.
+    says what the kept block is fitted to afterwards, in closed form. With `looks` blocks are given
+    with what text showed of them, and the kept block's share is that of its influence. With `weighs`
+    that share is one of a weighted sum.
     """
 
     blend: Blend
     merges: bool = True
-    patch: Literal["none", "replace-me", "linear-patch"] = "none"
+    patch: Literal["none", "replace-me", "replace-me-cosine", "linear-patch-fit"] = "none"
     paper: str = ""
+    looks: bool = False
+    weighs: bool = False
 
 
 RULES: dict[str, Rule] = {
     "drop": Rule(drop, merges=False),
-    "average": Rule(average, paper="2406.16330"),
-    "average-matrices": Rule(average_matrices, paper="2406.16330"),
+    "average": Rule(average, paper="2406.16330", weighs=True),
+    "average-matrices": Rule(average_matrices, paper="2406.16330", weighs=True),
     "collapse": Rule(collapse, paper="2402.11187"),
-    "aligned-average": Rule(aligned_average, paper="2209.04836"),
-    "concatenate": Rule(concatenate, paper="2510.15304"),
+    "telescope": Rule(telescope, paper="2402.11187"),
+    "aligned-average": Rule(aligned_average, paper="2209.04836", weighs=True),
+    "concatenate": Rule(concatenate, paper="2510.15304", looks=True),
     "replace-me": Rule(drop, patch="replace-me", paper="2505.02819"),
-    "linear-patch": Rule(drop, patch="linear-patch", paper="2505.24680"),
+    "replace-me-cosine": Rule(drop, patch="replace-me-cosine", paper="2505.02819"),
+    "linear-patch-fit": Rule(drop, patch="linear-patch-fit", paper="2505.24680"),
 }

@@ -22,13 +22,15 @@ Part = Literal["attention", "mlp"]
 class Step:
     """Blocks at the positions `gone` go; the one at `keep` takes them in (None: nothing does).
 
-    `score` is what chose them, higher for a better choice. With `part` only that sub-layer goes.
+    `score` is what chose them, higher for a better choice, and `threshold` what it had to exceed.
+    With `part` only that sub-layer goes.
     """
 
     keep: int | None
     gone: tuple[int, ...]
     score: float | None = None
     part: Part | None = None
+    threshold: float | None = None
 
 
 class Evidence(Protocol):
@@ -49,8 +51,8 @@ class Evidence(Protocol):
     def parts(self) -> dict[tuple[int, Part], float]:
         """How little the attention and the MLP of each block do: cosines."""
 
-    def closeness(self, step: Step) -> float:
-        """Cosine of the last hidden states to the model's, once the step is carried out."""
+    def closeness(self, steps: Sequence[Step]) -> float:
+        """Cosine of the last hidden states to the model's, once the steps are carried out in order."""
 
 
 Selection = Callable[[Evidence, int], list[Step]]
@@ -64,6 +66,19 @@ def adjacent_pairs(evidence: Evidence, count: int) -> list[Step]:
         return []
     low, high = max(pairs, key=lambda pair: (float(alike[pair[0] + 1, pair[1] + 1]), pair))
     return [Step(low, (high,), float(alike[low + 1, high + 1]))]
+
+
+def weakest_pair(evidence: Evidence, count: int) -> list[Step]:
+    """The two neighbours that together change the states least: A[i, i + 2] greatest.
+
+    What enters the lower against what leaves the upper: CoMe (arXiv 2510.15304), section 3.2.
+    """
+    alike, free = evidence.alike(), _free(evidence)
+    pairs = [(i, i + 1) for i in range(evidence.n - 1) if {i, i + 1} <= free]
+    if not pairs:
+        return []
+    low, high = max(pairs, key=lambda pair: (float(alike[pair[0], pair[1] + 1]), pair))
+    return [Step(low, (high,), float(alike[low, high + 1]))]
 
 
 def last_pair(evidence: Evidence, count: int) -> list[Step]:
@@ -159,36 +174,53 @@ def joint(evidence: Evidence, count: int) -> list[Step]:
 
 TOP_DOWN_WINDOW = 4
 """Blocks that become one at a time; LaCo's C lies between 3 and 7."""
-TOP_DOWN_INTERVAL = 1
-TOP_DOWN_START = 0.95
+TOP_DOWN_INTERVAL = 2
+"""How far down the next group begins after one was folded: LaCo's I, 1 or 2."""
+TOP_DOWN_THRESHOLDS = tuple(n / 100 for n in range(75, 40, -5))
+"""Those that LaCo's authors set by hand, 0.75 to 0.45; then still lower ones."""
+TOP_DOWN_LOWER = tuple(n / 100 for n in range(40, -105, -5))
 
 
 def top_down(evidence: Evidence, count: int) -> list[Step]:
-    """From the last blocks down: fold some into one if the last hidden states stay close.
+    """One sweep from the last blocks down: a group becomes one block if the last states stay close.
 
-    LaCo (arXiv 2402.11187), algorithm 1. The paper sets the threshold by hand; here it is lowered
-    until a merge is accepted, so that the number asked for is reached.
+    LaCo (arXiv 2402.11187), algorithm 1. The authors set the threshold by hand; here it is the
+    highest of theirs with which a sweep takes as many blocks as are asked for.
     """
-    free = _free(evidence)
-    size = min(TOP_DOWN_WINDOW - 1, count)
-    while size:
-        tried: list[tuple[float, Step]] = []
-        for low in range(evidence.n - size - 1, -1, -TOP_DOWN_INTERVAL):
-            window = tuple(range(low + 1, low + size + 1))
-            if not {low, *window} <= free:
-                continue
-            near = evidence.closeness(step := Step(low, window))
-            if near > TOP_DOWN_START:
-                return [Step(step.keep, step.gone, near)]
-            tried.append((near, step))
-        if tried:
-            threshold = TOP_DOWN_START
-            while not any(near > threshold for near, _ in tried):
-                threshold -= 0.05
-            near, step = next(each for each in tried if each[0] > threshold)
-            return [Step(step.keep, step.gone, near)]
-        size -= 1
-    return []
+    near: dict[tuple[Step, ...], float] = {}
+    steps: list[Step] = []
+    for threshold in (*TOP_DOWN_THRESHOLDS, *TOP_DOWN_LOWER):
+        steps = _sweep(evidence, count, threshold, near)
+        if sum(len(step.gone) for step in steps) == count:
+            break
+    return steps
+
+
+def _sweep(
+    evidence: Evidence, count: int, threshold: float, near: dict[tuple[Step, ...], float]
+) -> list[Step]:
+    """Steps of one sweep, their places those of the draft; `near` remembers what was tried."""
+    left, free = list(range(evidence.n)), _free(evidence)
+    taken: list[Step] = []
+    low = len(left) - min(TOP_DOWN_WINDOW, count + 1)
+    while low >= 0 and count:
+        size = min(TOP_DOWN_WINDOW - 1, count, len(left) - low - 1)
+        group = left[low : low + size + 1]
+        low -= 1
+        if size < 1 or not free.issuperset(group):
+            continue
+        step = Step(group[0], tuple(group[1:]))
+        tried = (*taken, step)
+        if tried not in near:
+            near[tried] = evidence.closeness(tried)
+        if near[tried] > threshold:
+            taken.append(step)
+            left, count = [place for place in left if place not in step.gone], count - size
+            low = min(low + 1 - TOP_DOWN_INTERVAL, len(left) - TOP_DOWN_WINDOW)
+    return [
+        Step(step.keep, step.gone, near[tuple(taken[: n + 1])], threshold=threshold)
+        for n, step in enumerate(taken)
+    ]
 
 
 def runs(gone: Sequence[int], scores: dict[int, float] | None = None) -> list[Step]:
@@ -239,6 +271,7 @@ class Chooser:
 
 SELECTIONS: dict[str, Chooser] = {
     "adjacent-pairs": Chooser(adjacent_pairs, removes="follower"),
+    "weakest-pair": Chooser(weakest_pair, removes="follower"),
     "last-pair": Chooser(last_pair, removes="follower"),
     "last": Chooser(last, needs="nothing"),
     "contiguous": Chooser(contiguous, removes="stretch"),

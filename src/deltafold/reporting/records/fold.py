@@ -85,6 +85,7 @@ class FoldRecord(Run):
     similarity: StateSimilarity | None = None
     quality: dict[str, TextQuality] = {}
     healing: Training | None = None
+    unhealed_because: str | None = None
     scores: list[FoldScore] = []
 
     @property

@@ -40,6 +40,8 @@ def _totals(record: FoldRecord) -> Table:
     if record.silenced:
         parts = ", ".join(f"{part.part} of {part.block}" for part in record.silenced)
         rows.append(("silent, but stored", parts))
+    if record.unhealed_because:
+        rows.append(("nothing was healed", record.unhealed_because))
     return Table(f"fold {record.title}", ("", ""), rows, notes=[run_note(record)], left=2)
 
 
