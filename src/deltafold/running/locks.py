@@ -84,11 +84,14 @@ class Lock:
             raise
 
     def _open(self) -> int:
+        failed = OSError()
         for _ in range(_TRIES):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 return os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        raise FileNotFoundError(2, "it is removed again and again", str(self.folder))
+            except (FileNotFoundError, FileExistsError) as error:  # it is being removed, or a file
+                failed = error
+        raise failed
 
     def release(self) -> None:
         """Let others have the folder."""
