@@ -7,6 +7,8 @@ import concurrent.futures
 import errno
 import json
 import os
+import threading
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from faults.models import Models, make_models
 
 import deltafold as package
 from deltafold.archive import reader
+from deltafold.checkpoint import disk
 from deltafold.codecs.lowrank import CODEC as LOWRANK
 from deltafold.errors import (
     ArchiveError,
@@ -223,6 +226,28 @@ def test_a_mistake_on_the_command_line(
     found = command_line("inspect", models.lossy)
     assert found.code == 70
     assert "Traceback" in found.err
+
+
+def test_what_fails_in_the_background_is_raised_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that syncs files lives on, and says nothing by itself."""
+    unheard: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", unheard.append)
+    (tmp_path / "x").write_text("x")
+    later = disk.Later(tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(disk, "sync", lambda _: (_ for _ in ()).throw(MemoryError()))
+        context.setattr(disk, "SYNC_SECONDS", 0.0)
+        later.add(tmp_path / "x")
+        with pytest.raises(MemoryError):
+            for _ in range(1000):
+                later.flush()
+                time.sleep(0.001)
+    later.add(tmp_path / "x")
+    later.flush()
+    later.close()
+    assert unheard == []
 
 
 # --- that no border is left out -----------------------------------------------------------------------

@@ -282,8 +282,8 @@ def changed_input(scene: Scene) -> Verdict:
     ended = scene.run(job, Calls(scene.folder, WRITING, at))
     file = scene.models.folder / name / "model.safetensors"
     what = f"{job.name}, killed at {at}, {name} changed: {_change(file, scene)}"
-    if not ended.killed or not partial_path(scene.out).is_dir():
-        return Verdict(EQUAL, f"{job.name}, ended before call {at}")
+    if not ended.killed or not partial_path(scene.out).is_dir() or scene.out.exists():
+        return Verdict(EQUAL, f"{job.name}, no work unfinished at call {at}")
     fresh = scene.start(job, None, scene.folder / "fresh").wait()
     ended = scene.run(job)
     if bad := untold(ended.told):

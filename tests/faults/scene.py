@@ -47,7 +47,8 @@ class Known:
         for job in JOBS.values():
             place = self.folder / "here"
             place.mkdir(parents=True)
-            assert carry_out(job, self.models, place / "out").code == 0, job.name
+            told = carry_out(job, self.models, place / "out")
+            assert told.code == 0, (job.name, told.err)
             shutil.rmtree(place)
             for kinds in (WRITING, READING, READING + WRITING):
                 place = self.folder / f"{job.name} {len(kinds)}".replace(" ", "-")

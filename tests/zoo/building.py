@@ -111,7 +111,9 @@ def build(architecture: Architecture) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "emb" not in name:
                 parameter.mul_(3)
-            elif parameter.dim() == 4 and parameter.numel():  # of a convolution: as large out as in
+            elif (
+                parameter.dim() == 4 and parameter.numel() and parameter.std() > 0
+            ):  # of a convolution: as large out as in
                 parameter.mul_(parameter[0].numel() ** -0.5 / parameter.std())
     return model
 

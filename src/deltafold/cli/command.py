@@ -16,7 +16,7 @@ import typer
 from deltafold.cli.parameters import former_name, no_markup, options_as_parameters, parameters
 from deltafold.errors import UsageError, nearest
 from deltafold.foreign import blamed, first_line
-from deltafold.running.record import is_main_process
+from deltafold.running.record import as_json, is_main_process
 from deltafold.running.request import Request, default_of, flag_of, joined, options_of
 
 
@@ -82,7 +82,7 @@ def command(
 
     def run(**given: Any) -> None:
         context: typer.Context = given.pop("context")
-        as_json, file = given.pop("json_output"), given.pop("settings_file")
+        only_json, file = given.pop("json_output"), given.pop("settings_file")
         asked = {name: value for name, value in given.items() if _is_given(context, name)}
         for each in (kind, *extras.options):
             asked = _today(each, asked)
@@ -93,7 +93,7 @@ def command(
                 f"{_label(kind, missing[0])} is missing; see deltafold {context.info_name} --help."
             )
         request = kind(**asked)
-        if announce is not None and not as_json and is_main_process():
+        if announce is not None and not only_json and is_main_process():
             announce(request)
         module, _, function = verb.partition(":")
         with watch(kind) as told:
@@ -102,7 +102,7 @@ def command(
             found = carry_out(request.but(**told), getattr(import_module(module), function))
         if not is_main_process():
             return
-        if as_json:
+        if only_json:
             print(as_json(plain(found)), flush=True)
         else:
             show(found, request)
