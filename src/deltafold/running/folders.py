@@ -83,10 +83,18 @@ class WorkFolder:
     def __exit__(
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
-        if isinstance(error, DeltafoldError) and not error.passing and not self.keeps:
+        hopeless = isinstance(error, DeltafoldError) and not error.passing and not self.keeps
+        if hopeless or (error is not None and self._is_empty()):
             with contextlib.suppress(OSError):
                 self._remove()
         self._release()
+
+    def _is_empty(self) -> bool:
+        """Whether nothing has been done in it."""
+        try:
+            return {each.name for each in self.folder.iterdir()} <= {LOCK, self.first}
+        except OSError:
+            return False
 
     def put_in_place(self, made: Path, overwrite: bool) -> None:
         """What was `made` in here gets the output's name, all of it on the disk; the rest goes.

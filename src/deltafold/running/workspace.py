@@ -96,7 +96,9 @@ class Workspace(WorkFolder):
         guard_storage(self.folder, partial(disk.sync_named, [self.folder], self.output.parent))
 
     def _holds_work(self) -> bool:
-        return any(each.name != LOCK for each in self.folder.iterdir())
+        begun = f"{JOURNAL}."  # a journal that did not come to its name
+        names = (each.name for each in self.folder.iterdir())
+        return any(name != LOCK and not name.startswith(begun) for name in names)
 
     def _goes_on(self, path: Path) -> bool:
         """Whether the journal is of this very work; False where it cannot be read."""
