@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,11 +45,13 @@ class State:
     def _read(self, folder: Path) -> None:
         names = self.names.setdefault(folder.stat().st_ino, {})
         for each in folder.iterdir():
-            names[each.name] = each.stat().st_ino
-            if each.is_dir():
-                self._read(each)
-            else:
-                self.contents[each.stat().st_ino] = each.read_bytes()
+            with suppress(FileNotFoundError):  # another thread has removed it
+                inode = each.stat().st_ino
+                if each.is_dir():
+                    self._read(each)
+                else:
+                    self.contents[inode] = each.read_bytes()
+                names[each.name] = inode
 
     def places(self) -> dict[int, set[tuple[int, str]]]:
         """Where each inode is: (folder, name)."""
@@ -76,6 +79,7 @@ class Recorder:
 
     def __init__(self, root: Path, seed: int, moments: frozenset[int] = frozenset()):
         self.root, self.moments, self.random = root, moments, random.Random(seed)
+        self.turn = threading.RLock()  # tasks run in several threads
         self.count = 0
         self.cut: list[State] = []
         self._open: dict[int, int] = {}  # an inode that is held is not given to another file
@@ -93,12 +97,17 @@ class Recorder:
             os.close(descriptor)
 
     def moment(self) -> None:
-        """Before each call that makes something last."""
+        """Before each call that makes something last; the caller holds `turn`."""
         if self.count in self.moments:
             self.cut.append(self._after_failure(State.of(self.root)))
         self.count += 1
 
     def sync(self, path: Path) -> None:
+        """In place of `disk.sync`."""
+        with self.turn:
+            self._sync(path)
+
+    def _sync(self, path: Path) -> None:
         self.moment()
         if not path.exists():
             raise FileNotFoundError(2, "gone", str(path))
@@ -111,10 +120,11 @@ class Recorder:
             return
         self.synced.names[inode] = {}
         for each in path.iterdir():
-            self._hold(each)
-            self.synced.names[inode][each.name] = each.stat().st_ino
-            if not each.is_dir():
-                self.synced.contents.setdefault(each.stat().st_ino, b"")
+            with suppress(FileNotFoundError):
+                self._hold(each)
+                self.synced.names[inode][each.name] = each.stat().st_ino
+                if not each.is_dir():
+                    self.synced.contents.setdefault(each.stat().st_ino, b"")
 
     def _after_failure(self, now: State) -> State:
         """Something between what was synced and what is there now."""
@@ -165,15 +175,19 @@ def recorded(root: Path, seed: int, moments: frozenset[int] = frozenset()) -> It
     rename, exchange = disk.rename, disk.exchange
 
     def renamed(source: Path, target: Path) -> None:
-        recorder.moment()
-        rename(source, target)
+        with recorder.turn:
+            recorder.moment()
+            rename(source, target)
 
     def exchanged(one: Path, other: Path) -> bool:
-        recorder.moment()
-        return exchange(one, other)
+        with recorder.turn:
+            recorder.moment()
+            return exchange(one, other)
 
     def add(self: disk.Later, path: Path) -> None:
-        if recorder.random.random() < 0.5:
+        with recorder.turn:
+            now = recorder.random.random() < 0.5
+        if now:
             disk.sync_named([path], self.root)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from checkpoints import make_pair, tree_hashes
+from conftest import Run
 from folding_models import write_deep, write_text
 
 from deltafold import compress, export, factor, fold, merge, restore, share
@@ -218,3 +219,15 @@ def test_damaged_work_is_made_again(
         verb(out)
         assert tree_hashes(out) == whole, kind
         assert not partial_path(out).exists()
+
+
+def test_the_command_says_in_one_line_what_it_makes_again(tmp_path: Path, deltafold: Run) -> None:
+    pair, out = make_pair(tmp_path), tmp_path / "out.delta"
+    partial = stopped(lambda where: compress(pair.base, pair.finetuned, where, "lossless"), out)
+    flipped(partial / "survey" / "000003.json")
+    done = deltafold("compress", pair.base, pair.finetuned, "-o", out, "-m", "lossless")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        f"deltafold: {partial}/survey/000003.json, of an earlier run, is damaged or not whole; it is "
+        "made again."
+    ]

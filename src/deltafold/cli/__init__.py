@@ -13,7 +13,8 @@ import shlex
 import signal
 import sys
 import traceback
-from typing import NoReturn
+import warnings
+from typing import NoReturn, TextIO
 
 import typer
 
@@ -33,6 +34,7 @@ from deltafold.cli.restore import restore
 from deltafold.cli.serve import serve
 from deltafold.cli.share import share
 from deltafold.cli.verify import verify
+from deltafold.errors import DeltafoldWarning, StorageWarning
 from deltafold.foreign import told
 from deltafold.running.record import COMMAND
 from deltafold.version import __version__
@@ -72,6 +74,22 @@ def _options(
     pass
 
 
+def _say(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours is one line; others as Python shows them."""
+    ours = issubclass(category, DeltafoldWarning | StorageWarning)
+    text = f"deltafold: {message}\n"
+    (file or sys.stderr).write(
+        text if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    )
+
+
 def _terminate(*_: object) -> NoReturn:
     """Asked to end (SIGTERM): as by Ctrl-C, with another exit code."""
     global _exit_code
@@ -91,6 +109,7 @@ def _stop() -> NoReturn:
 
 def main() -> None:
     """Entry point: whatever is raised becomes one sentence on stderr and an exit code."""
+    warnings.showwarning = _say
     signal.signal(signal.SIGTERM, _terminate)
     COMMAND.set(shlex.join(["deltafold", *sys.argv[1:]]))
     # Python looks for garbage once more when it ends: a second's work, in all that torch brings.
