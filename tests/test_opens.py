@@ -75,7 +75,7 @@ def test_a_config_that_was_read_before_must_be_read_again(folder: Path, tmp_path
     config = json.loads((made / "config.json").read_text())
     (made / "config.json").write_text(json.dumps(config | {"vocab_size": "many"}))
     assert not check_opens(made, "mine", made)["opened"], "as it was before"
-    with pytest.raises(CheckpointError, match=r"made of mine does not open: .* cannot be read"):
+    with pytest.raises(CheckpointError, match=r"mine does not open: .* cannot be read"):
         check_opens(made, "mine", folder)
 
 

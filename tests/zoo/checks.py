@@ -23,6 +23,8 @@ import deltafold
 
 NEAR = 1e-3
 """Of the largest output: the same numbers added in another order."""
+RATIO = 1.8
+"""Of archives that approximate: half of so small a model's archive is its manifest."""
 
 
 class Specimen:
@@ -125,13 +127,13 @@ def exact(it: Specimen) -> None:
 
 
 def auto(it: Specimen) -> None:
-    """A third of the bytes, and nearer to the fine-tune than the base is; text where it can be run."""
+    """Little over half of the bytes, and nearer to the fine-tune than the base is; text where it can be run."""
     archive, out = it.new("auto.delta"), it.new("near")
-    deltafold.compress(it.base, it.tuned, archive, file_ratio=3, samples=4)
+    deltafold.compress(it.base, it.tuned, archive, file_ratio=RATIO, samples=4)
     deltafold.verify(archive, it.base, it.tuned)
     deltafold.restore(archive, it.base, out)
     found, tuned, base = (it.outputs_of(each) for each in (out, it.tuned, it.base))
-    assert (found - tuned).norm() < 0.7 * (base - tuned).norm()
+    assert share_left(found, tuned, base) < 0.7
 
 
 def load(it: Specimen) -> None:
@@ -256,9 +258,16 @@ def export(it: Specimen) -> None:
     with silent():
         model = PeftModel.from_pretrained(base, str(out)).eval()
     found, target = it.outputs(model.base_model.model), it.outputs(wanted)
-    # Of each row, as rounding may send a token to another expert.
-    apart, moved_by = (found - target).norm(dim=-1), (before - target).norm(dim=-1)
-    assert (apart / moved_by).median() <= 0.1
+    assert share_left(found, target, before) < 0.1
+
+
+def share_left(found: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> float:
+    """How far outputs are from what is wanted, as a share of how far they were before.
+
+    The median over rows: rounding may send a token to another expert.
+    """
+    apart, moved_by = (found - wanted).norm(dim=-1), (before - wanted).norm(dim=-1)
+    return float((apart / moved_by).median())
 
 
 def put_back(tuned: Path, base: Path, names: set[str], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every architecture of the zoo: each verb does the right thing, or refuses by the sentence of the record.
+"""Every architecture of the zoo: each verb does the right thing, or refuses where the record says so.
 
 A selection is checked in every run, all of it with `-m slow` (or `make zoo`, which writes the record anew).
 """
@@ -81,7 +81,8 @@ def test_right_or_refused(
         folder.mkdir(exist_ok=True)
         kept |= {"name": name, "made": specimen(name, folder)}
     it, verbs = kept["made"]
-    assert outcome(it, verb, verbs[verb]) == record[name][verb]
+    found, wanted = outcome(it, verb, verbs[verb]), record[name][verb]
+    assert found == wanted or "right" not in (found, wanted), found
 
 
 def test_the_record_is_of_the_whole_zoo(record: dict[str, dict[str, str]]) -> None:

@@ -24,8 +24,8 @@ REPLACED = "replaced"
 class WorkFolder:
     """`NAME.WORD` beside an output. Use as a context manager: it holds a lock.
 
-    Left by an error that the same command can never get past (a wrong base, an impossible budget) it
-    is removed; else what is in it stays for the next try. Raises UsageError if another process holds
+    Left by an error that the same command can never get past (a wrong base, an impossible budget), or
+    with nothing in it, it is removed; else what is in it stays for the next try. Raises UsageError if another process holds
     it or it is someone else's, StorageError.
     """
 
@@ -83,18 +83,15 @@ class WorkFolder:
     def __exit__(
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
-        hopeless = isinstance(error, DeltafoldError) and not error.passing and not self.keeps
-        if hopeless or (error is not None and self._is_empty()):
+        if isinstance(error, DeltafoldError) and not self.keeps:
             with contextlib.suppress(OSError):
-                self._remove()
+                if not error.passing or self._is_bare():
+                    self._remove()
         self._release()
 
-    def _is_empty(self) -> bool:
-        """Whether nothing has been done in it."""
-        try:
-            return {each.name for each in self.folder.iterdir()} <= {LOCK, self.first}
-        except OSError:
-            return False
+    def _is_bare(self) -> bool:
+        """Whether no result is in it yet."""
+        return {item.name for item in self.folder.iterdir()} <= {LOCK, self.first}
 
     def put_in_place(self, made: Path, overwrite: bool) -> None:
         """What was `made` in here gets the output's name, all of it on the disk; the rest goes.
