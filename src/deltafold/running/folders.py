@@ -25,8 +25,8 @@ class WorkFolder:
     """`NAME.WORD` beside an output. Use as a context manager: it holds a lock.
 
     Left by an error that the same command can never get past (a wrong base, an impossible budget), or
-    with nothing in it, it is removed; else what is in it stays for the next try. Raises UsageError if another process holds
-    it or it is someone else's, StorageError.
+    with nothing in it, it is removed; else what is in it stays for the next try. Raises UsageError if
+    another process holds it or it is someone else's, StorageError.
     """
 
     first: str | None = None
