@@ -85,26 +85,22 @@ def campaign(
         return list(_share(known, seed, numbers, until))
     children = []
     for worker in range(workers):
-        reader, writer = os.pipe()
+        told = known.folder / f"worker-{worker}.jsonl"
         if (child := os.fork()) == 0:
-            os.close(reader)
             status = 1
             try:
-                with os.fdopen(writer, "w") as out:
+                with told.open("w") as out:
                     for each in _share(known, seed, numbers[worker::workers], until):
                         out.write(json.dumps(asdict(each)) + "\n")
-                        out.flush()
                 status = 0
             finally:
                 os._exit(status)
-        os.close(writer)
-        children.append((child, reader))
+        children.append((child, told))
     found = []
-    for child, reader in children:
-        with os.fdopen(reader) as lines:
-            found += [Fault(**json.loads(line)) for line in lines]
+    for child, told in children:
         if os.waitpid(child, 0)[1]:
             raise RuntimeError("a process of the campaign has ended early")
+        found += [Fault(**json.loads(line)) for line in told.read_text().splitlines()]
     return sorted(found, key=lambda each: each.number)
 
 
