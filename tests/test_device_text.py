@@ -243,7 +243,7 @@ def test_factor(method: str, llama: tuple[Path, Path], tmp_path: Path) -> None:
         ("mka", {}),
         ("replaceme", {}),
         ("shortgpt", {"closed_form": "through"}),
-        ("linearpatch-fit", {}),
+        ("linearpatch-scale", {}),
         ("replaceme-cosine", {}),
         ("come", {}),
     ],

@@ -276,7 +276,7 @@ def test_replace_me_solves_its_equation(llama: Path, text: Path, tmp_path: Path)
     assert gaps["out"] < 0.9 * gaps["plain"]
 
 
-@pytest.mark.parametrize("method", ["replaceme", "replaceme-cosine", "linearpatch-fit"])
+@pytest.mark.parametrize("method", ["replaceme", "replaceme-cosine"])
 def test_a_named_patch_is_not_turned_down(
     method: str, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +360,8 @@ def test_what_is_refused(llama: Path, text: Path, tmp_path: Path) -> None:
     refused(tmp_path, UsageError, "blocks 0 to 4, so block 7 cannot be protected", llama,
             "shortgpt", protect=[7])  # fmt: skip
     refused(tmp_path, UsageError, "give at least 1", llama, "mka", blocks=0)
+    refused(tmp_path, UsageError, "take one of the two", llama, "linearpatch-scale",
+            closed_form="through")  # fmt: skip
     refused(tmp_path, UsageError, "either blocks", llama, "mka", blocks=None)
     refused(tmp_path, UsageError, "either blocks", llama, "mka", parameters=0.5)
     refused(tmp_path, UsageError, r"keeps \d+\.\d% of its parameters, not 1\.0%", llama, "mka",

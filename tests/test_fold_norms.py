@@ -139,3 +139,55 @@ def test_units_of_two_blocks_of_gemma_stand_under_one_norm(
     record = folded(gemma, tmp_path / "out", method="come")
     assert all(0 < step["ratio"] < 1 for step in record["steps"])
     assert torch.isfinite(torch.tensor(record["quality"]["folded"]["kl"]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_states_are_scaled_at_the_cut(kind: str, tmp_path: Path) -> None:
+    """The folder says what the model says whose states are multiplied there, by a hook."""
+    from transformers import AutoModelForCausalLM
+
+    model, text = write_deep(tmp_path / "model", kind), write_text(tmp_path / "text.txt")
+    record = fold(model, tmp_path / "out", "linearpatch-scale", blocks=2, protect=[0, -1],
+                  calibration=text, max_tokens=40)  # fmt: skip
+    (row,) = record["patches"]
+    assert row["kept"] and row["scale"] != pytest.approx(1, abs=1e-3)
+    whole, short = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        for name in ("model", "out")
+    )
+    blocks = next(m for m in whole.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    scale: Any = 1.0
+
+    def scaled(module: Any, given: Any, made: Any) -> Any:
+        return (made[0] * scale, *made[1:]) if isinstance(made, tuple) else made * scale
+
+    def aside(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if kind == "gpt2" and as_tuple else hidden
+
+    found: list[Any] = []
+    hook = blocks[row["block"]].register_forward_hook(lambda *each: found.append(each[2]))
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        whole(ids, use_cache=False)
+        hook.remove()
+        as_tuple = isinstance(found[0], tuple)
+        for number in record["removed"]["blocks"]:
+            blocks[number].forward = aside
+        blocks[row["block"]].register_forward_hook(scaled)
+        got = short(ids, use_cache=False).logits
+        plain = whole(ids, use_cache=False).logits
+        scale = row["scale"]
+        wanted = whole(ids, use_cache=False).logits
+    # Weights are rounded to bf16 once more.
+    assert float((got - wanted).norm()) < 0.02 * float(wanted.norm())
+    assert float((got - wanted).norm()) < 0.5 * float((plain - wanted).norm())
+
+
+def test_states_that_are_read_without_a_norm_cannot_be_scaled(tmp_path: Path) -> None:
+    """OLMo 2 has norms after its projections alone."""
+    model, text = write_trained(tmp_path, "olmo2", steps=2)
+    with pytest.raises(MismatchError, match="do not read hidden states through norms alone"):
+        fold(model, tmp_path / "out", "linearpatch-scale", blocks=2, protect=[0, -1],
+             calibration=text)  # fmt: skip
+    assert not (tmp_path / "out").exists()

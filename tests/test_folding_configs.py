@@ -108,11 +108,11 @@ def test_methods_that_cannot_be() -> None:
 
 
 def test_an_old_name_works_with_a_word() -> None:
-    with pytest.warns(DeltafoldWarning, match="linearpatch is called linearpatch-fit"):
+    with pytest.warns(DeltafoldWarning, match="linearpatch is called linearpatch-scale"):
         made = Method.of("linearpatch")
-    assert made == Method.of("linearpatch-fit")
+    assert made == Method.of("linearpatch-scale")
     with pytest.warns(DeltafoldWarning, match="for which an ordinary model has no place"):
-        assert Method.of("angular", rule="linear-patch").preset.rule == "linear-patch-fit"
+        assert Method.of("angular", rule="linear-patch").preset.rule == "scale"
 
 
 def test_numbers_of_all_blocks_are_numbers() -> None:

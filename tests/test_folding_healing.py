@@ -11,7 +11,7 @@ from deltafold.folding.methods.healing import (
     Regression,
     channel_scales,
     folded_in,
-    linear_patch,
+    patch_scale,
     replace_me,
     replace_me_cosine,
     rotation,
@@ -30,18 +30,19 @@ def test_replace_me_by_hand() -> None:
     assert replace_me(made, output, target, 8.0).item() == pytest.approx((1 * 3 + 2 * 5) / 13)
 
 
-def test_named_patches_by_hand() -> None:
-    """As above, with a thousandth of the mean of M'M's diagonal, 5, for lambda.
-
-    LinearPatch in one channel: the states at the cut are multiplied by (3 + 4) / (1 + 1), and the
-    fit is of 3.5 Y - Y + M by M.
-    """
+def test_a_named_patch_by_hand() -> None:
+    """As above, with a thousandth of the mean of M'M's diagonal, 5, for lambda."""
     made = torch.tensor([[1.0], [2.0]])
     output, target = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [4.0]])
     rows = [Rows(made[n:][:1], output[n:][:1], target[n:][:1], torch.zeros(1) > 0) for n in (0, 1)]
-    found = {kind: by_paper(rows, kind)[0].item() for kind in ("replace-me", "linear-patch-fit")}
-    assert found["replace-me"] == pytest.approx((1 * 3 + 2 * 5) / 5.005)
-    assert found["linear-patch-fit"] == pytest.approx((1 * 3.5 + 2 * 4.5) / 5.005)
+    assert by_paper(rows, "replace-me")[0].item() == pytest.approx((1 * 3 + 2 * 5) / 5.005)
+
+
+def test_the_scale_of_a_patch_by_hand() -> None:
+    """Two channels turned by 45 degrees: (a + b, a - b) / sqrt 2, ratios 8 / 4 and 1 / 2."""
+    before, after = torch.tensor([[3.0, 1.0]]), torch.tensor([[4.5, 3.5]])
+    # Turned: 4 and 2 before, 8 and 1 after, over sqrt 2.
+    assert patch_scale(before, after) == pytest.approx((8 / 4 + 1 / 2) / 2)
 
 
 def test_replace_me_finds_a_linear_cut() -> None:
@@ -126,13 +127,15 @@ def test_channel_scales_by_hand() -> None:
     assert channel_scales(before, after).tolist() == [2.0, 1.0, 0.5]
 
 
-def test_a_linear_patch_scales_rotated_channels() -> None:
-    before = normal(40, 8)
-    turn = rotation(8)
+def test_a_scale_is_that_of_linear_patch() -> None:
+    """P = Q diag(c) Q' stretches rotated channels by 1 to 8: of all multiples of I the nearest is 4.5."""
+    before, turn = normal(40, 8), rotation(8)
     stretched = (before @ turn * torch.arange(1, 9)) @ turn.T
-    patch = linear_patch(before, stretched)
+    assert patch_scale(before, stretched) == pytest.approx(4.5)
+    patch = (turn * channel_scales(before @ turn, stretched @ turn)) @ turn.T
     assert torch.allclose(before @ patch, stretched, atol=1e-9)
-    assert torch.allclose(linear_patch(before, 3 * before), 3 * torch.eye(8).double(), atol=1e-9)
+    gaps = [float((patch - scale * torch.eye(8)).norm()) for scale in (4.4, 4.5, 4.6)]
+    assert min(gaps) == gaps[1]
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -132,7 +132,7 @@ def test_the_program_of_laco_leaves_the_last_block_under_the_first_norms() -> No
     assert made.parts == (0, 1, 2)
 
 
-@pytest.mark.parametrize("rule", ["drop", "replace-me", "replace-me-cosine", "linear-patch-fit"])
+@pytest.mark.parametrize("rule", ["drop", "replace-me", "replace-me-cosine", "scale"])
 def test_what_is_dropped_leaves_no_trace(rule: str) -> None:
     kept = block(0)
     assert blend(rule, kept, block(1)) is kept

@@ -48,7 +48,9 @@ def _patch_lines(result: dict[str, Any]) -> list[str]:
     lines = []
     healed = [row for row in result["patches"] if row["kind"] == "heal"]
     for row in result["patches"]:
-        if row["kind"] != "heal":
+        if row["kind"] == "scale":
+            lines.append(f"  states after block {row['block']} count {row['scale']:.3f} times")
+        elif row["kind"] != "heal":
             lines.append(f"  block {row['block']} takes over what was cut, by {row['kind']}")
     if healed:
         kept = sum(row["kept"] for row in healed)

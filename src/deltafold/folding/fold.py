@@ -11,6 +11,7 @@ from pathlib import Path
 
 from deltafold.calibration.opens import check_opens
 from deltafold.checkpoint import open_checkpoint
+from deltafold.errors import UsageError
 from deltafold.evaluation.before_after import scored
 from deltafold.folding.explain import check_explain, write_explanation
 from deltafold.folding.finish import write_checked
@@ -41,6 +42,11 @@ def _run(request: FoldRequest) -> Record:
         closed_form=request.closed_form or chosen.preset.closed_form,
         protect=chosen.preset.protect if request.protect is None else request.protect,
     )
+    if chosen.rule.patch == "scale" and request.closed_form != "none":
+        raise UsageError(
+            "The rule scale makes hidden states larger from a cut on, and --closed-form heals towards "
+            "those of the model; take one of the two."
+        )
     check_quantize(request.quantize)
     if not request.dry_run:
         check_explain(request.explain)

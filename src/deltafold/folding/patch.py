@@ -5,8 +5,8 @@
                         ^ cut                            z' = what entered block 5 in the model
 
 Patches go from the first cut on, each on the states that the patches before it lead to. `replace-me`
-and `replace-me-cosine` fit their paper's matrix T, which follows the MLP's result; `linear-patch-fit`
-fits T so that the block's output is as LinearPatch's matrix would make it. Healing fits changes of
+and `replace-me-cosine` fit their paper's matrix T, which follows the MLP's result; `scale`
+multiplies the states at the cut, by what is divided after it (`scale.py`). Healing fits changes of
 the projections themselves (`heal.py`), or T where experts share a result; `through` also heals
 the blocks after a cut, so that errors do not pile up.
 """
@@ -29,16 +29,17 @@ from deltafold.folding.methods.draft import Block, Draft
 from deltafold.folding.methods.healing import (
     Regression,
     folded_in,
-    linear_patch,
+    patch_scale,
     replace_me,
     replace_me_cosine,
 )
+from deltafold.folding.scale import check_scaled, scaled_after
 from deltafold.folding.states import States
 from deltafold.running.engine import Progress, Step
 
 Row = dict[str, Any]
 Reach = Literal["cut", "through"]
-Kind = Literal["replace-me", "replace-me-cosine", "linear-patch-fit", "heal"]
+Kind = Literal["replace-me", "replace-me-cosine", "scale", "heal"]
 
 REPLACE_ME_RIDGE = 1e-3
 """lambda of ReplaceMe, as a share of the mean of M'M's diagonal."""
@@ -68,6 +69,8 @@ class Patcher:
         self.original = states.whole(whole)
         self.healer = Healer(states, self.original, whole)
         self.by_projection = self.healer.can_heal("mlp")
+        self._factor = 1.0
+        """How much larger states should be than they are in the draft, after the cuts seen so far."""
 
     def patched(self, draft: Draft, kind: Kind, reach: Reach = "cut") -> tuple[Draft, list[Any]]:
         """(the draft with its patches, what each was worth)."""
@@ -93,6 +96,9 @@ class Patcher:
                         draft, place, follows[place], entering, inner=place > places[0]
                     )
                     rows += made
+                elif place in chosen and kind == "scale":
+                    draft, leaving, row = self._scale(draft, place, follows[place], entering)
+                    rows.append(row)
                 elif place in chosen:
                     draft, leaving, row = self._patch(draft, place, follows[place], entering, kind)
                     rows.append(row)
@@ -144,6 +150,30 @@ class Patcher:
             found.close()
             return draft, None, row | {"error_after": before.value, "kept": False}
         return tried, found, row | {"error_after": after, "kept": True}
+
+    def _scale(
+        self, draft: Draft, place: int, target: int, entering: Pass
+    ) -> tuple[Draft, Pass, dict[str, Any]]:
+        """The draft with the states after a cut scaled as LinearPatch's matrix does on the whole."""
+        number = draft.blocks[place].number
+        leaving = self._run(draft, entering, number)
+        found, wanted, held = [], [], []
+        for batch_place, batch in enumerate(entering.batches):
+            found.append(self._factor * leaving.last[batch_place][batch.real])
+            wanted.append(self.original.stores[target][batch_place][batch.real])
+            held.append(self._held(batch_place))
+        made, goal, at = torch.cat(found), torch.cat(wanted), torch.cat(held)
+        scale = patch_scale(made, goal)
+        errors = [Mean(), Mean()]
+        for error, factor in zip(errors, (1.0, scale), strict=True):
+            self._add(error, factor * made, goal, at)
+        self._factor *= scale
+        row = {"block": number, "kind": "scale", "scale": scale, "kept": True,
+               "error_before": errors[0].value, "error_after": errors[1].value}  # fmt: skip
+        after = scaled_after(self.healer.ends, draft, place, scale)
+        if place + 1 < len(draft):
+            check_scaled(self.healer.ends, draft, after, scale, leaving)
+        return after, leaving, row
 
     def _check_folded(
         self, rows: Rows, follow: torch.Tensor, found: torch.Tensor, kind: Kind
@@ -256,7 +286,5 @@ def by_paper(parts: Sequence[Rows], kind: Kind) -> tuple[torch.Tensor, float | N
     )
     if kind == "replace-me-cosine":
         return replace_me_cosine(made, output, wanted), None
-    if kind == "linear-patch-fit":
-        wanted = (output.double() @ linear_patch(output, wanted)).float()
     size = float((made.double() ** 2).sum() / made.shape[1])
     return replace_me(made, output, wanted, REPLACE_ME_RIDGE * size), REPLACE_ME_RIDGE

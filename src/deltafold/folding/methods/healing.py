@@ -205,14 +205,14 @@ def rotation(width: int) -> torch.Tensor:
     return torch.kron(hadamard / size**0.5, cosines)
 
 
-def linear_patch(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """P (w, w) = Q diag(c) Q', x -> x P: LinearPatch (arXiv 2505.24680), eq. 5.
+def patch_scale(before: torch.Tensor, after: torch.Tensor) -> float:
+    """The multiple of the identity nearest to LinearPatch's matrix (arXiv 2505.24680), eq. 5.
 
-    c are the ratios of channel magnitudes after Q, of the states after the cut to those before it.
+    P = Q diag(c) Q', x -> x P, with c the ratios of channel magnitudes after Q, of the states after the
+    cut to those before it, both (n, w). The nearest is tr P / w, the mean of c.
     """
     turn = rotation(before.shape[1])
-    scales = channel_scales(before.double() @ turn, after.double() @ turn)
-    return (turn * scales) @ turn.T
+    return float(channel_scales(before.double() @ turn, after.double() @ turn).mean())
 
 
 def folded_in(weight: torch.Tensor, change: torch.Tensor, transposed: bool) -> torch.Tensor:

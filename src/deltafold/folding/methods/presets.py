@@ -47,11 +47,11 @@ PRESETS: dict[str, Preset] = {
     "random": Preset("cosine", "random", "drop"),
     "replaceme": Preset("cosine", "contiguous", "replace-me", paper="2505.02819"),
     "replaceme-cosine": Preset("cosine", "contiguous", "replace-me-cosine", paper="2505.02819"),
-    "linearpatch-fit": Preset("cosine", "contiguous", "linear-patch-fit", paper="2505.24680"),
+    "linearpatch-scale": Preset("cosine", "contiguous", "scale", paper="2505.24680"),
     "come": Preset("angular", "weakest-pair", "concatenate", paper="2510.15304"),
 }
 METHODS = tuple(PRESETS)
-OLD_NAMES = {"linearpatch": "linearpatch-fit", "linear-patch": "linear-patch-fit"}
+OLD_NAMES = {"linearpatch": "linearpatch-scale", "linear-patch": "scale"}
 """Rows that have another name now, which says what they do."""
 
 
@@ -142,8 +142,8 @@ def _renamed(name: str) -> str:
     if name not in OLD_NAMES:
         return name
     warnings.warn(
-        f"{name} is called {OLD_NAMES[name]}: LinearPatch multiplies the hidden states at the cut, "
-        "for which an ordinary model has no place, and this row fits that by the down projection.",
+        f"{name} is called {OLD_NAMES[name]}: LinearPatch multiplies the hidden states at the cut "
+        "by a matrix, for which an ordinary model has no place; it has one for the matrix's mean scale.",
         DeltafoldWarning,
         stacklevel=3,
     )

@@ -122,7 +122,7 @@ class Rule:
 
     blend: Blend
     merges: bool = True
-    patch: Literal["none", "replace-me", "replace-me-cosine", "linear-patch-fit"] = "none"
+    patch: Literal["none", "replace-me", "replace-me-cosine", "scale"] = "none"
     paper: str = ""
     looks: bool = False
     weighs: bool = False
@@ -138,5 +138,5 @@ RULES: dict[str, Rule] = {
     "concatenate": Rule(concatenate, paper="2510.15304", looks=True),
     "replace-me": Rule(drop, patch="replace-me", paper="2505.02819"),
     "replace-me-cosine": Rule(drop, patch="replace-me-cosine", paper="2505.02819"),
-    "linear-patch-fit": Rule(drop, patch="linear-patch-fit", paper="2505.24680"),
+    "scale": Rule(drop, patch="scale", paper="2505.24680"),
 }
