@@ -19,8 +19,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.test
 	$(BIN)/python demo/run.py $(OPTIONS)
 
+# A process a core, each with the tests of whole files; torch then needs no threads of its own.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 faults: $(VENV)/.test
 	mkdir -p out
