@@ -30,7 +30,7 @@ KINDS = {
     r"does not name one number of blocks": "its config names no one number of blocks: it has stages, "
     "or kinds of blocks in a pattern",
     r"holds no list of \d+ blocks": "all its blocks are one block, used several times",
-    r"follows from the number of a block": "a block computes by its number, and no config can keep that",
+    r"depends on a block's number": "a block computes by its number, and no config can keep that",
     r"has a part for each block": "a tensor outside of the blocks has a part for each, and no text can "
     "show which part is whose",
     r"does not open": "other parts of it count on every block",
@@ -43,7 +43,8 @@ KINDS = {
     r"Nothing of \S+ can go into an adapter": "it has no layer that an adapter can change",
     r"of diffusers|carries no config.json|holds no config.json": "diffusers builds it, and transformers "
     "has no such model",
-    r"cannot be met": "so small a model, with convolutions stored exactly, does not reach a third",
+    r"cannot be met": "kernels of convolutions and tables of positions are stored exactly, and most of "
+    "so small a model is such",
 }
 """What a refusal's sentence holds -> what the table says of it."""
 

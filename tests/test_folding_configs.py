@@ -50,6 +50,15 @@ def test_a_config_inside_another() -> None:
         depth_of({}, "mine/")
 
 
+def test_a_deeper_tower_is_not_the_list() -> None:
+    tower = {f"vision.layers.{n}.proj.weight": (9, 9) for n in range(4)}
+    text = {f"text.layers.{n}.proj.weight": (2, 2) for n in range(2)}
+    assert find_layout(tower | text, 2).prefix == "text.layers."
+    alike = {name: shape for name, shape in tower.items() if "0" in name or "1" in name}
+    assert find_layout(alike | text, 2).prefix == "text.layers."
+    assert find_layout(alike, 2).prefix == "vision.layers."
+
+
 def test_blocks_are_the_outermost_list() -> None:
     names = {
         f"model.layers.{n}.mlp.experts.{e}.w1.weight": (2, 2) for n in range(2) for e in (0, 1)

@@ -145,7 +145,7 @@ ENCODER_DECODER: Rows = {
 ENCODERS: Rows = {
     "AlbertForMaskedLM": {},
     "BertForMaskedLM": {},
-    "BertForSequenceClassification": {},
+    "BertForSequenceClassification": {"num_labels": 24},
     "BertModel": {},
     "ConvBertForMaskedLM": {},
     "DebertaV2ForSequenceClassification": {},
@@ -189,7 +189,7 @@ VISION: Rows = {
     },
     "SiglipVisionModel": {},
     "SwinForImageClassification": WINDOWS,
-    "Swinv2ForImageClassification": WINDOWS,
+    "Swinv2ForImageClassification": WINDOWS | {"num_labels": 24},
     "VideoMAEForVideoClassification": {"num_frames": 4, "tubelet_size": 2},
     "ViTForImageClassification": {},
     "YolosForObjectDetection": {"image_size": [32, 32], "num_detection_tokens": 5},

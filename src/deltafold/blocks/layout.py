@@ -32,6 +32,9 @@ _ATTENTION_OUT = re.compile(
     r"(?:attn|attention)\w*\.(?:o_proj|out_proj|c_proj|dense|wo)\.(?:weight|bias)$"
 )
 
+# What reads images or sound for a model of language.
+_TOWER = re.compile(r"vision|visual|image|audio|speech|tower|qformer", re.I)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -129,7 +132,8 @@ def find_layout(shapes: Mapping[str, Shape], depth: int, label: str = "the model
 def _prefix(shapes: Mapping[str, Shape], depth: int, label: str) -> str:
     """What stands before the number: the list with as many entries as there are blocks.
 
-    Of several (a tower for images may be as deep) the one with the most parameters.
+    Of several (a tower for images may be as deep, or deeper) one that is no longer, no tower by its
+    name, and of those the one with the most parameters.
     """
     numbers: dict[str, set[int]] = {}
     sizes: dict[str, int] = {}
@@ -147,7 +151,11 @@ def _prefix(shapes: Mapping[str, Shape], depth: int, label: str) -> str:
             f"{label} holds no list of {depth} blocks in its tensor names; config and weights do "
             "not belong together, or this kind of model cannot be folded."
         )
-    return max(fitting, key=lambda prefix: sizes[prefix])
+
+    def fits(prefix: str) -> tuple[bool, bool, int]:
+        return len(numbers[prefix]) == depth, not _TOWER.search(prefix), sizes[prefix]
+
+    return max(fitting, key=fits)
 
 
 def _check_alike(

@@ -28,7 +28,7 @@ from deltafold.merging.vocabulary import Settled, Vocabulary, settle
 from deltafold.names import block_of, role_of
 
 SHARED_TOKENS = 0.5  # of two vocabularies that belong to fine-tunes of one base, at least
-_POSITIONS = re.compile(r"wpe|position", re.I)
+_POSITIONS = re.compile(r"wpe|position|pos_?emb", re.I)
 _HEAD_BIAS = re.compile(r"(lm_head|embed_out|output_layer)\.bias$")
 
 

@@ -105,7 +105,8 @@ def _config(
     """The base's config with the rows of the merged vocabulary; unchanged bytes where they agree."""
     config = parse_object(data, "config.json of the base")
     inner = config["text_config"] if "vocab_size" in config.get("text_config", {}) else config
-    wanted: dict[str, Any] = {"vocab_size": settled.rows}
+    # A table may have more rows than the head, for images; where nothing changes the config is right.
+    wanted: dict[str, Any] = {} if settled.is_plain else {"vocab_size": settled.rows}
     if owner is not None and "config.json" in models[owner]:
         theirs = parse_object(models[owner]["config.json"], "config.json of the tokenizer's owner")
         wanted |= {key: theirs[key] for key in SPECIAL_IDS if key in theirs}
