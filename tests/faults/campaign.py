@@ -97,7 +97,7 @@ def campaign(
                 os._exit(status)
         children.append((child, told))
     found = []
-    for child, told in children:
+    for child, told in children:  # Ctrl-C reaches them, too
         if os.waitpid(child, 0)[1]:
             raise RuntimeError("a process of the campaign has ended early")
         found += [Fault(**json.loads(line)) for line in told.read_text().splitlines()]
