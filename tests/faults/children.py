@@ -15,7 +15,7 @@ from pathlib import Path
 from command_line import Told
 from faults.calls import Calls
 
-INTERRUPTED = 130
+STOPPED = (130, 143)  # by Ctrl-C, by SIGTERM
 SECONDS = 300  # of a machine that does much else
 Work = Callable[[], Told]
 
@@ -67,8 +67,8 @@ class Child:
             found = json.loads(self._answer.read_text())
             return Ended(Told(**found["told"]), calls=found["calls"])
         except (OSError, ValueError):  # ended by Ctrl-C, or by a library without a word
-            if os.waitstatus_to_exitcode(status) == INTERRUPTED:
-                return Ended(Told(INTERRUPTED, "", ""))
+            if (code := os.waitstatus_to_exitcode(status)) in STOPPED:
+                return Ended(Told(code, "", ""))
             return Ended(Told(-1, "", ""), signal.SIGABRT)
 
 

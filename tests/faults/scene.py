@@ -13,7 +13,7 @@ from pathlib import Path
 from checkpoints import tree_hashes
 from command_line import Told
 from faults.calls import READING, WRITING, Calls
-from faults.children import INTERRUPTED, Child, Ended, forked
+from faults.children import STOPPED, Child, Ended, forked
 from faults.jobs import JOBS, Job, carry_out, result_of
 from faults.models import Models, use_cache
 
@@ -145,7 +145,7 @@ class Scene:
         if not ended.killed and ended.told.code == 0:
             return Verdict(EQUAL if self.fits(job, ended.told) else WRONG, what)
         first = "killed" if ended.killed else ended.told.err.strip()
-        stopped = ended.killed or ended.told.code == INTERRUPTED
+        stopped = ended.killed or ended.told.code in STOPPED
         return self.again(job, f"{what}: {first}", TAKEN_UP if stopped else REFUSED)
 
     def again(self, job: Job, what: str, good: str) -> Verdict:
@@ -173,11 +173,11 @@ def _is_half(scene: Scene, job: Job, out: Path) -> bool:
 
 def untold(told: Told) -> str | None:
     """Why what was said is not one sentence with an exit code of ours; None if it is."""
-    if told.code not in (0, 1, 2, INTERRUPTED):
+    if told.code not in (0, 1, 2, *STOPPED):
         return f"exit code {told.code}"
     if "Traceback" in told.err:
         return "a traceback"
-    if told.code in (0, INTERRUPTED):
+    if told.code in (0, *STOPPED):
         return None
     lines = [line for line in told.lines if line.startswith("deltafold: ")]
     if len(lines) != 1 or not lines[0].endswith("."):
