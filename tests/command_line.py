@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
 from dataclasses import dataclass
 from unittest import mock
@@ -29,6 +30,7 @@ def deltafold(*arguments: object) -> Told:
     """As `deltafold *arguments` from the shell, but for what torch is set to and has imported."""
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
+    before = signal.getsignal(signal.SIGTERM)
     with (
         mock.patch.object(sys, "argv", ["deltafold", *map(str, arguments)]),
         mock.patch.dict("os.environ", {"COLUMNS": "200"}),
@@ -39,6 +41,8 @@ def deltafold(*arguments: object) -> Told:
             main()
         except SystemExit as end:
             code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return Told(
         code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue()
     )

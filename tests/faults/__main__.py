@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -40,6 +41,7 @@ def main() -> int:
                 found = fault(known, asked.seed, number)
                 print(f"{number}  {found.kind}  {found.outcome}\n  {found.note}")
             return 0
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         until = start + asked.minutes * 60 if asked.minutes else None
         numbers = chosen(asked.seed, asked.first, asked.faults, asked.kind)
         found = campaign(known, asked.seed, numbers, asked.workers, until)

@@ -50,6 +50,7 @@ EFFECTS: dict[str, Effect] = {
     "kill": _kill,
     "stop": _stop,
     "interrupt": _raise(KeyboardInterrupt),
+    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "no space": _raise(lambda: OSError(errno.ENOSPC, "No space left on device")),
     "quota": _raise(lambda: OSError(errno.EDQUOT, "Disk quota exceeded")),
     "input/output error": _raise(lambda: OSError(errno.EIO, "Input/output error")),
@@ -78,7 +79,7 @@ class Calls:
     ):
         self.folder, self.kinds, self.at, self.again = str(folder), kinds, at, again
         self.effect = EFFECTS[effect]
-        self.ends = effect != "stop"  # the call is not carried out after it
+        self.ends = effect not in ("stop", "terminate")  # the call is not carried out after it
         self.count = 0
         self.names: list[str] = []
         self._lock = threading.RLock()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
 import os
 import random
 import shutil
+import signal
 import time
 import traceback
 from collections import Counter
@@ -92,13 +94,20 @@ def campaign(
                 with told.open("w") as out:
                     for each in _share(known, seed, numbers[worker::workers], until):
                         out.write(json.dumps(asdict(each)) + "\n")
+                        out.flush()
                 status = 0
             finally:
                 os._exit(status)
         children.append((child, told))
     found = []
     for child, told in children:
-        if os.waitpid(child, 0)[1]:
+        try:
+            ended = os.waitpid(child, 0)[1]
+        except KeyboardInterrupt:  # what was done until then is told
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            ended = 0
+        if ended:
             raise RuntimeError("a process of the campaign has ended early")
         found += [Fault(**json.loads(line)) for line in told.read_text().splitlines()]
     return sorted(found, key=lambda each: each.number)

@@ -15,6 +15,7 @@ from pathlib import Path
 from command_line import Told
 from faults.calls import Calls
 
+STOPPED = (130, 143)  # by Ctrl-C, by SIGTERM
 SECONDS = 300  # of a machine that does much else
 Work = Callable[[], Told]
 
@@ -65,7 +66,9 @@ class Child:
         try:
             found = json.loads(self._answer.read_text())
             return Ended(Told(**found["told"]), calls=found["calls"])
-        except (OSError, ValueError):  # ended by a library, without a word
+        except (OSError, ValueError):  # ended by Ctrl-C, or by a library without a word
+            if (code := os.waitstatus_to_exitcode(status)) in STOPPED:
+                return Ended(Told(code, "", ""))
             return Ended(Told(-1, "", ""), signal.SIGABRT)
 
 

@@ -365,7 +365,7 @@ KINDS = {
         Kind("unfinished work harmed", 12, work),
         Kind("cache harmed", 4, cache),
         Kind("killed", 14, kill),
-        Kind("interrupted", 3, _effect(EVERY, ("interrupt",))),
+        Kind("interrupted", 3, _effect(EVERY, ("interrupt", "terminate"))),
         Kind("disk full or away", 10, _effect(WRITING, SPACE)),
         Kind("reads fail", 5, _effect(READING, READ_FAILS)),
         Kind("memory runs out", 6, _effect(EVERY, MEMORY)),

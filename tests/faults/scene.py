@@ -13,7 +13,7 @@ from pathlib import Path
 from checkpoints import tree_hashes
 from command_line import Told
 from faults.calls import READING, WRITING, Calls
-from faults.children import Child, Ended, forked
+from faults.children import STOPPED, Child, Ended, forked
 from faults.jobs import JOBS, Job, carry_out, result_of
 from faults.models import Models, use_cache
 
@@ -22,7 +22,6 @@ from deltafold.running.workspace import partial_path
 EQUAL, REFUSED, TAKEN_UP = "equal", "refused", "taken up"
 WRONG, HALF, TRACEBACK, BLOCKED = "wrong", "half-written", "traceback", "blocked"
 GOOD, BAD = (REFUSED, TAKEN_UP, EQUAL), (WRONG, HALF, TRACEBACK, BLOCKED)
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,8 @@ class Scene:
         if not ended.killed and ended.told.code == 0:
             return Verdict(EQUAL if self.fits(job, ended.told) else WRONG, what)
         first = "killed" if ended.killed else ended.told.err.strip()
-        return self.again(job, f"{what}: {first}", TAKEN_UP if ended.killed else REFUSED)
+        stopped = ended.killed or ended.told.code in STOPPED
+        return self.again(job, f"{what}: {first}", TAKEN_UP if stopped else REFUSED)
 
     def again(self, job: Job, what: str, good: str) -> Verdict:
         """The same command once more, and with the remedy that it names if it refuses."""
@@ -173,11 +173,11 @@ def _is_half(scene: Scene, job: Job, out: Path) -> bool:
 
 def untold(told: Told) -> str | None:
     """Why what was said is not one sentence with an exit code of ours; None if it is."""
-    if told.code not in (0, 1, 2, INTERRUPTED):
+    if told.code not in (0, 1, 2, *STOPPED):
         return f"exit code {told.code}"
     if "Traceback" in told.err:
         return "a traceback"
-    if told.code in (0, INTERRUPTED):
+    if told.code in (0, *STOPPED):
         return None
     lines = [line for line in told.lines if line.startswith("deltafold: ")]
     if len(lines) != 1 or not lines[0].endswith("."):
