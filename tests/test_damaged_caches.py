@@ -12,6 +12,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 from checkpoints import PairFiles, tree_hashes
 from forks import in_a_fork
 from refusals import refused
@@ -343,3 +344,40 @@ def test_an_output_that_came_into_being_meanwhile_stays(pair: PairFiles, tmp_pat
             "while this run was under way",
         )
     assert (out / "theirs").read_text() == "x"
+
+
+# --- files that have changed places -----------------------------------------------------------------
+
+
+def test_sealed_files_that_are_exchanged_fit_no_more(tmp_path: Path) -> None:
+    """Each is whole, and none is what its name says."""
+    one, two = tmp_path / "000001.json", tmp_path / "000002.json"
+    three, four = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    sealed.save_json(one, {"rank": 1})
+    sealed.save_json(two, {"rank": 2})
+    sealed.save_tensors(three, {"x": torch.ones(2)})
+    sealed.save_tensors(four, {"x": torch.zeros(2)})
+    for left, right in ((one, two), (three, four)):
+        sealed.forget(tmp_path)
+        assert sealed.fits(left)
+        assert sealed.fits(right)
+        data = left.read_bytes()
+        left.write_bytes(right.read_bytes())
+        right.write_bytes(data)
+        sealed.forget(tmp_path)
+        assert not sealed.fits(left)
+        assert not sealed.fits(right)
+
+
+def test_a_journal_in_whose_place_lies_another_result(pair: PairFiles, tmp_path: Path) -> None:
+    """It is begun anew, with a word."""
+    out = tmp_path / "out.delta"
+    with Workspace(out, {"command": "x"}) as workspace:
+        workspace.save_json("done/1.json", True)
+    folder = partial_path(out)
+    (folder / "journal.json").write_bytes((folder / "done" / "1.json").read_bytes())
+    with (
+        pytest.warns(StorageWarning, match="begun anew"),
+        Workspace(out, {"command": "x"}) as again,
+    ):
+        assert not again.has("done/1.json")

@@ -1,4 +1,4 @@
-"""Files of unfinished work and of caches, each of which carries a seal: a digest of all its bytes.
+"""Files of unfinished work and of caches, each with a seal: a digest of its name and all its bytes.
 
     file.json          {"value": ..., "of": {"other.safetensors": its seal}, "seal": "..."}
     file.safetensors   {"__metadata__": {"seal": "...", ...}, ...} and the tensors
@@ -55,7 +55,7 @@ def save_json(
     body = '{"value":' + json.dumps(value)
     body += f',"of":{json.dumps(bound)}' if bound else ""
     data = body.encode()
-    seal = _digest([data])
+    seal = _digest(path, [data])
     put(path, [data, f',"seal":"{seal}"}}\n'.encode()], later)
     _remember(path, seal)
 
@@ -70,7 +70,7 @@ def save_tensors(
     specs = [(name, DTYPE_NAMES[each.dtype], tuple(each.shape)) for name, each in tensors.items()]
     header, _ = build_header(specs, {"seal": _NONE, **(metadata or {})})
     parts = [tensor_bytes(each) for each in tensors.values()]
-    seal = _digest([header, *parts])
+    seal = _digest(path, [header, *parts])
     put(path, [header[:_AT], seal.encode(), header[_AT + len(seal) :], *parts], later)
     _remember(path, seal)
 
@@ -193,7 +193,7 @@ def _seal_in(path: Path) -> str | None:
 def _sealed_text(path: Path) -> str | None:
     data = path.read_bytes()
     tail = _TAIL.search(data)
-    if tail is None or _digest([data[: tail.start()]]) != tail[1].decode():
+    if tail is None or _digest(path, [data[: tail.start()]]) != tail[1].decode():
         return None
     return tail[1].decode()
 
@@ -203,14 +203,14 @@ def _sealed_tensors(path: Path) -> str | None:
         start, seal = file.read(_AT), file.read(len(_NONE))
         if start[8:] != _BEFORE:
             return None
-        digest = hashlib.sha256(start + _NONE.encode())
+        digest = hashlib.sha256(path.name.encode() + start + _NONE.encode())
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return seal.decode() if digest.hexdigest()[: len(_NONE)].encode() == seal else None
 
 
-def _digest(parts: Iterable[bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
+def _digest(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256(path.name.encode())
     for part in parts:
         digest.update(part)
     return digest.hexdigest()[: len(_NONE)]
