@@ -8,9 +8,9 @@ apart. Of each block the strongest are taken: a unit's score is the mean absolut
 hands on, times the sum of the absolute weights that this is multiplied by.
 
 One norm stands before the units of all blocks. So what each block's own norm multiplied by is folded
-into the matrices that read it: w g_own / g_kept. The paper averages the norms; folding is exact up to
-the states themselves, and better (`docs/commands/fold.md`). Heads go by groups that share a key and a
-value.
+into the matrices that read it: w g_own / g_kept, so that a unit reads any states as it did in its
+own block. The paper averages the norms, which on SmolLM2 comes out about level. Heads go by groups that
+share a key and a value.
 """
 
 from __future__ import annotations
