@@ -19,9 +19,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.test
 	$(BIN)/python demo/run.py $(OPTIONS)
 
-# A process a core, each with the tests of whole files; torch then needs no threads of its own.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow"
 
 faults: $(VENV)/.test
 	mkdir -p out
@@ -31,7 +30,7 @@ unit: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 zoo: $(VENV)/.test
-	$(BIN)/python tests/zoo/run.py
+	$(BIN)/python tests/zoo/whole_zoo.py
 	$(BIN)/python scripts/write_zoo_table.py
 
 check: $(VENV)/.dev

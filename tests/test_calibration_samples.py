@@ -166,7 +166,7 @@ def test_bad_rows(tmp_path: Path, encoder: Encoder, content: str, message: str) 
 
 
 def test_bad_files(tmp_path: Path, encoder: Encoder) -> None:
-    with pytest.raises(SampleError, match=r"none.txt cannot be read .*; check the path"):
+    with pytest.raises(SampleError, match=r"none.txt cannot be read .*; check it"):
         read_samples(tmp_path / "none.txt", encoder, 5, 0)
     (tmp_path / "latin.txt").write_bytes(b"abc\xe9")
     with pytest.raises(SampleError, match=r"latin.txt is not UTF-8 \(byte 3"):

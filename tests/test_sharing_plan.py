@@ -156,7 +156,7 @@ def test_what_cannot_be_is_refused_with_what_could() -> None:
         ({"shared": 1}, UsageError, "Say how much"),
         ({"parameters": 1.5}, UsageError, "between 0 and 1"),
         ({"method": "deltalm", "shared": 1, "rank": 1}, UsageError, "did you mean 'deltallm'"),
-        ({"shared": 1, "rank": 1, "placement": "searched"}, UsageError, "made by share"),
+        ({"shared": 1, "rank": 1, "placement": "searched"}, UsageError, "use share"),
         ({"shared": 1, "rank": 1, "protect": (40,)}, UsageError, "blocks 0 to 11"),
         ({"shared": 1, "rank": 1, "protect": tuple(range(11))}, BudgetError, "protect fewer"),
         (

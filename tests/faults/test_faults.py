@@ -27,7 +27,7 @@ from faults.scene import (
     Scene,
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SEED = 3
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run import RECORD, names, outcome, specimen
+from whole_zoo import RECORD, names, outcome, specimen
 
 pytestmark = pytest.mark.integration
 

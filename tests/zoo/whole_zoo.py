@@ -1,7 +1,7 @@
 """Run the whole zoo and write its record: for every architecture and verb `right`, or why it is refused.
 
-    python tests/zoo/run.py                      all; make zoo
-    python tests/zoo/run.py LlamaForCausalLM     some, shown and not recorded
+    python tests/zoo/whole_zoo.py                      all; make zoo
+    python tests/zoo/whole_zoo.py LlamaForCausalLM     some, shown and not recorded
 
 Anything else that comes of a verb is a fault: it is printed with its traceback, and no record is written.
 """
