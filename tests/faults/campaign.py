@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections import Counter
@@ -96,7 +97,10 @@ def campaign(
                         out.write(json.dumps(asdict(each)) + "\n")
                         out.flush()
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(status)
         children.append((child, told))
     found = []
@@ -108,7 +112,7 @@ def campaign(
                 os.kill(child, signal.SIGKILL)
             ended = 0
         if ended:
-            raise RuntimeError("a process of the campaign has ended early")
+            raise RuntimeError(f"a process of the campaign has ended early ({ended}), see {told}")
         found += [Fault(**json.loads(line)) for line in told.read_text().splitlines()]
     return sorted(found, key=lambda each: each.number)
 
