@@ -168,7 +168,8 @@ def test_tokenizers_that_cannot_be(base: Path, chat: Path, tmp_path: Path) -> No
         merge(recipe(other), tmp_path / "out", base=base)
     bare = save(make_llama(1, vocabulary=VOCABULARY + 3).bfloat16(), tmp_path / "bare")
     with pytest.raises(
-        MismatchError, match=r"bare has no tokenizer\.json, so it is not known what the 3 extra rows"
+        MismatchError,
+        match=r"bare has no tokenizer\.json, so it is not known what the 3 extra rows",
     ):
         merge(recipe(bare, tokenizer="union"), tmp_path / "out", base=base)
     (other / "tokenizer.json").write_text("{")

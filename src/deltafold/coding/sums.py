@@ -37,7 +37,7 @@ def rounded_sum(base: torch.Tensor, change: torch.Tensor, dtype: torch.dtype) ->
 
 
 def all_finite(x: torch.Tensor) -> bool:
-    """True if no value (any shape) is infinite or NaN; of any dtype, also those of 8 bits, which torch cannot ask."""
+    """True if no value (any shape) is infinite or NaN. Of any dtype, also 8 bits, which torch cannot ask."""
     if not x.is_floating_point():
         return True
     parts = x.reshape(-1).split(_VALUES)
