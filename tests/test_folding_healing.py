@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from deltafold.folding.by_paper import Rows, by_paper
 from deltafold.folding.methods.healing import (
     Regression,
     channel_scales,
@@ -16,7 +17,6 @@ from deltafold.folding.methods.healing import (
     replace_me_cosine,
     rotation,
 )
-from deltafold.folding.patch import Rows, by_paper
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

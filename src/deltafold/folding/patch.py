@@ -14,24 +14,20 @@ the blocks after a cut, so that errors do not pile up.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from deltafold.blocks.layout import is_transposed
 from deltafold.calibration.probe import is_held
 from deltafold.calibration.stream import Pass
 from deltafold.errors import MismatchError
+from deltafold.folding.by_paper import Kind, Rows, by_paper, check_linear, followed
 from deltafold.folding.ends import Mean
 from deltafold.folding.heal import Healer
 from deltafold.folding.methods.draft import Block, Draft
 from deltafold.folding.methods.healing import (
     Regression,
-    folded_in,
     patch_scale,
-    replace_me,
-    replace_me_cosine,
 )
 from deltafold.folding.scale import check_scaled, scaled_after
 from deltafold.folding.states import States
@@ -39,24 +35,6 @@ from deltafold.running.engine import Progress, Step
 
 Row = dict[str, Any]
 Reach = Literal["cut", "through"]
-Kind = Literal["replace-me", "replace-me-cosine", "scale", "heal"]
-
-REPLACE_ME_RIDGE = 1e-3
-"""lambda of ReplaceMe, as a share of the mean of M'M's diagonal."""
-
-
-FOLDED = 0.1
-"""Of a change, what it may miss where a matrix was folded in: products in bf16 miss some."""
-
-
-@dataclass
-class Rows:
-    """What a block does on one batch, real tokens only: all (n, ...)."""
-
-    x: torch.Tensor
-    output: torch.Tensor
-    target: torch.Tensor
-    held: torch.Tensor
 
 
 class Patcher:
@@ -135,18 +113,17 @@ class Patcher:
         """
         block = draft.blocks[place]
         before = Mean()
+        if kind != "heal":
+            check_linear(self.model, draft, block.number, entering, kind)
         rows = self._rows(draft, block.number, target, entering, before)
-        parts = [] if kind == "heal" else list(rows)
-        follow, ridge = self._healed(block, rows) if kind == "heal" else by_paper(parts, kind)
+        follow, ridge = self._healed(block, rows) if kind == "heal" else by_paper(list(rows), kind)
         row = {"block": block.number, "kind": kind, "ridge": ridge, "error_before": before.value}
         if follow is None:
             return draft, None, row | {"error_after": before.value, "kept": False}
-        tried = draft.with_block(self._followed(block, follow))
+        tried = draft.with_block(followed(self.layout, block, follow))
         found = self._run(tried, entering, block.number)
         after = self._error(found, target)
-        if kind != "heal":
-            self._check_folded(parts[0], follow, found.last[0][entering.batches[0].real], kind)
-        elif not after < before.value:
+        if kind == "heal" and not after < before.value:
             found.close()
             return draft, None, row | {"error_after": before.value, "kept": False}
         return tried, found, row | {"error_after": after, "kept": True}
@@ -174,19 +151,6 @@ class Patcher:
         if place + 1 < len(draft):
             check_scaled(self.healer.ends, draft, after, scale, leaving)
         return after, leaving, row
-
-    def _check_folded(
-        self, rows: Rows, follow: torch.Tensor, found: torch.Tensor, kind: Kind
-    ) -> None:
-        """Raises MismatchError unless the block does what it did with T after its MLP."""
-        wanted = rows.x @ (follow.float() - torch.eye(len(follow)))
-        gap = found - rows.output - wanted
-        if not float(gap.norm()) <= FOLDED * float(wanted.norm().clamp_min(1e-30)):
-            raise MismatchError(
-                f"{self.model.checkpoint.label}: a norm follows the down projection, so no matrix "
-                f"after it, as {kind} has it, can be folded in; take --rule drop with --closed-form "
-                "through, which heals such a model."
-            )
 
     def _error(self, leaving: Pass, target: int) -> float:
         """Mean of |out - z|^2 / |z|^2 over real tokens: of samples held out, if there are any."""
@@ -257,18 +221,6 @@ class Patcher:
             return None, None
         return torch.eye(len(fit.solution), dtype=torch.float64) + fit.solution, fit.ridge
 
-    def _followed(self, block: Block, follow: torch.Tensor) -> Block:
-        """The block with a matrix T (w, w) after its MLP: folded into all its down projections."""
-        outputs = {
-            local: folded_in(
-                block.read(local), follow, is_transposed(self.layout.shapes[local], len(follow))
-            )
-            for local in self.layout.mlp_outputs()
-        }
-        return block.with_tensors(
-            lambda local: outputs[local] if local in outputs else block.read(local)
-        )
-
     def _matrices(self) -> list[str]:
         found = [each for each in self.layout.mlp_outputs() if len(self.layout.shapes[each]) > 1]
         if not found:
@@ -277,14 +229,3 @@ class Patcher:
                 "nothing can be fitted there; use --closed-form none."
             )
         return found
-
-
-def by_paper(parts: Sequence[Rows], kind: Kind) -> tuple[torch.Tensor, float | None]:
-    """(T (w, w), its ridge): what a paper has follow the MLP before a cut."""
-    made, output, wanted = (
-        torch.cat([getattr(each, name) for each in parts]) for name in ("x", "output", "target")
-    )
-    if kind == "replace-me-cosine":
-        return replace_me_cosine(made, output, wanted), None
-    size = float((made.double() ** 2).sum() / made.shape[1])
-    return replace_me(made, output, wanted, REPLACE_ME_RIDGE * size), REPLACE_ME_RIDGE
